@@ -1,0 +1,124 @@
+"""Set-ups that the policy does not support: refused before the model loads."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.policy import KVPolicyError, PolicyConfig, tier_layout
+from pyramid_vllm.spec import TierAttentionSpec, required_policy
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
+    """Refuse an engine that the policy does not support.
+
+    Raises:
+        KVPolicyError: names the setting, its value and what is valid.
+    """
+    check_vllm_version()
+    policy = required_policy(vllm_config)
+    _check_device(vllm_config)
+    _check_parallel(vllm_config)
+    _check_features(vllm_config)
+    _check_model(vllm_config.model_config, policy)
+    return policy
+
+
+def check_kv_cache_config(kv_cache_config: KVCacheConfig) -> int:
+    """Check that the workers gave the engine tiered groups.
+
+    Returns:
+        Number of the model's full-attention layers.
+
+    Raises:
+        KVPolicyError: no group is tiered, so nothing would ever be evicted.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    counts = {spec.num_layers for spec in specs if isinstance(spec, TierAttentionSpec)}
+    if len(counts) != 1:
+        raise KVPolicyError(
+            "kv_policy needs pyramid_vllm's worker beside its scheduler: worker_cls is "
+            "another class, or the model has no layer with full attention"
+        )
+    return counts.pop()
+
+
+def _refuse(setting: str, value: object, valid: str) -> KVPolicyError:
+    return KVPolicyError(f"kv_policy does not support {setting}={value!r}: {valid}")
+
+
+def _check_device(vllm_config: VllmConfig) -> None:
+    device = vllm_config.device_config.device_type
+    if device != "cpu":
+        raise _refuse("device", device, "valid is 'cpu'")
+    if vllm_config.use_v2_model_runner:
+        raise _refuse("VLLM_USE_V2_MODEL_RUNNER", 1, "valid is 0, vLLM's V1 runner")
+
+
+def _check_parallel(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for name in (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        value = getattr(parallel, name)
+        if value > 1:
+            raise _refuse(name, value, "valid is 1")
+    if parallel.use_ubatching:
+        raise _refuse("enable_dbo", True, "valid is False")
+    legacy_ray = os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "0"
+    if legacy_ray and parallel.distributed_executor_backend == "ray":
+        raise _refuse("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", 0, "valid is 1")
+
+
+def _check_features(vllm_config: VllmConfig) -> None:
+    cache = vllm_config.cache_config
+    if vllm_config.speculative_config is not None:
+        method = vllm_config.speculative_config.method
+        raise _refuse("speculative_config", method, "valid is none")
+    if vllm_config.kv_transfer_config is not None:
+        connector = vllm_config.kv_transfer_config.kv_connector
+        raise _refuse("kv_transfer_config", connector, "valid is none")
+    if cache.enable_prefix_caching:
+        raise _refuse("enable_prefix_caching", True, "valid is False")
+    if cache.kv_sharing_fast_prefill:
+        raise _refuse("kv_sharing_fast_prefill", True, "valid is False")
+    if cache.cache_dtype.startswith(("fp8", "int", "nvfp4", "turbo", "ultra")):
+        raise _refuse("kv_cache_dtype", cache.cache_dtype, "valid is 'auto'")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise _refuse("disable_hybrid_kv_cache_manager", True, "valid is False")
+    if vllm_config.attention_config.hisparse_config is not None:
+        raise _refuse("hisparse_config", "set", "valid is none")
+
+
+def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:
+    if model.use_mla:
+        raise _refuse("MLA attention", model.model, "valid are models with MHA or GQA")
+    if model.runner_type != "generate":
+        raise _refuse("runner", model.runner_type, "valid is 'generate'")
+    if model.is_encoder_decoder:
+        raise _refuse("encoder-decoder model", model.model, "valid are decoders")
+    if model.is_multimodal_model:
+        raise _refuse("multimodal model", model.model, "valid are text models")
+    num_layers = num_full_attention_layers(model)
+    tier_layout(policy, num_layers)
+
+
+def num_full_attention_layers(model: ModelConfig) -> int:
+    """Layers with full attention, by the model's configuration alone."""
+    config = model.hf_text_config
+    num_layers = int(config.num_hidden_layers)
+    if model.is_attention_free:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return sum(kind in ("full_attention", "attention") for kind in kinds)
+    if model.get_sliding_window() is not None:
+        return 0
+    return num_layers

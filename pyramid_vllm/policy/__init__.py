@@ -1,0 +1,28 @@
+"""Integer policy: which share of a request's tokens each layer keeps."""
+
+from pyramid_vllm.policy.config import SCORERS, PolicyConfig
+from pyramid_vllm.policy.errors import KVPolicyError
+from pyramid_vllm.policy.lengths import LengthRule
+from pyramid_vllm.policy.memory import MemoryModel, num_pages
+from pyramid_vllm.policy.presets import (
+    NONE,
+    preset_dir,
+    preset_names,
+    resolve_policy,
+)
+from pyramid_vllm.policy.tiers import TierLayout, tier_layout
+
+__all__ = [
+    "NONE",
+    "SCORERS",
+    "KVPolicyError",
+    "LengthRule",
+    "MemoryModel",
+    "PolicyConfig",
+    "TierLayout",
+    "num_pages",
+    "preset_dir",
+    "preset_names",
+    "resolve_policy",
+    "tier_layout",
+]

@@ -1,0 +1,119 @@
+"""From what a user typed to a ``PolicyConfig``: a name, a file or inline JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pyramid_vllm.policy.config import PolicyConfig, validated
+from pyramid_vllm.policy.errors import KVPolicyError
+
+#: The policy that switches the plugin off.
+NONE = "none"
+_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def preset_dir() -> Path:
+    """Folder of the preset files: inside the wheel, or beside a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs" / "policies"
+    return installed if installed.is_dir() else package.parent / "configs" / "policies"
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, sorted."""
+    return sorted(path.stem for path in preset_dir().glob("*.yaml"))
+
+
+def resolve_policy(
+    policy: str | Mapping[str, Any] | PolicyConfig | None,
+    overrides: str | Mapping[str, Any] | None = None,
+) -> PolicyConfig | None:
+    """Resolve a policy.
+
+    Args:
+        policy: a preset's name, the path of a YAML or JSON file, inline JSON, the
+            same as a mapping, or None. A mapping starts from the preset that its
+            ``base`` or ``name`` names, else from ``pyramid``.
+        overrides: settings, as a mapping or as JSON, that replace the policy's.
+
+    Returns:
+        The policy, or None where the plugin is to stay off.
+
+    Raises:
+        KVPolicyError: the policy is unknown or a setting of it is not valid.
+    """
+    changes = _mapping(overrides, "kv_policy_config")
+    if policy is None or policy == NONE:
+        if changes:
+            raise KVPolicyError(
+                f"kv_policy_config={changes} needs a kv_policy to change; "
+                f"valid policies are {_valid()}"
+            )
+        return None
+    if isinstance(policy, PolicyConfig):
+        return validated({**policy.model_dump(), **changes}, f"'{policy.name}'")
+    settings, source = _settings(policy)
+    if settings.get("name") == NONE:
+        return resolve_policy(NONE, changes)
+    return validated({**settings, **changes}, source)
+
+
+def _settings(policy: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(policy, Mapping):
+        return _inherit(dict(policy)), "given inline"
+    text = policy.strip()
+    if text.startswith("{"):
+        return _inherit(_mapping(text, "kv_policy")), "given inline"
+    if text.endswith(_FILE_SUFFIXES):
+        return _inherit(_read(Path(text).expanduser())), f"in file {text}"
+    if text not in preset_names():
+        raise KVPolicyError(f"kv_policy is '{policy}': valid policies are {_valid()}")
+    return _read(preset_dir() / f"{text}.yaml"), f"'{text}'"
+
+
+def _inherit(settings: dict[str, Any]) -> dict[str, Any]:
+    """Lay the settings over the preset that they start from."""
+    name = settings.get("name")
+    base = settings.pop("base", name if name in preset_names() else "pyramid")
+    if base not in preset_names():
+        raise KVPolicyError(f"base is '{base}': valid presets are {_valid()}")
+    return {"name": "custom", **_read(preset_dir() / f"{base}.yaml"), **settings}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KVPolicyError(
+            f"KV policy file '{path}' cannot be read: {error.strerror}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise KVPolicyError(f"KV policy file '{path}' is not YAML: {detail}") from None
+    if not isinstance(content, dict):
+        raise KVPolicyError(
+            f"KV policy file '{path}' holds {type(content).__name__}: "
+            "valid is a mapping of settings"
+        )
+    return content
+
+
+def _mapping(value: str | Mapping[str, Any] | None, key: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise KVPolicyError(f"{key}={value!r} is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise KVPolicyError(f"{key}={value!r}: valid is a JSON object of settings")
+    return parsed
+
+
+def _valid() -> str:
+    return f"{', '.join(preset_names())}, a YAML file's path, inline JSON"

@@ -1,0 +1,113 @@
+"""What the policy means for this engine's memory: the start-up log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+from pyramid_vllm.policy import LengthRule, num_pages
+from pyramid_vllm.spec import TierAttentionSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class KVReport:
+    """Pages, bytes and sequences at once, counted on the engine's own groups."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        rule: LengthRule,
+    ) -> None:
+        self.rule = rule
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self._vllm_config = vllm_config
+        self._groups = kv_cache_config.kv_cache_groups
+        self._num_pages = kv_cache_config.num_blocks - 1  # one is the null block
+
+    def num_request_pages(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Pages that a request holds with ``num_tokens`` computed tokens."""
+        lengths = self.rule.held_lengths(num_prompt_tokens, num_tokens)
+        return sum(self._group_pages(group, lengths) for group in self._groups)
+
+    def _group_pages(self, group: KVCacheGroupSpec, lengths: tuple[int, ...]) -> int:
+        spec = group.kv_cache_spec
+        if isinstance(spec, TierAttentionSpec):
+            return num_pages((lengths[spec.tier],), spec.block_size)[0]
+        return cdiv(
+            spec.max_memory_usage_bytes(self._vllm_config), spec.page_size_bytes
+        )
+
+    def max_output_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens that a request can generate with the whole pool to itself."""
+        low, high = num_prompt_tokens, self.max_model_len
+        if self.num_request_pages(num_prompt_tokens, high) <= self._num_pages:
+            return max(0, high - num_prompt_tokens)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.num_request_pages(num_prompt_tokens, middle) <= self._num_pages
+            low, high = (middle, high) if fits else (low, middle)
+        # The last token is sampled, never written to the cache.
+        return low - num_prompt_tokens + 1
+
+    def lines(self) -> list[str]:
+        """The report, for a prompt of half the longest length."""
+        rule, layout, config = self.rule, self.rule.layout, self.rule.config
+        typical = max(1, self.max_model_len // 2)
+        kept = rule.cache_lengths(typical)
+        page_bytes = self._page_bytes()
+        pages = self.num_request_pages(typical, typical)
+        stock_pages = cdiv(typical, self._groups[0].kv_cache_spec.block_size)
+        stock_bytes = stock_pages * self._layer_page_bytes() * layout.num_layers
+        capacity = self._num_pages * page_bytes
+        peak = (
+            "at the prompt's end; until then a prompt holds all its tokens"
+            if config.evict == "prompt_end"
+            else "after every chunk of a prompt"
+        )
+        lines = [
+            f"KV policy {config.name}: retention {config.retention:g}, "
+            f"{layout.num_tiers} tiers of {_run(layout.sizes)} layers, "
+            f"scorer {config.scorer} per {config.selection}, evicts {peak}",
+            f"KV policy {config.name}: of a prompt of {typical} tokens the tiers keep "
+            f"{_run(kept)} tokens a layer",
+            f"KV policy {config.name}: {pages * page_bytes:,} KV bytes for such a "
+            f"request against {stock_bytes:,} in stock vLLM; "
+            f"{capacity / (pages * page_bytes):.1f} at once in {capacity:,} bytes "
+            f"against {capacity / stock_bytes:.1f}",
+        ]
+        if layout.num_padding_layers:
+            share = layout.num_padding_layers / layout.num_layers
+            lines.append(
+                f"KV policy {config.name}: {layout.num_tiers} tiers do not divide "
+                f"{layout.num_layers} layers: padding wastes {share:.1%} of the memory"
+            )
+        return lines
+
+    def log(self) -> None:
+        """Write the report to vLLM's log."""
+        for line in self.lines():
+            logger.info("%s", line)
+
+    def _page_bytes(self) -> int:
+        """Bytes of a page of the largest group."""
+        return max(
+            group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+            for group in self._groups
+        )
+
+    def _layer_page_bytes(self) -> int:
+        return self._groups[0].kv_cache_spec.page_size_bytes
+
+
+def _run(values: tuple[int, ...]) -> str:
+    """``a-b`` where values differ, else ``a``."""
+    low, high = values[0], values[-1]
+    return f"{low}" if low == high else f"{low}-{high}"

@@ -1,0 +1,219 @@
+"""vLLM's scheduler with a KV policy: it plans evictions and frees their pages."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from pyramid_vllm.checks import check_engine, check_kv_cache_config
+from pyramid_vllm.plan import PLAN_ATTRIBUTE, PromptWindow, StepPlan
+from pyramid_vllm.scheduler.block_manager import (
+    TierBlockManager,
+    check_integrity,
+    register_spec,
+)
+from pyramid_vllm.scheduler.lengths import TierLengths
+from pyramid_vllm.scheduler.report import KVReport
+from pyramid_vllm.spec import length_rule, max_chunk, required_policy
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = init_logger(f"vllm.{__name__}")
+
+_LOG_INTERVAL_S = 30.0
+
+
+@dataclass
+class PolicyCounters:
+    """What the policy has done since start-up."""
+
+    num_compactions: int = 0
+    """Times that a request was compacted."""
+    num_evicted_tokens: int = 0
+    """Evicted tokens, summed over layers."""
+    num_pages_freed: int = 0
+    """Pages that evictions gave back to the block pool."""
+    max_num_running: int = 0
+    """Most sequences running at once."""
+
+
+class PyramidScheduler(AsyncScheduler):
+    """Counts and pages of a KV policy on top of vLLM's own scheduling.
+
+    Everything it decides is a function of lengths: no step waits for a worker.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        check_engine(vllm_config)
+        num_layers = check_kv_cache_config(kv_cache_config)
+        register_spec(vllm_config)
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        self.kv_rule = length_rule(required_policy(vllm_config), num_layers)
+        self.tier_lengths = TierLengths(
+            self.kv_rule,
+            max_chunk(vllm_config),
+            lambda req_id: self.requests[req_id].num_prompt_tokens,
+        )
+        self.tier_managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, TierBlockManager)
+        ]
+        for manager in self.tier_managers:
+            manager.lengths = self.tier_lengths
+        self.kv_counters = PolicyCounters()
+        self._last_log = -_LOG_INTERVAL_S
+        self.kv_report = KVReport(vllm_config, kv_cache_config, self.kv_rule)
+        self.kv_report.log()
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request, its output no longer than the pool alone can hold."""
+        limit = self.kv_report.max_output_tokens(request.num_prompt_tokens)
+        if request.max_tokens > limit:
+            logger.warning_once(
+                "KV policy: outputs are cut at the length that the KV cache can hold "
+                "(here %d tokens after a prompt of %d); later ones are cut silently",
+                limit,
+                request.num_prompt_tokens,
+            )
+            request.max_tokens = limit
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule one step and attach its plan."""
+        output = super().schedule(*args, **kwargs)
+        req_ids = list(output.num_scheduled_tokens)
+        # Evicted tokens as they are before this step, so before any `advance`.
+        num_evicted = self.tier_lengths.evicted_rows(req_ids)
+        windows = []
+        for req_id, num_scheduled in output.num_scheduled_tokens.items():
+            window = self._prompt_window(self.requests[req_id], num_scheduled)
+            if window is not None:
+                windows.append(window)
+        plan = StepPlan(
+            req_ids=tuple(req_ids),
+            num_evicted=num_evicted,
+            windows=tuple(windows),
+            released=frozenset(output.finished_req_ids)
+            | frozenset(output.preempted_req_ids or ()),
+        )
+        setattr(output, PLAN_ATTRIBUTE, plan)
+        self._free_evicted(plan)
+        self._count(plan)
+        return output
+
+    def check_integrity(self) -> None:
+        """Check that free and held pages add up, and no count outlives its pages."""
+        coordinator = self.kv_cache_manager.coordinator
+        check_integrity(coordinator.block_pool, coordinator.single_type_managers)
+        for manager in self.tier_managers:
+            for req_id, blocks in manager.req_to_blocks.items():
+                held = self._num_held(req_id, manager)
+                assert len(blocks) * manager.block_size >= held, (
+                    f"request {req_id} has {len(blocks)} pages for {held} tokens"
+                )
+        holders = {req for m in self.tier_managers for req in m.req_to_blocks}
+        assert len(self.tier_lengths) <= len(holders), "counts outlive their pages"
+
+    def _num_held(self, req_id: str, manager: TierBlockManager) -> int:
+        computed = self.requests[req_id].num_computed_tokens
+        tier = manager.kv_cache_spec.tier
+        return computed - self.tier_lengths.evicted(req_id)[tier]
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Also end a chunk at the prompt's end, where the prompt is evicted.
+
+        Only the replay of a preempted request would go past it: its outputs must see
+        the compacted prompt, as they did at first.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        to_prompt_end = request.num_prompt_tokens - num_computed_tokens
+        if 0 < to_prompt_end < num_new_tokens:
+            return to_prompt_end
+        return num_new_tokens
+
+    def _prompt_window(
+        self, request: Request, num_scheduled: int
+    ) -> PromptWindow | None:
+        """What this step means for a request's prompt; None where it means nothing."""
+        computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
+        if computed - num_scheduled >= num_prompt:
+            return None
+        num_kept = self.tier_lengths.advance(request.request_id, num_prompt, computed)
+        retain, num_queries = self._queries(num_prompt, computed)
+        if num_kept is None and not retain:
+            return None
+        return PromptWindow(
+            req_id=request.request_id,
+            num_tokens=computed,
+            num_queries=num_queries,
+            retain=retain,
+            num_kept=num_kept,
+            num_recent=self.kv_rule.num_recent(computed),
+        )
+
+    def _queries(self, num_prompt: int, computed: int) -> tuple[bool, int]:
+        """Whether a later chunk needs queries of this one, and the window's length."""
+        config = self.kv_rule.config
+        if not config.needs_queries:
+            return False, 0
+        if computed == num_prompt:
+            return False, self.kv_rule.num_recent(computed)
+        if min(self.kv_rule.cache_lengths(num_prompt)) == num_prompt:
+            return False, 0
+        if config.evict == "chunk":
+            return True, self.kv_rule.num_recent(computed)
+        window_start = num_prompt - self.kv_rule.num_recent(num_prompt)
+        return computed > window_start, max(0, computed - window_start)
+
+    def _free_evicted(self, plan: StepPlan) -> None:
+        """Give the evicted tokens' pages back, for later steps to use."""
+        before = dict(zip(plan.req_ids, plan.num_evicted, strict=True))
+        counters, sizes = self.kv_counters, self.kv_rule.layout.sizes
+        for window in plan.windows:
+            if window.num_kept is None:
+                continue
+            for manager in self.tier_managers:
+                num_held = window.num_kept[manager.kv_cache_spec.tier]
+                freed = manager.free_tail(window.req_id, num_held)
+                counters.num_pages_freed += freed
+            for tier, num_held in enumerate(window.num_kept):
+                num_before = window.num_tokens - int(before[window.req_id][tier])
+                counters.num_evicted_tokens += sizes[tier] * (num_before - num_held)
+
+    def _count(self, plan: StepPlan) -> None:
+        counters = self.kv_counters
+        counters.num_compactions += plan.num_compactions
+        counters.max_num_running = max(counters.max_num_running, len(self.running))
+        if not plan.num_compactions:
+            return
+        now = time.monotonic()
+        if now - self._last_log >= _LOG_INTERVAL_S:
+            self._last_log = now
+            logger.info(
+                "KV policy %s: %d compactions, %d pages freed, %d sequences running "
+                "(most so far %d)",
+                self.kv_rule.config.name,
+                counters.num_compactions,
+                counters.num_pages_freed,
+                len(self.running),
+                counters.max_num_running,
+            )
