@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.policy import KVPolicyError, PolicyConfig, tier_layout
 from pyramid_vllm.spec import TierAttentionSpec, required_policy
 
@@ -106,19 +107,7 @@ def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:
         raise _refuse("encoder-decoder model", model.model, "valid are decoders")
     if model.is_multimodal_model:
         raise _refuse("multimodal model", model.model, "valid are text models")
-    num_layers = num_full_attention_layers(model)
+    num_layers = 0
+    if not model.is_attention_free:
+        num_layers = num_full_attention_layers(model.hf_text_config)
     tier_layout(policy, num_layers)
-
-
-def num_full_attention_layers(model: ModelConfig) -> int:
-    """Layers with full attention, by the model's configuration alone."""
-    config = model.hf_text_config
-    num_layers = int(config.num_hidden_layers)
-    if model.is_attention_free:
-        return 0
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return sum(kind in ("full_attention", "attention") for kind in kinds)
-    if model.get_sliding_window() is not None:
-        return 0
-    return num_layers

@@ -15,7 +15,8 @@ from pyramid_vllm.attention.cpu import (
     check_cpu_layout,
     register_cpu_backend,
 )
-from pyramid_vllm.checks import check_engine, num_full_attention_layers
+from pyramid_vllm.checks import check_engine
+from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
 from pyramid_vllm.policy import KVPolicyError
 from pyramid_vllm.spec import TierAttentionSpec, length_rule
@@ -48,7 +49,7 @@ class PyramidCPUWorker(CPUWorker):
         specs = super().get_kv_cache_spec()
         names = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec]
         names.sort(key=extract_layer_index)
-        expected = num_full_attention_layers(self.model_config)
+        expected = num_full_attention_layers(self.model_config.hf_text_config)
         if len(names) != expected:
             raise KVPolicyError(
                 f"kv_policy does not support this model: {len(names)} of its layers "

@@ -1,0 +1,215 @@
+"""``pyramid-vllm demo``: one batch, stock vLLM and a policy, the same KV bytes."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from pyramid_vllm.cli.measure import MARK, Measured, MeasureTask
+from pyramid_vllm.cli.prompts import long_prompts
+from pyramid_vllm.cli.sizes import format_bytes
+from pyramid_vllm.compat import check_vllm_version, installed_vllm_version
+from pyramid_vllm.model_shape import ModelShape
+from pyramid_vllm.policy import NONE, resolve_policy
+
+_BLOCK_SIZE = 32
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The options of the command."""
+
+    model: str
+    kv_policy: str
+    kv_policy_config: str | None
+    num_prompts: int
+    prompt_tokens: int
+    output_tokens: int
+    stock_sequences: int
+
+
+def run_demo(settings: DemoSettings, json_file: Path | None) -> None:
+    """Measure both sides, print the table, write the figures.
+
+    Raises:
+        KVPolicyError: the policy is not valid, or vLLM not supported.
+        RuntimeError: one side failed.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_vllm_version()
+    policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    prompts = long_prompts(tokenizer, settings.num_prompts, settings.prompt_tokens)
+    shape = ModelShape.of(AutoConfig.from_pretrained(settings.model), "float32")
+    task = _stock_task(settings, prompts, shape)
+    sides = {NONE: task}
+    if policy is not None:
+        sides[policy.name] = MeasureTask(
+            **{**asdict(task), "kv_policy": json.dumps(policy.model_dump())}
+        )
+    console = Console()
+    console.print(
+        f"{len(prompts)} prompts of about {settings.prompt_tokens} tokens, "
+        f"{settings.output_tokens} output tokens each, "
+        f"{format_bytes(task.kv_bytes)} of KV memory"
+    )
+    measured = _measure_all(console, sides)
+    console.print(_table(measured))
+    if json_file is not None:
+        report = _report(settings, task, measured)
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _stock_task(
+    settings: DemoSettings, prompts: list[list[int]], shape: ModelShape
+) -> MeasureTask:
+    longest = max(map(len, prompts)) + settings.output_tokens
+    pages = -(-longest // _BLOCK_SIZE) * settings.stock_sequences + 1  # the null page
+    return MeasureTask(
+        model=settings.model,
+        prompts=prompts,
+        output_tokens=settings.output_tokens,
+        kv_bytes=pages * _BLOCK_SIZE * shape.token_bytes * shape.num_layers,
+        block_size=_BLOCK_SIZE,
+        max_num_seqs=max(16, settings.num_prompts),
+        max_num_batched_tokens=max(1024, longest),
+        kv_policy=None,
+        kv_policy_config=None,
+        seed=_SEED,
+    )
+
+
+def _measure_all(
+    console: Console, sides: dict[str, MeasureTask]
+) -> dict[str, Measured]:
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn())
+    measured = {}
+    with Progress(*columns, console=console) as progress:
+        for name, task in sides.items():
+            label = "stock vLLM" if name == NONE else f"policy {name}"
+            bar = progress.add_task(f"{label}: loading", total=len(task.prompts))
+
+            def advance(done: int, bar: Any = bar, label: str = label) -> None:
+                progress.update(bar, completed=done, description=label)
+
+            measured[name] = measure(task, advance)
+    return measured
+
+
+def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
+    """Run a task in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with its last lines.
+    """
+    environment = os.environ | {
+        # The child watches its scheduler, so the engine has to be in its process.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "HF_HUB_OFFLINE": "1",
+    }
+    with tempfile.TemporaryFile("w+") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pyramid_vllm.cli.measure"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            text=True,
+        )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        with child.stdin:
+            json.dump(asdict(task), child.stdin)
+        result = None
+        for line in child.stdout:
+            if not line.startswith(MARK):
+                log.write(line)
+                continue
+            message = json.loads(line.removeprefix(MARK))
+            if "result" in message:
+                result = Measured(**message["result"])
+            else:
+                advance(message.get("done", 0))
+        if child.wait() != 0 or result is None:
+            log.seek(0)
+            raise RuntimeError(f"the engine failed:\n{log.read()[-4000:]}")
+        return result
+
+
+def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:
+    """Mean share of each output that equals the reference up to the first difference."""
+    shares = []
+    for ours, theirs in zip(outputs, reference, strict=True):
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b),
+            len(theirs),
+        )
+        shares.append(same / len(theirs))
+    return sum(shares) / len(shares)
+
+
+def _table(measured: dict[str, Measured]) -> Table:
+    table = Table()
+    table.add_column("")
+    stock = measured[NONE]
+    for name in measured:
+        table.add_column("stock vLLM" if name == NONE else name, justify="right")
+    rows: list[tuple[str, Callable[[Measured], str]]] = [
+        ("KV bytes a request", lambda m: f"{m.kv_bytes_per_request:,.0f}"),
+        ("most sequences at once", lambda m: f"{m.max_num_running}"),
+        ("mean sequences at once", lambda m: f"{m.mean_num_running:.1f}"),
+        ("preemptions", lambda m: f"{m.num_preemptions}"),
+        ("pages freed by eviction", lambda m: f"{m.num_pages_freed:,}"),
+        ("tokens/s, prompt and output", lambda m: f"{m.total_tokens_per_s:.1f}"),
+        (
+            "ratio to stock",
+            lambda m: f"{m.total_tokens_per_s / stock.total_tokens_per_s:.2f}",
+        ),
+        (
+            "output equal to stock's up to",
+            lambda m: f"{greedy_agreement(m.outputs, stock.outputs):.0%}",
+        ),
+    ]
+    for label, cell in rows:
+        table.add_row(label, *(cell(side) for side in measured.values()))
+    return table
+
+
+def _report(
+    settings: DemoSettings, task: MeasureTask, measured: dict[str, Measured]
+) -> dict[str, Any]:
+    stock = measured[NONE]
+    policies = {}
+    for name, side in measured.items():
+        figures = asdict(side)
+        del figures["outputs"]
+        figures["greedy_agreement"] = greedy_agreement(side.outputs, stock.outputs)
+        ratio = side.total_tokens_per_s / stock.total_tokens_per_s
+        policies[name] = figures | {"ratio_to_stock": ratio}
+    return {
+        "policies": policies,
+        "settings": asdict(settings),
+        "kv_bytes": task.kv_bytes,
+        "seed": task.seed,
+        "argv": sys.argv,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "vllm": installed_vllm_version(),
+            "python": platform.python_version(),
+        },
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
