@@ -1,0 +1,50 @@
+"""Shared fixtures. Engines run in this process, so that tests can look inside."""
+
+import os
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.models import TINY_LLAMA, save_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Llama with 6 layers."""
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"), TINY_LLAMA)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """Folder of SmolLM2-135M-Instruct; made on first use."""
+    from pyramid_vllm.cli.model import make_model
+
+    return str(make_model())
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Iterator[Path]:
+    """Path for a policy file that the test writes."""
+    return tmp_path / "policy.yaml"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run tests that take minutes")
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="takes minutes; run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)

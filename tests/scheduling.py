@@ -1,0 +1,136 @@
+"""A scheduler without an engine: tests play the worker."""
+
+from collections import deque
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+import pyramid_vllm  # noqa: F401
+from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
+from pyramid_vllm.scheduler import PyramidScheduler
+from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
+
+BLOCK_SIZE = 32
+
+
+def make_scheduler(
+    model: str, num_blocks: int, policy: dict[str, Any], **settings: Any
+) -> PyramidScheduler:
+    """A scheduler over a pool of ``num_blocks`` pages, the null page included."""
+    async_scheduling = settings.pop("async_scheduling", False)
+    defaults = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "block_size": BLOCK_SIZE,
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 256,
+    }
+    arguments = EngineArgs(model=model, kv_policy=policy, **(defaults | settings))
+    config = arguments.create_engine_config()
+    config.scheduler_config.async_scheduling = async_scheduling
+    config.cache_config.kv_cache_layout = "LBNHC"
+    plain = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.float32
+    )
+    num_layers = config.model_config.hf_text_config.num_hidden_layers
+    layout = length_rule(required_policy(config), num_layers).layout
+    tiers: dict[int, list[str]] = {}
+    for layer, tier in enumerate(layout.tier_of_layer):
+        tiers.setdefault(tier, []).append(f"model.layers.{layer}.self_attn.attn")
+    groups = [
+        KVCacheGroupSpec(names, TierAttentionSpec.of(plain, tier, num_layers))
+        for tier, names in tiers.items()
+    ]
+    page_bytes = plain.page_size_bytes * layout.group_size
+    kv_config = get_kv_cache_config_from_groups(config, groups, num_blocks * page_bytes)
+    config.cache_config.num_gpu_blocks = kv_config.num_blocks
+    return PyramidScheduler(
+        config, kv_config, StructuredOutputManager(config), block_size=BLOCK_SIZE
+    )
+
+
+def make_request(name: str, prompt: int, output: int, priority: int = 0) -> Request:
+    """A greedy request over any tokens."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+    return Request(
+        request_id=name,
+        prompt_token_ids=[i % 500 for i in range(prompt)],
+        sampling_params=sampling,
+        pooling_params=None,
+        priority=priority,
+    )
+
+
+class Driver:
+    """Schedules steps, and returns each one's output ``depth - 1`` steps later."""
+
+    def __init__(self, scheduler: PyramidScheduler, depth: int = 1) -> None:
+        self.scheduler = scheduler
+        self._depth = depth
+        self._flying: deque[Any] = deque()
+        self.plans: list[StepPlan] = []
+
+    @property
+    def num_flying(self) -> int:
+        """Steps whose output is not yet returned."""
+        return len(self._flying)
+
+    def step(self) -> StepPlan:
+        """One step: schedule, check the pool, return the oldest output if due."""
+        output = self.scheduler.schedule()
+        plan: StepPlan = getattr(output, PLAN_ATTRIBUTE)
+        self.plans.append(plan)
+        self.scheduler.check_integrity()
+        requests = self.scheduler.requests
+        # As the runner does: a token for every request whose known tokens are through.
+        sampled = {
+            req_id: [] if requests[req_id].is_prefill_chunk else [7]
+            for req_id in output.num_scheduled_tokens
+        }
+        self._flying.append((output, sampled))
+        if len(self._flying) >= self._depth:
+            self.land()
+        return plan
+
+    def land(self) -> None:
+        """Return the oldest step's output."""
+        output, sampled = self._flying.popleft()
+        self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=list(sampled),
+                req_id_to_index={req_id: i for i, req_id in enumerate(sampled)},
+                sampled_token_ids=list(sampled.values()),
+            ),
+        )
+        self.scheduler.check_integrity()
+
+    def run(self, limit: int = 5000) -> None:
+        """Step until nothing is left."""
+        while self.scheduler.has_unfinished_requests():
+            assert len(self.plans) < limit, "the schedule does not end"
+            self.step()
+        while self._flying:
+            self.land()
+
+
+def held_pages(scheduler: PyramidScheduler, req_id: str) -> dict[int, int]:
+    """Pages of a request, by tier."""
+    return {
+        manager.kv_cache_spec.tier: len(manager.req_to_blocks.get(req_id, ()))
+        for manager in scheduler.tier_managers
+    }
+
+
+def free_pages(scheduler: PyramidScheduler) -> int:
+    """Free pages of the pool."""
+    pages: int = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return pages
