@@ -85,3 +85,52 @@ def random_prompts(lengths: list[int], vocab_size: int = 512, seed: int = 0) -> 
     """Prompts of random tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+def start(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[str]:
+    """Queue greedy requests and step until every prompt is through."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+    )
+    engine, scheduler = llm.llm_engine, scheduler_of(llm)
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
+    req_ids = list(scheduler.requests)
+    while any(
+        scheduler.requests[req_id].num_computed_tokens < len(prompt)
+        for req_id, prompt in zip(req_ids, prompts, strict=True)
+    ):
+        engine.step()
+    return req_ids
+
+
+def drain(llm: Any) -> None:
+    """Step until nothing is left."""
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+
+
+def held_kv(llm: Any, req_id: str, layer: int) -> tuple[Any, Any]:
+    """Keys and values that a layer holds of a request, oldest first.
+
+    Each is ``[num_held, num_kv_heads, head_size]``.
+    """
+    from pyramid_vllm.attention.cpu import cpu_views
+
+    scheduler, runner = scheduler_of(llm), worker_of(llm).model_runner
+    name = f"model.layers.{layer}.self_attn.attn"
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    (group_id,) = [i for i, group in enumerate(groups) if name in group.layer_names]
+    block_ids = scheduler.kv_cache_manager.get_block_ids(req_id)[group_id]
+    num_held = scheduler.requests[req_id].num_computed_tokens
+    if hasattr(scheduler, "tier_lengths"):
+        tier = groups[group_id].kv_cache_spec.tier
+        num_held -= scheduler.tier_lengths.evicted(req_id)[tier]
+    cache = runner.compilation_config.static_forward_context[name].kv_cache
+    key, value = (
+        view[block_ids].transpose(1, 2).flatten(0, 1)[:num_held].clone()
+        for view in cpu_views(cache)
+    )
+    return key, value

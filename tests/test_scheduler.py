@@ -154,7 +154,7 @@ def test_two_steps_in_flight(
         num_evicting_steps += "evicts" in events
     while driver.num_flying:
         driver.land()
-    assert num_evicting_steps > 3
+    assert num_evicting_steps >= 3
     assert free_pages(scheduler) == total
     assert len(scheduler.tier_lengths) == 0
 
