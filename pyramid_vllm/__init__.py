@@ -5,7 +5,12 @@ the other ways in.
 """
 
 from pyramid_vllm._arguments_on_import import expect_vllm
-from pyramid_vllm.policy import KVPolicyError, PolicyConfig, preset_names, resolve_policy
+from pyramid_vllm.policy import (
+    KVPolicyError,
+    PolicyConfig,
+    preset_names,
+    resolve_policy,
+)
 
 __version__ = "0.1.0.dev0"
 __all__ = ["KVPolicyError", "PolicyConfig", "preset_names", "resolve_policy"]

@@ -45,6 +45,11 @@ class StepPlan:
     """Requests that finished or were preempted: the worker drops their queries."""
 
     @property
+    def has_evicted(self) -> bool:
+        """Whether any scheduled request has evicted tokens."""
+        return bool(self.num_evicted.any())
+
+    @property
     def num_compactions(self) -> int:
         """Requests that this step compacts."""
         return sum(window.num_kept is not None for window in self.windows)

@@ -89,7 +89,9 @@ class TierAttentionSpec(FullAttentionSpec):
         """Bytes of this tier at the worst point of a prompt of ``max_model_len``."""
         rule = length_rule(required_policy(vllm_config), self.num_layers)
         max_model_len = vllm_config.model_config.max_model_len
-        lengths = rule.peak_lengths(max_model_len, max_model_len, max_chunk(vllm_config))
+        lengths = rule.peak_lengths(
+            max_model_len, max_model_len, max_chunk(vllm_config)
+        )
         return cdiv(lengths[self.tier], self.block_size) * self.page_size_bytes
 
 
@@ -98,6 +100,4 @@ def max_chunk(vllm_config: VllmConfig) -> int:
     scheduler = vllm_config.scheduler_config
     if not scheduler.enable_chunked_prefill:
         return int(vllm_config.model_config.max_model_len)
-    return int(
-        scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    )
+    return int(scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens)

@@ -81,7 +81,9 @@ def worker_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
-def random_prompts(lengths: list[int], vocab_size: int = 512, seed: int = 0) -> list[list[int]]:
+def random_prompts(
+    lengths: list[int], vocab_size: int = 512, seed: int = 0
+) -> list[list[int]]:
     """Prompts of random tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]

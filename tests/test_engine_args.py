@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from transformers import DeepseekV2Config, LlamaConfig, MambaConfig, MistralConfig
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import pyramid_vllm  # noqa: F401
 from pyramid_vllm.engine_args import SCHEDULER_CLS, WORKER_CLS, install
 from pyramid_vllm.policy import KVPolicyError, preset_dir
 from tests.models import TINY_LLAMA, save_config
-from vllm.config import VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def engine_config(model: str, **settings: Any) -> Any:
@@ -46,7 +46,9 @@ def config_only(tmp_path_factory: pytest.TempPathFactory) -> str:
         },
     ],
 )
-def test_every_way_in_chooses_our_classes(config_only: str, settings: dict[str, Any]) -> None:
+def test_every_way_in_chooses_our_classes(
+    config_only: str, settings: dict[str, Any]
+) -> None:
     config = engine_config(config_only, **settings)
     assert config.scheduler_config.scheduler_cls == SCHEDULER_CLS
     assert config.parallel_config.worker_cls == WORKER_CLS
@@ -110,7 +112,10 @@ def test_importing_the_package_does_not_import_vllm() -> None:
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"kv_policy": "pyramyd"}, ["'pyramyd'", "none, pyramid"]),
-    ({"kv_policy_config": {"retention": 2}}, ["'retention' is 2", "less than or equal to 1"]),
+    (
+        {"kv_policy_config": {"retention": 2}},
+        ["'retention' is 2", "less than or equal to 1"],
+    ),
     ({"kv_policy_config": {"tiers": 7}}, ["'tiers' is 7", "1 to 6"]),
     ({"enable_prefix_caching": True}, ["enable_prefix_caching=True", "valid is False"]),
     ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "valid is 1"]),
@@ -123,13 +128,24 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["speculative_config='ngram'", "valid is none"],
     ),
     (
-        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        {
+            "kv_transfer_config": {
+                "kv_connector": "ExampleConnector",
+                "kv_role": "kv_both",
+            }
+        },
         ["kv_transfer_config='ExampleConnector'", "valid is none"],
     ),
     ({"scheduler_cls": "mine.Scheduler"}, ["scheduler_cls", "mine.Scheduler"]),
     ({"worker_cls": "mine.Worker"}, ["worker_cls", "mine.Worker"]),
-    ({"additional_config": {"kv_policy": "uniform"}}, ["'pyramid'", "'uniform'", "once"]),
-    ({"disable_hybrid_kv_cache_manager": True}, ["disable_hybrid_kv_cache_manager=True"]),
+    (
+        {"additional_config": {"kv_policy": "uniform"}},
+        ["'pyramid'", "'uniform'", "once"],
+    ),
+    (
+        {"disable_hybrid_kv_cache_manager": True},
+        ["disable_hybrid_kv_cache_manager=True"],
+    ),
 ]
 
 
@@ -178,7 +194,9 @@ def test_models_without_full_attention_are_refused(
         assert word in str(error.value)
 
 
-def test_the_v2_runner_is_refused(config_only: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_v2_runner_is_refused(
+    config_only: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     with pytest.raises(KVPolicyError, match="VLLM_USE_V2_MODEL_RUNNER"):
         engine_config(config_only, kv_policy="pyramid")
@@ -220,7 +238,9 @@ def test_refusal_comes_before_the_weights(config_only: str) -> None:
 
 def test_inline_json_on_the_command_line(config_only: str) -> None:
     policy = json.dumps({"base": "streaming", "recent": 16})
-    args = AsyncEngineArgs.from_cli_args(parse(["--model", config_only, "--kv-policy", policy]))
+    args = AsyncEngineArgs.from_cli_args(
+        parse(["--model", config_only, "--kv-policy", policy])
+    )
     args.skip_tokenizer_init = True
     config = args.create_engine_config()
     resolved = config.additional_config["kv_policy"]

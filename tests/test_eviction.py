@@ -23,7 +23,13 @@ from tests.engines import (
 
 NUM_LAYERS = 6
 PROMPTS = random_prompts([300, 40, 517, 129, 700, 64, 250], seed=3)
-POLICY = {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 3, "steepness": 0.8}
+POLICY = {
+    "retention": 0.4,
+    "recent": 24,
+    "min_context": 40,
+    "tiers": 3,
+    "steepness": 0.8,
+}
 
 Engine = Callable[..., Any]
 
@@ -84,7 +90,9 @@ def positions_held(
     heads = []
     for head in range(key.shape[1]):
         # Keys tell positions apart by their rotation; values of equal tokens may not.
-        nearest = torch.cdist(key[:, head].double(), full[0][:, head].double()).min(dim=1)
+        nearest = torch.cdist(key[:, head].double(), full[0][:, head].double()).min(
+            dim=1
+        )
         assert nearest.values.max() < 1e-4
         torch.testing.assert_close(value[:, head], full[1][nearest.indices, head])
         heads.append(nearest.indices.tolist())
@@ -172,7 +180,9 @@ def test_kept_keys_and_values_are_exact(
     for req_id, full in zip(req_ids, full_cache, strict=True):
         for layer in range(NUM_LAYERS):
             positions = positions_held(llm, req_id, layer, full[layer])
-            for part, whole in zip(held_kv(llm, req_id, layer), full[layer], strict=True):
+            for part, whole in zip(
+                held_kv(llm, req_id, layer), full[layer], strict=True
+            ):
                 for head, row in enumerate(positions):
                     assert torch.equal(part[: len(row), head], whole[row, head])
     drain(llm)
@@ -181,7 +191,9 @@ def test_kept_keys_and_values_are_exact(
 def test_streaming_holds_sinks_and_the_newest(
     engine: Engine, full_cache: list[list[tuple[torch.Tensor, torch.Tensor]]]
 ) -> None:
-    llm = engine("streaming", {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 2})
+    llm = engine(
+        "streaming", {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 2}
+    )
     req_ids = start(llm, PROMPTS, 8)
     rule = scheduler_of(llm).kv_rule
     for req_id, prompt, full in zip(req_ids, PROMPTS, full_cache, strict=True):
@@ -194,7 +206,9 @@ def test_streaming_holds_sinks_and_the_newest(
     drain(llm)
 
 
-def masked_greedy(model: Any, prompt: list[int], kept: list[int], count: int) -> list[int]:
+def masked_greedy(
+    model: Any, prompt: list[int], kept: list[int], count: int
+) -> list[int]:
     """Greedy tokens where generated ones see only the kept prompt tokens."""
     length, tokens = len(prompt), list(prompt)
     for step in range(count):
@@ -210,9 +224,13 @@ def masked_greedy(model: Any, prompt: list[int], kept: list[int], count: int) ->
     return tokens[length:]
 
 
-def test_generation_sees_exactly_the_kept_tokens(engine: Engine, tiny_llama: str) -> None:
+def test_generation_sees_exactly_the_kept_tokens(
+    engine: Engine, tiny_llama: str
+) -> None:
     """Against transformers with a mask: lengths, slots and rows after an eviction."""
-    llm = engine("streaming", {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 1})
+    llm = engine(
+        "streaming", {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 1}
+    )
     ours = generate(llm, PROMPTS, 40)
     model = LlamaForCausalLM.from_pretrained(
         tiny_llama, dtype=torch.float32, attn_implementation="eager"
@@ -228,7 +246,9 @@ def test_generation_sees_exactly_the_kept_tokens(engine: Engine, tiny_llama: str
 
 @pytest.mark.parametrize("evict", ["prompt_end", "chunk"])
 @pytest.mark.parametrize("selection", ["layer", "head"])
-def test_a_batch_is_its_requests_alone(engine: Engine, evict: str, selection: str) -> None:
+def test_a_batch_is_its_requests_alone(
+    engine: Engine, evict: str, selection: str
+) -> None:
     """Rows, slots and pages of one request never reach another. Nothing is preempted
     here, and the chunks of a prompt are the same in both runs."""
     config = POLICY | {"evict": evict, "selection": selection}

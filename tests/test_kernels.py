@@ -27,7 +27,9 @@ def scores_by_loops(
     for head in range(num_heads):
         for i in range(num_queries):
             seen = num_tokens - num_queries + i + 1
-            logits = key[:seen, head // per_kv].double() @ query[i, head].double() * scale
+            logits = (
+                key[:seen, head // per_kv].double() @ query[i, head].double() * scale
+            )
             if cap:
                 logits = cap * torch.tanh(logits / cap)
             share = torch.softmax(logits, 0) * weights[i] / sum(weights) / per_kv
@@ -57,7 +59,9 @@ def test_recency_prefers_newer_tokens() -> None:
     assert kept.tolist() == [[0, 1, 13, 14, 15, 16, 17, 18, 19]]
 
 
-def select_by_sorting(row: list[float], kept: int, sinks: int, recent: int) -> list[int]:
+def select_by_sorting(
+    row: list[float], kept: int, sinks: int, recent: int
+) -> list[int]:
     """Sort (score, position) pairs: of equal scores the newer position wins."""
     middle = range(sinks, len(row) - recent)
     best = sorted(middle, key=lambda i: (row[i], i), reverse=True)
@@ -67,7 +71,9 @@ def select_by_sorting(row: list[float], kept: int, sinks: int, recent: int) -> l
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 300])
 @pytest.mark.parametrize("levels", [1, 3, 1000])
-def test_selection_is_exact_and_breaks_ties_to_the_newer(num_tokens: int, levels: int) -> None:
+def test_selection_is_exact_and_breaks_ties_to_the_newer(
+    num_tokens: int, levels: int
+) -> None:
     torch.manual_seed(levels)
     scores = torch.randint(0, levels, (3, num_tokens)).float()
     sinks, recent = num_tokens // 10, num_tokens // 5
@@ -85,7 +91,9 @@ def test_selection_refuses_impossible_counts(kept: int) -> None:
 
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_compaction_moves_kept_tokens_and_nothing_else(num_groups: int, transposed: bool) -> None:
+def test_compaction_moves_kept_tokens_and_nothing_else(
+    num_groups: int, transposed: bool
+) -> None:
     """Also where source and target overlap, and through strided views."""
     torch.manual_seed(0)
     num_blocks, num_heads, block_size, head_size, num_tokens = 7, 2, 4, 3, 18

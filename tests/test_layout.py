@@ -33,12 +33,18 @@ def test_written_tokens_are_read_back(
 
 
 @pytest.mark.parametrize("wrong", ["key", "value"])
-def test_an_unknown_layout_is_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_layout_is_refused(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = cpu.cpu_views
 
     def views(cache: torch.Tensor) -> KVViews:
         key, value = right(cache)
-        return KVViews(key.flip(2), value) if wrong == "key" else KVViews(key, value.flip(2))
+        return (
+            KVViews(key.flip(2), value)
+            if wrong == "key"
+            else KVViews(key, value.flip(2))
+        )
 
     monkeypatch.setattr(cpu, "cpu_views", views)
     with pytest.raises(KVPolicyError, match="does not know the KV cache layout"):

@@ -26,7 +26,9 @@ def rules(draw: st.DrawFn) -> LengthRule:
         retention=retention,
         shape=draw(st.sampled_from(["cosine", "linear"])),
         steepness=draw(st.floats(0, 1)),
-        tiers=draw(st.one_of(st.integers(1, num_layers), st.sampled_from(["auto", "layers"]))),
+        tiers=draw(
+            st.one_of(st.integers(1, num_layers), st.sampled_from(["auto", "layers"]))
+        ),
         sinks=draw(st.integers(0, 16)),
         recent=draw(st.integers(1, 200)),
         recent_ratio=draw(st.sampled_from([0.0, 0.5, 0.9])) * retention,
@@ -63,7 +65,9 @@ def test_counts_grow_by_at_most_one_a_token(rule: LengthRule, length: int) -> No
 
 @settings(max_examples=400, deadline=None)
 @given(rule=rules(), length=st.integers(1, 40_000))
-def test_the_mean_over_layers_meets_the_retention(rule: LengthRule, length: int) -> None:
+def test_the_mean_over_layers_meets_the_retention(
+    rule: LengthRule, length: int
+) -> None:
     """Within one token a layer, wherever the floor leaves room for it."""
     mean = mean_over_layers(rule, rule.cache_lengths(length))
     target = Fraction(rule.config.retention) * length
@@ -81,7 +85,11 @@ def test_the_peak_bounds_every_step(rule: LengthRule, prompt: int, output: int) 
     chunk = 1 + prompt // 3
     peak = rule.peak_lengths(prompt, prompt + output, chunk)
     held = (0,) * rule.layout.num_tiers
-    ends = [*range(chunk, prompt, chunk), prompt, *range(prompt + 1, prompt + output + 1)]
+    ends = [
+        *range(chunk, prompt, chunk),
+        prompt,
+        *range(prompt + 1, prompt + output + 1),
+    ]
     before = 0
     for end in ends:
         during = [length + end - before for length in held]
@@ -104,7 +112,8 @@ def test_steepness_makes_a_pyramid_and_zero_a_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "tiers", "padding"), [(30, 5, 0), (32, 4, 0), (26, 4, 2), (61, 7, 2), (3, 3, 0)]
+    ("num_layers", "tiers", "padding"),
+    [(30, 5, 0), (32, 4, 0), (26, 4, 2), (61, 7, 2), (3, 3, 0)],
 )
 def test_auto_tiers_waste_little(num_layers: int, tiers: int, padding: int) -> None:
     layout = tier_layout(PolicyConfig(name="x", tiers="auto"), num_layers)
@@ -124,7 +133,9 @@ def test_a_model_without_full_attention_is_refused() -> None:
 
 def test_memory_counts_whole_pages_of_every_tier() -> None:
     rule = LengthRule(
-        PolicyConfig(name="x", retention=0.5, recent=8, sinks=0, min_context=0, tiers=2),
+        PolicyConfig(
+            name="x", retention=0.5, recent=8, sinks=0, min_context=0, tiers=2
+        ),
         TierLayout(4, 2),
     )
     memory = MemoryModel(rule, block_size=16, layer_page_bytes=100)

@@ -77,7 +77,9 @@ def test_a_policy_survives_the_way_to_another_process() -> None:
         ("none", {"retention": 0.5}, ["kv_policy_config", "valid policies"]),
     ],
 )
-def test_bad_settings_are_named(policy: object, overrides: object, words: list[str]) -> None:
+def test_bad_settings_are_named(
+    policy: object, overrides: object, words: list[str]
+) -> None:
     with pytest.raises(KVPolicyError) as error:
         resolve_policy(policy, overrides)  # type: ignore[arg-type]
     for word in words:

@@ -4,7 +4,6 @@ import random
 from typing import Any
 
 import pytest
-from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.plan import StepPlan
 from pyramid_vllm.policy import num_pages
@@ -22,7 +21,9 @@ from tests.scheduling import (
 SMALL: dict[str, Any] = {"base": "pyramid", "recent": 16, "min_context": 32, "tiers": 3}
 
 
-def rule_pages(scheduler: PyramidScheduler, prompt: int, computed: int) -> dict[int, int]:
+def rule_pages(
+    scheduler: PyramidScheduler, prompt: int, computed: int
+) -> dict[int, int]:
     lengths = scheduler.kv_rule.held_lengths(prompt, computed)
     return dict(enumerate(num_pages(lengths, BLOCK_SIZE)))
 
@@ -49,12 +50,16 @@ def test_after_a_prompt_the_pool_holds_exactly_the_kept_pages(
     assert free_pages(scheduler) == total
     assert len(scheduler.tier_lengths) == 0
     counters = scheduler.kv_counters
-    assert counters.num_compactions == (1 if evict == "prompt_end" else -(-400 // chunk))
+    assert counters.num_compactions == (
+        1 if evict == "prompt_end" else -(-400 // chunk)
+    )
     assert counters.num_pages_freed > 0
     assert counters.num_evicted_tokens == sum(
         size * (400 - kept)
         for size, kept in zip(
-            scheduler.kv_rule.layout.sizes, scheduler.kv_rule.cache_lengths(400), strict=True
+            scheduler.kv_rule.layout.sizes,
+            scheduler.kv_rule.cache_lengths(400),
+            strict=True,
         )
     )
 
@@ -183,7 +188,11 @@ def test_random_schedules_lose_no_page(tiny_llama: str, seed: int, depth: int) -
     scheduler = make_scheduler(
         tiny_llama,
         rng.choice([52, 60, 90]),
-        SMALL | {"evict": rng.choice(["prompt_end", "chunk"]), "tiers": rng.choice([1, 2, 3])},
+        SMALL
+        | {
+            "evict": rng.choice(["prompt_end", "chunk"]),
+            "tiers": rng.choice([1, 2, 3]),
+        },
         max_num_batched_tokens=rng.choice([64, 128, 512]),
         scheduling_policy=rng.choice(["fcfs", "priority"]),
         async_scheduling=depth > 1,
@@ -193,7 +202,10 @@ def test_random_schedules_lose_no_page(tiny_llama: str, seed: int, depth: int) -
         if arrived < 30 and rng.random() < 0.4:
             scheduler.add_request(
                 make_request(
-                    str(arrived), rng.randint(1, 400), rng.randint(1, 100), rng.randint(0, 3)
+                    str(arrived),
+                    rng.randint(1, 400),
+                    rng.randint(1, 100),
+                    rng.randint(0, 3),
                 )
             )
             arrived += 1

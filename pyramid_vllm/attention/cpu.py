@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,12 @@ from pyramid_vllm.policy import KVPolicyError
 
 class TierMetadata(Protocol):
     """A step's lengths and slots; bound to the builder of each tier by the worker."""
+
+    shared: dict[Hashable, Any]
+
+    @property
+    def has_stock_lengths(self) -> bool:
+        """Whether all tiers have the same lengths, those of stock vLLM."""
 
     def for_tier(
         self, tier: int, common: CommonAttentionMetadata
@@ -89,9 +97,23 @@ class PyramidCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
         """Metadata of one step for this builder's group."""
-        if self.tiers is not None:
-            common_attn_metadata = self.tiers.for_tier(self.tier, common_attn_metadata)
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        tiers = self.tiers
+        if tiers is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        common = tiers.for_tier(self.tier, common_attn_metadata)
+        if not tiers.has_stock_lengths:
+            return super().build(common_prefix_len, common, fast_build)
+        # Tiers then differ in their pages alone: build once.
+        key = (self.num_heads, self.num_kv_heads, self.head_dim, self.window_size)
+        built = tiers.shared.get(key)
+        if built is None:
+            built = super().build(common_prefix_len, common, fast_build)
+            tiers.shared[key] = built
+        return dataclasses.replace(
+            built,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
 
 
 class PyramidCPUAttentionImpl(CPUAttentionBackendImpl):

@@ -27,7 +27,9 @@ KVLayout = Callable[[torch.Tensor], KVViews]
 WriteKV = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def check_layout(name: str, like: torch.Tensor, layout: KVLayout, write: WriteKV) -> None:
+def check_layout(
+    name: str, like: torch.Tensor, layout: KVLayout, write: WriteKV
+) -> None:
     """Write known tokens through the backend's own operator and read them back.
 
     Args:

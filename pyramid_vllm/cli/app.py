@@ -94,7 +94,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="A model's folder; default: the bundled one.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1)] = 16,
+    num_prompts: Annotated[int, typer.Option(min=1)] = 24,
     prompt_tokens: Annotated[int, typer.Option(min=64)] = 768,
     output_tokens: Annotated[int, typer.Option(min=1)] = 128,
     stock_sequences: Annotated[

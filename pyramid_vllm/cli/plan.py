@@ -93,7 +93,9 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
             f"request, {longest}"
         )
     rule = LengthRule(policy, tier_layout(policy, shape.num_layers))
-    memory = MemoryModel(rule, request.block_size, shape.token_bytes * request.block_size)
+    memory = MemoryModel(
+        rule, request.block_size, shape.token_bytes * request.block_size
+    )
     return MemoryPlan(
         policy=policy,
         shape=shape,
@@ -120,7 +122,9 @@ def print_plan(request: PlanRequest) -> None:
 
 
 def _layers(plan: MemoryPlan) -> Table:
-    table = Table(title=f"Policy {plan.policy.name}, prompt of {plan.prompt_tokens} tokens")
+    table = Table(
+        title=f"Policy {plan.policy.name}, prompt of {plan.prompt_tokens} tokens"
+    )
     for column in ("layers", "tokens kept a layer", "of the prompt", "KV bytes"):
         table.add_column(column, justify="right")
     layout, first = plan.memory.rule.layout, 0

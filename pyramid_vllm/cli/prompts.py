@@ -18,7 +18,7 @@ def long_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list
     Raises:
         ValueError: there is not that much text.
     """
-    prompts = []
+    prompts: list[list[int]] = []
     for page in _pages(tokenizer, num_tokens):
         if len(prompts) == num_prompts:
             break

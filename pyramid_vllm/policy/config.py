@@ -93,7 +93,7 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         valid = ", ".join(sorted(PolicyConfig.model_fields))
         return f"unknown setting '{path}'; valid settings are {valid}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     if not path:
         return message
     return f"setting '{path}' is {problem['input']!r}: {message}"

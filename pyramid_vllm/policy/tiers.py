@@ -28,9 +28,7 @@ class TierLayout:
     @property
     def tier_of_layer(self) -> tuple[int, ...]:
         """Tier of each layer."""
-        return tuple(
-            tier for tier, size in enumerate(self.sizes) for _ in range(size)
-        )
+        return tuple(tier for tier, size in enumerate(self.sizes) for _ in range(size))
 
     @property
     def group_size(self) -> int:

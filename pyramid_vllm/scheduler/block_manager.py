@@ -116,8 +116,12 @@ def check_integrity(
                 where = f"request {req_id}, group {manager.kv_cache_group_id}"
                 taken = held.get(block.block_id)
                 assert taken is None, f"page {block.block_id}: {taken} and {where}"
-                assert block.block_id not in free, f"page {block.block_id}: free, {where}"
-                assert block.ref_cnt == 1, f"page {block.block_id}: {block.ref_cnt} refs"
+                assert block.block_id not in free, (
+                    f"page {block.block_id}: free, {where}"
+                )
+                assert block.ref_cnt == 1, (
+                    f"page {block.block_id}: {block.ref_cnt} refs"
+                )
                 held[block.block_id] = where
     total = pool.num_gpu_blocks - 1
     assert len(free) + len(held) == total, (

@@ -47,7 +47,9 @@ class PyramidCPUWorker(CPUWorker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The runner's specs, those of full attention in tiers."""
         specs = super().get_kv_cache_spec()
-        names = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec]
+        names = [
+            name for name, spec in specs.items() if type(spec) is FullAttentionSpec
+        ]
         names.sort(key=extract_layer_index)
         expected = num_full_attention_layers(self.model_config.hf_text_config)
         if len(names) != expected:
@@ -64,7 +66,9 @@ class PyramidCPUWorker(CPUWorker):
         """Allocate the cache, then bind builders and layers to their tiers."""
         super().initialize_from_config(kv_cache_config)
         runner = self.model_runner
-        specs = [group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups]
+        specs = [
+            group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups
+        ]
         self._tier_groups = {
             group_id: spec.tier
             for group_id, spec in enumerate(specs)

@@ -6,7 +6,9 @@ from typing import Any
 from pyramid_vllm.plan import StepPlan
 
 
-def truncate_rows(runner: Any, tier_of_group: Mapping[int, int], plan: StepPlan) -> None:
+def truncate_rows(
+    runner: Any, tier_of_group: Mapping[int, int], plan: StepPlan
+) -> None:
     """Cut compacted requests' rows to the pages that they keep.
 
     The scheduler has freed the pages behind; the next ones it allocates are appended.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ class TierStep:
         self._input_batch = input_batch
         self._plan: StepPlan | None = None
         self._rows: _BatchRows | None = None
+        self.shared: dict[Hashable, Any] = {}
+        """Metadata that builders share in a step where all tiers have stock lengths."""
         self.num_layers_done = 0
         """Layers that have handled this step's windows."""
 
@@ -52,6 +55,7 @@ class TierStep:
         self._plan = plan
         self._rows = None
         self.num_layers_done = 0
+        self.shared.clear()
 
     def finish(self, num_layers: int) -> None:
         """End a step.
@@ -60,6 +64,7 @@ class TierStep:
             RuntimeError: a layer that should have compacted did not run.
         """
         plan, self._plan, self._rows = self._plan, None, None
+        self.shared.clear()
         if plan and plan.windows and self.num_layers_done != num_layers:
             raise RuntimeError(
                 f"KV policy: {self.num_layers_done} of {num_layers} layers compacted "
@@ -70,6 +75,11 @@ class TierStep:
     def has_windows(self) -> bool:
         """Whether layers have anything to do in this step."""
         return self._plan is not None and bool(self._plan.windows)
+
+    @property
+    def has_stock_lengths(self) -> bool:
+        """Whether no request of this step has evicted tokens."""
+        return self._plan is not None and not self._plan.has_evicted
 
     def windows(self) -> list[WindowRows]:
         """This step's windows with their rows."""
@@ -92,7 +102,9 @@ class TierStep:
         if not rows.has_evicted[tier]:
             return common
         positions = rows.positions[tier]
-        blocks = common.block_table_tensor[rows.row_of_token, positions // self._block_size]
+        blocks = common.block_table_tensor[
+            rows.row_of_token, positions // self._block_size
+        ]
         slots = blocks * self._block_size + positions % self._block_size
         common.slot_mapping[: len(positions)] = slots
         tiered = copy.copy(common)
@@ -110,18 +122,18 @@ class _BatchRows:
         self, plan: StepPlan, input_batch: Any, common: CommonAttentionMetadata
     ) -> None:
         row_of = input_batch.req_id_to_index
-        order = [row_of[req_id] for req_id in plan.req_ids]
-        num_tiers = plan.num_evicted.shape[1]
-        # [num_tiers, num_reqs]: kernels read a tier's lengths as contiguous memory.
-        num_evicted = torch.zeros(num_tiers, common.num_reqs, dtype=torch.int32)
-        num_evicted[:, order] = torch.from_numpy(plan.num_evicted.T)
         starts = common.query_start_loc_cpu
-        self.has_evicted = (num_evicted > 0).any(dim=1).tolist()
-        if any(self.has_evicted):
-            num_queries = starts[1:] - starts[:-1]
+        num_reqs, num_tiers = common.num_reqs, plan.num_evicted.shape[1]
+        # [num_tiers, num_reqs]: kernels read a tier's lengths as contiguous memory.
+        num_evicted = torch.zeros(num_tiers, num_reqs, dtype=torch.int32)
+        self.has_evicted = [False] * num_tiers
+        if plan.has_evicted:
+            order = [row_of[req_id] for req_id in plan.req_ids]
+            num_evicted[:, order] = torch.from_numpy(plan.num_evicted.T)
+            self.has_evicted = (num_evicted > 0).any(dim=1).tolist()
             self.seq_lens = common.seq_lens - num_evicted
-            rows = torch.arange(common.num_reqs)
-            self.row_of_token = torch.repeat_interleave(rows, num_queries)
+            rows = torch.arange(num_reqs)
+            self.row_of_token = torch.repeat_interleave(rows, starts[1:] - starts[:-1])
             # Slot of a request's first query, less that query's place in the batch.
             shift = self.seq_lens - starts[1:]
             tokens = torch.arange(len(self.row_of_token))

@@ -1,0 +1,148 @@
+"""`vllm serve --kv-policy`, as an operator starts it and a client uses it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
+
+VLLM = Path(sys.executable).with_name("vllm")
+START_UP_S = 240
+
+
+def environment() -> dict[str, str]:
+    """As a user's shell: the engine core in a process of its own."""
+    inherited = dict(os.environ)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        inherited.pop(name, None)
+    return inherited
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    url: str
+    log: Path
+
+    def lines(self, word: str) -> list[str]:
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return [line for line in text.splitlines() if word in line]
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_UP_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+        else:
+            return
+    raise AssertionError(f"the server did not start:\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(
+    real_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [str(VLLM), "serve", real_model, "--kv-policy", "pyramid"]
+    command += ["--kv-policy-config", '{"recent": 32, "min_context": 64}']
+    command += [
+        "--served-model-name",
+        "smollm2",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    command += ["--block-size", "32", "--kv-cache-memory-bytes", "100000000"]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment()
+        )
+    try:
+        wait_until_healthy(url, process, log)
+        yield Server(url, log)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+FACT = "The keeper of the lighthouse is named Marta Holm. "
+QUESTION = (
+    FACT + "The sea was calm, and gulls sat on the rocks. " * 30 + "Say hello to her."
+)
+
+
+def test_a_chat_completion_is_answered(client: OpenAI, server: Server) -> None:
+    answer = client.chat.completions.create(
+        model="smollm2",
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=24,
+        temperature=0,
+    )
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 300
+    assert answer.choices[0].message.content
+    assert server.lines("compactions"), "nothing was evicted"
+
+
+def test_a_streamed_completion_says_the_same(client: OpenAI) -> None:
+    request = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 24,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**request)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(**request, stream=True)  # type: ignore[call-overload]
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+def test_the_start_up_log_says_what_the_policy_means(server: Server) -> None:
+    (tiers,) = server.lines("KV policy pyramid: retention")
+    assert "5 tiers of 6 layers" in tiers
+    (kept,) = server.lines("of a prompt of 512 tokens")
+    assert "tokens a layer" in kept
+    (memory,) = server.lines("KV bytes for such a request")
+    assert "against" in memory
+    assert len(server.lines("prefix caching is on by default")) == 1
+
+
+def test_help_lists_the_flags_in_a_group() -> None:
+    result = subprocess.run(
+        [str(VLLM), "serve", "--help=KVPolicy"],
+        capture_output=True,
+        text=True,
+        env=environment() | {"COLUMNS": "100"},
+        check=True,
+    )
+    assert "--kv-policy " in result.stdout
+    assert "--kv-policy-config" in result.stdout
+    assert "streaming" in result.stdout
