@@ -88,8 +88,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def test_flags_become_arguments(config_only: str) -> None:
     args = parse(
-        ["--model", config_only, "--kv-policy", "uniform"]
-        + ["--kv-policy-config", '{"retention": 0.3}']
+        [
+            f"--model={config_only}",
+            "--kv-policy=uniform",
+            '--kv-policy-config={"retention": 0.3}',
+        ]
     )
     engine_args = AsyncEngineArgs.from_cli_args(args)
     assert engine_args.additional_config == {

@@ -70,7 +70,7 @@ def full_cache(tiny_llama: str) -> list[list[tuple[torch.Tensor, torch.Tensor]]]
 
 @pytest.fixture(scope="module")
 def attention(tiny_llama: str) -> list[torch.Tensor]:
-    """Attention matrices ``[layers, heads, n, n]`` of every prompt, from transformers."""
+    """Attention ``[layers, heads, n, n]`` of every prompt, from transformers."""
     model = LlamaForCausalLM.from_pretrained(
         tiny_llama, dtype=torch.float32, attn_implementation="eager"
     )
@@ -211,7 +211,7 @@ def masked_greedy(
 ) -> list[int]:
     """Greedy tokens where generated ones see only the kept prompt tokens."""
     length, tokens = len(prompt), list(prompt)
-    for step in range(count):
+    for _ in range(count):
         total = len(tokens)
         allowed = torch.ones(total, total, dtype=torch.bool).tril()
         # The first token is sampled before anything is evicted.
@@ -261,7 +261,7 @@ def test_a_batch_is_its_requests_alone(
 
 
 def test_preempted_requests_are_as_alone(engine: Engine, tiny_llama: str) -> None:
-    """A replay evicts the prompt by its own queries, then adds the outputs behind it."""
+    """A replay evicts the prompt by its own queries, then adds the outputs behind."""
     llm = engine(kv_cache_memory_bytes=int(3.3 * MIB), max_model_len=960)
     scheduler, preempted = scheduler_of(llm), []
     original = scheduler._preempt_request

@@ -1,6 +1,9 @@
 """What the distribution says of itself."""
 
+import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ from typing import Any
 import pytest
 
 from pyramid_vllm.compat import SUPPORTED_VLLM, check_vllm_version
-from pyramid_vllm.policy import KVPolicyError, preset_dir, preset_names
+from pyramid_vllm.policy import KVPolicyError, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,12 +26,27 @@ def test_vllm_loads_the_plugin() -> None:
     assert entry.value == "pyramid_vllm.plugin:register"
 
 
-def test_the_wheel_ships_the_presets(project: Any) -> None:
-    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    ((source, target),) = wheel["force-include"].items()
-    assert (ROOT / source).samefile(preset_dir())
-    assert target == "pyramid_vllm/configs/policies"
-    assert len(preset_names()) == len(list((ROOT / source).iterdir()))
+def test_the_wheel_ships_the_presets(tmp_path: Path) -> None:
+    """And, installed from it, the package finds them there."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
+    subprocess.run([*command, "--directory", str(tmp_path)], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = (
+        "from pyramid_vllm.policy import preset_dir, preset_names, resolve_policy\n"
+        "assert preset_dir().parent.parent.name == 'pyramid_vllm', preset_dir()\n"
+        "print(*preset_names())\n"
+        "assert resolve_policy('pyramid').retention == 0.5"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "installed",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == preset_names()
 
 
 def test_the_extras_are_in_the_supported_range(project: Any) -> None:

@@ -151,7 +151,7 @@ def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
 
 
 def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:
-    """Mean share of each output that equals the reference up to the first difference."""
+    """Mean share of an output that equals the reference, up to the first difference."""
     shares = []
     for ours, theirs in zip(outputs, reference, strict=True):
         same = next(
