@@ -108,7 +108,7 @@ class TieredLayer:
         scores = self._scorer(
             newest, key, self._scale, self._logits_soft_cap, self._config
         )
-        if self._config.selection == "head" or scores.shape[0] == 1:
+        if self._config.selection == "head":
             return scores
         scores = scores.mean(dim=0, keepdim=True)
         num_ranks = get_tensor_model_parallel_world_size()

@@ -1,0 +1,135 @@
+"""Other models and set-ups that the policy says it supports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from pyramid_vllm.plan import PromptWindow, StepPlan
+from pyramid_vllm.policy import resolve_policy
+from pyramid_vllm.spec import TierAttentionSpec
+from pyramid_vllm.worker import layer as layer_module
+from pyramid_vllm.worker.layer import TieredLayer
+from pyramid_vllm.worker.queries import QueryWindows
+from pyramid_vllm.worker.step import TierStep
+from tests.engines import close, generate, make_llm, random_prompts, scheduler_of
+from tests.models import TINY_LLAMA
+
+POLICY = {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 2}
+PROMPTS = random_prompts([300, 40, 517, 129], seed=5)
+
+
+@pytest.fixture(scope="module")
+def mixed_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Gemma 3 in which every third layer has full attention."""
+    settings = {
+        key: TINY_LLAMA[key] for key in TINY_LLAMA if key != "initializer_range"
+    }
+    config = Gemma3TextConfig(
+        **settings,
+        sliding_window=64,
+        initializer_range=0.2,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gemma3")
+    Gemma3ForCausalLM(config).float().save_pretrained(folder)
+    return str(folder)
+
+
+def test_sliding_window_layers_keep_theirs(mixed_model: str) -> None:
+    """Full-attention layers are tiered, the others untouched, the batch as alone."""
+    stock = make_llm(mixed_model)
+    expected = [g.tokens for g in generate(stock, PROMPTS, 24)]
+    close(stock)
+    for retention in (1.0, 0.4):
+        llm = make_llm(
+            mixed_model,
+            kv_policy="pyramid",
+            kv_policy_config=POLICY | {"retention": retention},
+        )
+        scheduler = scheduler_of(llm)
+        specs = [g.kv_cache_spec for g in scheduler.kv_cache_config.kv_cache_groups]
+        tiers = [spec.tier for spec in specs if isinstance(spec, TierAttentionSpec)]
+        assert sorted(tiers) == [0, 1]
+        assert len(specs) > 2
+        together = [g.tokens for g in generate(llm, PROMPTS, 24)]
+        if retention == 1.0:
+            assert together == expected
+        else:
+            alone = [generate(llm, [prompt], 24)[0].tokens for prompt in PROMPTS]
+            assert together == alone
+            assert scheduler.kv_counters.num_compactions == 6
+        close(llm)
+
+
+SCRIPT = """
+import json, sys
+from tests.engines import generate, make_llm, random_prompts
+
+if __name__ == "__main__":
+    model, prompts, policy = json.load(sys.stdin)
+    llm = make_llm(
+        model, tensor_parallel_size=2, kv_policy="pyramid", kv_policy_config=policy
+    )
+    print("@", json.dumps([g.tokens for g in generate(llm, prompts, 24)]), flush=True)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_choose_what_one_does(tiny_llama: str, tmp_path: Path) -> None:
+    """Each rank has one of the two KV heads; scores are those of both."""
+    llm = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=POLICY)
+    expected = [g.tokens for g in generate(llm, PROMPTS, 24)]
+    close(llm)
+    script = tmp_path / "two_ranks.py"
+    script.write_text(SCRIPT)
+    root = str(Path(__file__).resolve().parents[1])
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps([tiny_llama, PROMPTS, POLICY]),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {
+            "PYTHONPATH": root,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        },
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("@")]
+    assert lines, result.stderr[-3000:]
+    assert json.loads(lines[0][1:]) == expected
+
+
+def test_scores_of_one_head_are_reduced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank with a single KV head still needs the other ranks' scores."""
+    policy = resolve_policy("pyramid", POLICY)
+    assert policy is not None
+    other = torch.tensor([[0.0, 4.0, 2.0]])
+    monkeypatch.setattr(layer_module, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(
+        layer_module, "tensor_model_parallel_all_reduce", lambda scores: scores + other
+    )
+    step = TierStep(32, None)
+    layer = TieredLayer(0, 0, 1.0, 0.0, policy, step, QueryWindows())
+    monkeypatch.setattr(layer, "_scorer", lambda *_: torch.tensor([[2.0, 0.0, 2.0]]))
+    assert layer._scores(None, torch.zeros(3, 1, 8)).tolist() == [[1.0, 2.0, 2.0]]
+
+
+def test_windows_without_metadata_are_an_error() -> None:
+    step = TierStep(32, None)
+    window = PromptWindow("a", 10, 2, False, (5,), 2)
+    step.begin(
+        StepPlan(("a",), torch.zeros(1, 1).int().numpy(), (window,), frozenset())
+    )
+    with pytest.raises(AssertionError, match="before its metadata"):
+        step.windows()
+    with pytest.raises(RuntimeError, match=r"0 of 3 layers compacted \['a'\]"):
+        step.finish(3)
