@@ -103,6 +103,8 @@ def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:
         raise _refuse("MLA attention", model.model, "valid are models with MHA or GQA")
     if model.runner_type != "generate":
         raise _refuse("runner", model.runner_type, "valid is 'generate'")
+    if model.is_hybrid:
+        raise _refuse("hybrid model", model.model, "valid are pure attention models")
     if model.is_encoder_decoder:
         raise _refuse("encoder-decoder model", model.model, "valid are decoders")
     if model.is_multimodal_model:

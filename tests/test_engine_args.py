@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import DeepseekV2Config, LlamaConfig, MambaConfig, MistralConfig
+from transformers import (
+    DeepseekV2Config,
+    JambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import pyramid_vllm  # noqa: F401
+from pyramid_vllm.checks import check_engine
 from pyramid_vllm.engine_args import SCHEDULER_CLS, WORKER_CLS, install
 from pyramid_vllm.policy import KVPolicyError, preset_dir
 from tests.models import TINY_LLAMA, save_config
@@ -172,6 +179,10 @@ def mamba_config() -> MambaConfig:
     return MambaConfig(num_hidden_layers=2, architectures=["MambaForCausalLM"])
 
 
+def hybrid_config() -> JambaConfig:
+    return JambaConfig(num_hidden_layers=8, architectures=["JambaForCausalLM"])
+
+
 def sliding_config() -> MistralConfig:
     return MistralConfig(
         num_hidden_layers=2, sliding_window=128, architectures=["MistralForCausalLM"]
@@ -184,8 +195,9 @@ def sliding_config() -> MistralConfig:
         (mla_config(), ["MLA"]),
         (mamba_config(), ["full attention", "none"]),
         (sliding_config(), ["full attention", "none"]),
+        (hybrid_config(), ["hybrid model"]),
     ],
-    ids=["mla", "mamba", "sliding-window"],
+    ids=["mla", "mamba", "sliding-window", "hybrid"],
 )
 def test_models_without_full_attention_are_refused(
     tmp_path: Path, config: Any, words: list[str]
@@ -200,9 +212,19 @@ def test_models_without_full_attention_are_refused(
 def test_the_v2_runner_is_refused(
     config_only: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = engine_config(config_only, kv_policy="pyramid")
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     with pytest.raises(KVPolicyError, match="VLLM_USE_V2_MODEL_RUNNER"):
-        engine_config(config_only, kv_policy="pyramid")
+        check_engine(config)
+
+
+def test_another_device_is_refused(
+    config_only: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine_config(config_only, kv_policy="pyramid")
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    with pytest.raises(KVPolicyError, match="device='cuda': valid is 'cpu'"):
+        check_engine(config)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])

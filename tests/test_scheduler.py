@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pyramid_vllm.plan import StepPlan
-from pyramid_vllm.policy import num_pages
+from pyramid_vllm.policy import KVPolicyError, num_pages
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.block_manager import TierBlockManager
 from tests.scheduling import (
@@ -267,6 +267,31 @@ def test_memory_for_four_stock_sequences_runs_seven(tiny_llama: str) -> None:
         scheduler.add_request(make_request(str(index), prompt, output))
     Driver(scheduler).run()
     assert scheduler.kv_counters.max_num_running >= 7
+
+
+def test_streamed_prompts_are_refused(tiny_llama: str) -> None:
+    scheduler = make_scheduler(tiny_llama, 60, SMALL)
+    request = make_request("a", 100, 10)
+    request.resumable = True
+    with pytest.raises(KVPolicyError, match="request a is resumable"):
+        scheduler.add_request(request)
+
+
+def test_the_report_counts_like_the_pool(tiny_llama: str) -> None:
+    """What the start-up log says a request needs is what the scheduler gives it."""
+    scheduler = make_scheduler(tiny_llama, 60, SMALL)
+    report = scheduler.kv_report
+    scheduler.add_request(make_request("a", 256, 10))
+    Driver(scheduler).step()
+    pages = sum(held_pages(scheduler, "a").values())
+    page_bytes = (
+        2 * 32 * 2 * 32 * 2 * 4
+    )  # 2 layers of 32 tokens, 2 heads of 32, K and V
+    stock_bytes = 256 // 32 * page_bytes * 3
+    line = report.lines()[2]
+    assert f"{pages * page_bytes:,} KV bytes" in line
+    assert f"against {stock_bytes:,} in stock" in line
+    assert f"{59 / pages:.1f} at once in {59 * page_bytes:,} bytes" in line
 
 
 def test_outputs_end_where_the_pool_does(tiny_llama: str) -> None:

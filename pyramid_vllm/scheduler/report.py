@@ -64,8 +64,7 @@ class KVReport:
         kept = rule.cache_lengths(typical)
         page_bytes = self._page_bytes()
         pages = self.num_request_pages(typical, typical)
-        stock_pages = cdiv(typical, self._groups[0].kv_cache_spec.block_size)
-        stock_bytes = stock_pages * self._layer_page_bytes() * layout.num_layers
+        stock_bytes = self._stock_request_bytes(typical)
         capacity = self._num_pages * page_bytes
         peak = (
             "at the prompt's end; until then a prompt holds all its tokens"
@@ -96,15 +95,25 @@ class KVReport:
         for line in self.lines():
             logger.info("%s", line)
 
+    def _stock_request_bytes(self, num_tokens: int) -> int:
+        """Bytes of the same request in stock vLLM: only tiered groups differ."""
+        total = 0
+        for group in self._groups:
+            spec = group.kv_cache_spec
+            if isinstance(spec, TierAttentionSpec):
+                layers = len(group.layer_names)
+                pages = cdiv(num_tokens, spec.block_size)
+                total += pages * spec.page_size_bytes * layers
+            else:
+                total += self._group_pages(group, ()) * self._page_bytes()
+        return total
+
     def _page_bytes(self) -> int:
         """Bytes of a page of the largest group."""
         return max(
             group.kv_cache_spec.page_size_bytes * len(group.layer_names)
             for group in self._groups
         )
-
-    def _layer_page_bytes(self) -> int:
-        return self._groups[0].kv_cache_spec.page_size_bytes
 
 
 def _run(values: tuple[int, ...]) -> str:

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, PromptWindow, StepPlan
+from pyramid_vllm.policy import KVPolicyError
 from pyramid_vllm.scheduler.block_manager import (
     TierBlockManager,
     check_integrity,
@@ -81,7 +82,16 @@ class PyramidScheduler(AsyncScheduler):
         self.kv_report.log()
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, its output no longer than the pool alone can hold."""
+        """Queue a request, its output no longer than the pool alone can hold.
+
+        Raises:
+            KVPolicyError: the prompt is to grow after its end, where it is evicted.
+        """
+        if request.resumable:
+            raise KVPolicyError(
+                f"kv_policy does not support streamed prompts: request "
+                f"{request.request_id} is resumable"
+            )
         limit = self.kv_report.max_output_tokens(request.num_prompt_tokens)
         if request.max_tokens > limit:
             logger.warning_once(
