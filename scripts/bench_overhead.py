@@ -7,12 +7,10 @@ to stock within a round: median, lowest and highest.
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +21,13 @@ from rich.table import Table
 
 from pyramid_vllm.cli.measure import MARK
 from pyramid_vllm.cli.model import make_model
-from pyramid_vllm.compat import installed_vllm_version
+from pyramid_vllm.cli.provenance import provenance
 
 BLOCK_SIZE = 32
 NUM_SEQS = 8
 PROMPT_TOKENS = 64
 DECODE_STEPS = 12
+SEED = 0
 #: Stock vLLM, and stock vLLM once more: what the ratio of equals looks like here.
 STOCK = ("stock", "stock again")
 
@@ -52,7 +51,7 @@ def make_engine(model: str, tiers: str) -> Any:
         max_model_len=1024,
         max_num_seqs=NUM_SEQS,
         max_num_batched_tokens=2048,
-        seed=0,
+        seed=SEED,
         **policy,
     ).llm_engine
 
@@ -195,17 +194,8 @@ def main(
     Console().print(table(results))
     if json_file is not None:
         kinds = {kind: ratios(results, kind) for kind in ("decode", "prefill")}
-        report = {
-            "ratio_to_stock": kinds,
-            "tokens_per_s": results,
-            "argv": sys.argv,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {
-                "vllm": installed_vllm_version(),
-                "python": platform.python_version(),
-            },
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        }
+        figures = {"ratio_to_stock": kinds, "tokens_per_s": results}
+        report = figures | provenance(SEED)
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -307,3 +307,15 @@ def test_outputs_end_where_the_pool_does(tiny_llama: str) -> None:
     Driver(scheduler).run()
     assert long_output.num_output_tokens == 12 * BLOCK_SIZE - 10 + 1
     assert long_prompt.num_output_tokens == 20
+    assert scheduler.kv_counters.num_capped_outputs == 1
+
+
+def test_outputs_end_at_the_longest_length_where_the_pool_allows(
+    tiny_llama: str,
+) -> None:
+    scheduler = make_scheduler(tiny_llama, 200, SMALL)
+    request = make_request("a", 10, 100_000)
+    scheduler.add_request(request)
+    Driver(scheduler).run()
+    assert request.num_tokens == 512
+    assert scheduler.kv_counters.num_capped_outputs == 0

@@ -2,13 +2,11 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ from rich.table import Table
 
 from pyramid_vllm.cli.measure import MARK, Measured, MeasureTask
 from pyramid_vllm.cli.prompts import long_prompts
+from pyramid_vllm.cli.provenance import provenance
 from pyramid_vllm.cli.sizes import format_bytes
-from pyramid_vllm.compat import check_vllm_version, installed_vllm_version
+from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, resolve_policy
 
@@ -204,12 +203,4 @@ def _report(
         "policies": policies,
         "settings": asdict(settings),
         "kv_bytes": task.kv_bytes,
-        "seed": task.seed,
-        "argv": sys.argv,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "vllm": installed_vllm_version(),
-            "python": platform.python_version(),
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
+    } | provenance(task.seed)

@@ -45,11 +45,15 @@ class KVReport:
             spec.max_memory_usage_bytes(self._vllm_config), spec.page_size_bytes
         )
 
-    def max_output_tokens(self, num_prompt_tokens: int) -> int:
-        """Tokens that a request can generate with the whole pool to itself."""
+    def max_output_tokens(self, num_prompt_tokens: int) -> int | None:
+        """Tokens that a request can generate with the whole pool to itself.
+
+        Returns:
+            None where the pool holds the request up to ``max_model_len``.
+        """
         low, high = num_prompt_tokens, self.max_model_len
         if self.num_request_pages(num_prompt_tokens, high) <= self._num_pages:
-            return max(0, high - num_prompt_tokens)
+            return None
         while high - low > 1:
             middle = (low + high) // 2
             fits = self.num_request_pages(num_prompt_tokens, middle) <= self._num_pages

@@ -44,6 +44,8 @@ class PolicyCounters:
     """Pages that evictions gave back to the block pool."""
     max_num_running: int = 0
     """Most sequences running at once."""
+    num_capped_outputs: int = 0
+    """Requests that may end where the whole pool does, before their own limit."""
 
 
 class PyramidScheduler(AsyncScheduler):
@@ -93,10 +95,12 @@ class PyramidScheduler(AsyncScheduler):
                 f"{request.request_id} is resumable"
             )
         limit = self.kv_report.max_output_tokens(request.num_prompt_tokens)
-        if request.max_tokens > limit:
+        if limit is not None and request.max_tokens > limit:
+            self.kv_counters.num_capped_outputs += 1
             logger.warning_once(
-                "KV policy: outputs are cut at the length that the KV cache can hold "
-                "(here %d tokens after a prompt of %d); later ones are cut silently",
+                "KV policy: the KV cache cannot hold every output up to max_model_len; "
+                "longer ones end with finish reason 'length', the first one %d tokens "
+                "after a prompt of %d",
                 limit,
                 request.num_prompt_tokens,
             )
