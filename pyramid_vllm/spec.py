@@ -7,7 +7,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    replace_as,
+)
 
 from pyramid_vllm.policy import (
     KVPolicyError,
@@ -93,6 +98,14 @@ class TierAttentionSpec(FullAttentionSpec):
             max_model_len, max_model_len, max_chunk(vllm_config)
         )
         return cdiv(lengths[self.tier], self.block_size) * self.page_size_bytes
+
+
+def group_page_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of one page of the block pool: that of the largest group."""
+    return max(
+        group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+        for group in kv_cache_config.kv_cache_groups
+    )
 
 
 def max_chunk(vllm_config: VllmConfig) -> int:

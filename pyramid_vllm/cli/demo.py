@@ -20,7 +20,7 @@ from pyramid_vllm.cli.provenance import provenance
 from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
-from pyramid_vllm.policy import NONE, resolve_policy
+from pyramid_vllm.policy import NONE, num_pages, resolve_policy
 
 _BLOCK_SIZE = 32
 _SEED = 0
@@ -76,7 +76,8 @@ def _stock_task(
     settings: DemoSettings, prompts: list[list[int]], shape: ModelShape
 ) -> MeasureTask:
     longest = max(map(len, prompts)) + settings.output_tokens
-    pages = -(-longest // _BLOCK_SIZE) * settings.stock_sequences + 1  # the null page
+    (sequence,) = num_pages((longest,), _BLOCK_SIZE)
+    pages = sequence * settings.stock_sequences + 1  # the null page
     return MeasureTask(
         model=settings.model,
         prompts=prompts,
@@ -86,7 +87,6 @@ def _stock_task(
         max_num_seqs=max(16, settings.num_prompts),
         max_num_batched_tokens=max(1024, longest),
         kv_policy=None,
-        kv_policy_config=None,
         seed=_SEED,
     )
 

@@ -1,8 +1,8 @@
 """One policy, one process: runs a batch through vLLM and counts what happens.
 
 Run as ``python -m pyramid_vllm.cli.measure``, with a ``MeasureTask`` as JSON on its
-standard input. It prints ``ProgressLine`` and, last, ``ResultLine`` objects, each on a
-line of its own behind ``MARK``.
+standard input. It prints JSON objects, each on a line of its own behind ``MARK``:
+``ready``, then ``done`` with the finished requests after every step, then ``result``.
 """
 
 import json
@@ -28,7 +28,6 @@ class MeasureTask:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_policy: str | None
-    kv_policy_config: str | None
     seed: int
 
 
@@ -66,7 +65,6 @@ def make_engine(task: MeasureTask) -> Any:
         max_num_batched_tokens=task.max_num_batched_tokens,
         seed=task.seed,
         kv_policy=task.kv_policy,
-        kv_policy_config=task.kv_policy_config,
     ).llm_engine
 
 
@@ -74,12 +72,10 @@ class Watch:
     """Follows a scheduler from step to step, stock or not."""
 
     def __init__(self, scheduler: Any) -> None:
+        from pyramid_vllm.spec import group_page_bytes
+
         self._scheduler = scheduler
-        groups = scheduler.kv_cache_config.kv_cache_groups
-        self._page_bytes = max(
-            group.kv_cache_spec.page_size_bytes * len(group.layer_names)
-            for group in groups
-        )
+        self._page_bytes = group_page_bytes(scheduler.kv_cache_config)
         self._last_bytes: dict[str, int] = {}
         self._preemptions: dict[str, int] = {}
         self._running: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -81,7 +82,7 @@ class TierBlockManager(FullAttentionManager):
         reads these pages, and no other request may get them within it.
         """
         blocks = self.req_to_blocks[request_id]
-        num_kept = -(-num_held // self.block_size)
+        num_kept = cdiv(num_held, self.block_size)
         tail = blocks[num_kept:]
         del blocks[num_kept:]
         self.block_pool.free_blocks(reversed(tail))

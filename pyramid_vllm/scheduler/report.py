@@ -8,8 +8,8 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from pyramid_vllm.policy import LengthRule, num_pages
-from pyramid_vllm.spec import TierAttentionSpec
+from pyramid_vllm.policy import LengthRule
+from pyramid_vllm.spec import TierAttentionSpec, group_page_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +30,7 @@ class KVReport:
         self.max_model_len = vllm_config.model_config.max_model_len
         self._vllm_config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
+        self._page_bytes = group_page_bytes(kv_cache_config)
         self._num_pages = kv_cache_config.num_blocks - 1  # one is the null block
 
     def num_request_pages(self, num_prompt_tokens: int, num_tokens: int) -> int:
@@ -40,7 +41,7 @@ class KVReport:
     def _group_pages(self, group: KVCacheGroupSpec, lengths: tuple[int, ...]) -> int:
         spec = group.kv_cache_spec
         if isinstance(spec, TierAttentionSpec):
-            return num_pages((lengths[spec.tier],), spec.block_size)[0]
+            return cdiv(lengths[spec.tier], spec.block_size)
         return cdiv(
             spec.max_memory_usage_bytes(self._vllm_config), spec.page_size_bytes
         )
@@ -66,7 +67,7 @@ class KVReport:
         rule, layout, config = self.rule, self.rule.layout, self.rule.config
         typical = max(1, self.max_model_len // 2)
         kept = rule.cache_lengths(typical)
-        page_bytes = self._page_bytes()
+        page_bytes = self._page_bytes
         pages = self.num_request_pages(typical, typical)
         stock_bytes = self._stock_request_bytes(typical)
         capacity = self._num_pages * page_bytes
@@ -109,15 +110,8 @@ class KVReport:
                 pages = cdiv(num_tokens, spec.block_size)
                 total += pages * spec.page_size_bytes * layers
             else:
-                total += self._group_pages(group, ()) * self._page_bytes()
+                total += self._group_pages(group, ()) * self._page_bytes
         return total
-
-    def _page_bytes(self) -> int:
-        """Bytes of a page of the largest group."""
-        return max(
-            group.kv_cache_spec.page_size_bytes * len(group.layer_names)
-            for group in self._groups
-        )
 
 
 def _run(values: tuple[int, ...]) -> str:

@@ -200,6 +200,8 @@ class PyramidScheduler(AsyncScheduler):
 
     def _free_evicted(self, plan: StepPlan) -> None:
         """Give the evicted tokens' pages back, for later steps to use."""
+        if not plan.windows:
+            return
         before = dict(zip(plan.req_ids, plan.num_evicted, strict=True))
         counters, sizes = self.kv_counters, self.kv_rule.layout.sizes
         for window in plan.windows:

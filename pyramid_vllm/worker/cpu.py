@@ -102,17 +102,19 @@ class PyramidCPUWorker(CPUWorker):
                     "valid is the attention backend CPU_ATTN"
                 )
             builder.tiers, builder.tier = step, tier
+            # One spec and one backend: what holds for a layer holds for the group.
+            layers = self.compilation_config.static_forward_context
+            check_cpu_layout(layers[attn_group.layer_names[0]].kv_cache, builder.isa)
             for name in attn_group.layer_names:
-                self._bind_layer(name, tier, builder.isa)
+                self._bind_layer(name, tier)
 
-    def _bind_layer(self, name: str, tier: int, isa: str) -> None:
+    def _bind_layer(self, name: str, tier: int) -> None:
         layer = self.compilation_config.static_forward_context[name]
         impl = layer.impl
         assert isinstance(impl, PyramidCPUAttentionImpl)
         assert self.tier_step is not None
         if self.kv_policy.needs_queries:
             impl.check_scorable()
-        check_cpu_layout(layer.kv_cache, isa)
         impl.tier_layer = TieredLayer(
             extract_layer_index(name),
             tier,

@@ -9,6 +9,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.utils.math_utils import cdiv
 
 from pyramid_vllm.kernels import compact_in_place, select_tokens
 from pyramid_vllm.policy import PolicyConfig
@@ -97,7 +98,7 @@ class TieredLayer:
         if num_kept == num_held:
             return
         block_size = cache.key.shape[2]
-        block_ids = block_table[: -(-num_held // block_size)].long()
+        block_ids = block_table[: cdiv(num_held, block_size)].long()
         # [blocks, heads, block_size, size] -> [tokens, heads, size]
         key = cache.key[block_ids].transpose(1, 2).flatten(0, 1)[:num_held]
         scores = self._scores(newest, key)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
+
 from pyramid_vllm.plan import StepPlan
 
 
@@ -20,7 +22,7 @@ def truncate_rows(
         block_ids = runner.requests[window.req_id].block_ids
         for group_id, tier in tier_of_group.items():
             table = runner.input_batch.block_table[group_id]
-            num_kept = -(-window.num_kept[tier] // table.block_size)
+            num_kept = cdiv(window.num_kept[tier], table.block_size)
             table.block_table.np[row, num_kept : table.num_blocks_per_row[row]] = 0
             table.num_blocks_per_row[row] = num_kept
             del block_ids[group_id][num_kept:]
