@@ -22,11 +22,35 @@ class PromptWindow:
     num_queries: int
     """Newest of them whose queries score, or will score in a later step."""
     retain: bool
-    """Whether a later step of the same prompt needs these queries."""
+    """Whether a later step of the same prompt needs these queries, or their scores."""
     num_kept: tuple[int, ...] | None
     """Cache length of each tier after this step's compaction; None: no compaction."""
     num_recent: int
-    """Newest tokens that the compaction always keeps."""
+    """Newest tokens that always stay."""
+    num_rows: tuple[int, ...] | None = None
+    """Rows that each tier computes, where that is fewer than were scheduled in any."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupWindow:
+    """A request whose generated tokens this step compresses by one group.
+
+    Set by the scheduler; read by the worker once the step's forward pass is over.
+    """
+
+    req_id: str
+    num_tokens: int
+    """Tokens computed once this step is over."""
+    num_queries: int
+    """Newest generated tokens whose queries score the group."""
+    starts: tuple[int, ...]
+    """First cached token of the group, per tier."""
+    group: int
+    """Tokens of the group."""
+    group_kept: tuple[int, ...]
+    """How many of them each tier keeps."""
+    num_kept: tuple[int, ...]
+    """Cache length of each tier after the compaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +62,13 @@ class StepPlan:
     num_evicted: npt.NDArray[np.int32]
     """``[len(req_ids), num_tiers]``: computed tokens minus cache length, before this
     step. Read by the metadata builders: lengths and slots follow from it."""
+    num_prompt_tokens: int
+    """Prompt tokens that this step computes. Read by the worker's counters."""
     windows: tuple[PromptWindow, ...]
-    """Read by the attention layers (scores, compaction) and, after the step, by the
-    worker (block-table rows)."""
+    """Read by the attention layers (scores, pruning, compaction) and, after the step,
+    by the worker (block-table rows)."""
+    groups: tuple[GroupWindow, ...]
+    """Read by the worker after the forward pass (scores, compaction, rows)."""
     released: frozenset[str]
     """Requests that finished or were preempted: the worker drops their queries."""
 
@@ -50,6 +78,15 @@ class StepPlan:
         return bool(self.num_evicted.any())
 
     @property
-    def num_compactions(self) -> int:
-        """Requests that this step compacts."""
-        return sum(window.num_kept is not None for window in self.windows)
+    def prunes(self) -> bool:
+        """Whether any tier computes fewer rows than were scheduled."""
+        return any(window.num_rows is not None for window in self.windows)
+
+    @property
+    def cache_lengths(self) -> dict[str, tuple[int, ...]]:
+        """Of each request that this step takes tokens from: what each tier keeps."""
+        kept = {group.req_id: group.num_kept for group in self.groups}
+        for window in self.windows:
+            if window.num_kept is not None:
+                kept[window.req_id] = window.num_kept
+        return kept

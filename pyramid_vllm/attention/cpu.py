@@ -29,7 +29,7 @@ class TierMetadata(Protocol):
 
     @property
     def has_stock_lengths(self) -> bool:
-        """Whether all tiers have the same lengths, those of stock vLLM."""
+        """Whether all tiers have the lengths and rows of stock vLLM."""
 
     def for_tier(
         self, tier: int, common: CommonAttentionMetadata
@@ -38,16 +38,16 @@ class TierMetadata(Protocol):
 
 
 class TierLayer(Protocol):
-    """One layer's part in compactions; bound to its attention by the worker."""
+    """One layer's part in the policy; bound to its attention by the worker."""
 
     @property
-    def compacts(self) -> bool:
+    def is_active(self) -> bool:
         """Whether this step needs the layer's queries."""
 
     def after_attention(
         self, query: torch.Tensor, cache: KVViews, block_table: torch.Tensor
     ) -> None:
-        """Score, select and compact once the layer's attention has run."""
+        """Score, select, prune and compact once the layer's attention has run."""
 
 
 def cpu_views(cache: torch.Tensor) -> KVViews:
@@ -137,7 +137,11 @@ class PyramidCPUAttentionImpl(CPUAttentionBackendImpl):
             layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
         )
         tier_layer = self.tier_layer
-        if tier_layer is not None and attn_metadata is not None and tier_layer.compacts:
+        if (
+            tier_layer is not None
+            and attn_metadata is not None
+            and tier_layer.is_active
+        ):
             tier_layer.after_attention(
                 query, cpu_views(kv_cache), attn_metadata.block_table
             )

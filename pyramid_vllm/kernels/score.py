@@ -1,6 +1,51 @@
 """How much each cached token matters."""
 
+from collections.abc import Iterator
+
 import torch
+from torch.nn import functional
+
+#: Attention probabilities that are held at once, in elements.
+_MAX_ELEMENTS = 1 << 23
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Attention probabilities of the newest tokens, some queries at a time.
+
+    Args:
+        query: ``[num_queries, num_heads, head_size]``, the newest tokens, in order.
+        key: ``[num_tokens, num_kv_heads, head_size]``, oldest first; the last
+            ``num_queries`` of them belong to the queries.
+        scale: factor of the attention logits.
+        logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+
+    Yields:
+        The first query's place, and float32 probabilities
+        ``[num_kv_heads, heads of each, some queries, num_tokens]``.
+    """
+    num_queries, num_heads, head_size = query.shape
+    num_tokens, num_kv_heads, _ = key.shape
+    heads = num_heads // num_kv_heads
+    keys = key.float().permute(1, 2, 0)
+    rows = query.float().view(num_queries, num_kv_heads, heads, head_size)
+    rows = rows.permute(1, 2, 0, 3)
+    step = max(1, _MAX_ELEMENTS // (num_heads * num_tokens))
+    tokens = torch.arange(num_tokens, device=key.device)
+    for start in range(0, num_queries, step):
+        part = rows[:, :, start : start + step]
+        count = part.shape[2]
+        # A query sees all but the tokens newer than itself.
+        seen = num_tokens - num_queries + start + count
+        logits = torch.bmm(part.reshape(num_kv_heads, -1, head_size), keys[..., :seen])
+        logits = logits.view(num_kv_heads, heads, count, seen).mul_(scale)
+        if logits_soft_cap:
+            logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+        future = tokens[:seen] >= tokens[seen - count : seen, None] + 1
+        logits.masked_fill_(future, float("-inf"))
+        probabilities = torch.softmax(logits, dim=-1)
+        yield start, functional.pad(probabilities, (0, num_tokens - seen))
 
 
 def window_scores(
@@ -14,7 +59,8 @@ def window_scores(
 
     The pivotal-context score of PyramidInfer (arXiv 2405.12532, section 4.2): the
     weighted mean, over the queries of the recent window, of the attention
-    probabilities; here also the mean over the query heads of each KV head.
+    probabilities; here also the mean over the query heads of each KV head. With one
+    query it is TOVA's (arXiv 2401.06104, section 3.2).
 
     Args:
         query: ``[num_queries, num_heads, head_size]``, the newest tokens, in order.
@@ -28,21 +74,77 @@ def window_scores(
     Returns:
         ``[num_kv_heads, num_tokens]``, float32; each row sums to 1.
     """
-    num_queries, num_heads, head_size = query.shape
-    num_tokens, num_kv_heads, _ = key.shape
-    grouped = query.float().view(num_queries, num_kv_heads, -1, head_size)
-    # [num_kv_heads, heads of it * num_queries, head_size]
-    rows = grouped.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_size)
-    logits = torch.bmm(rows, key.float().permute(1, 2, 0)) * scale
-    if logits_soft_cap:
-        logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-    logits = logits.view(num_kv_heads, num_heads // num_kv_heads, num_queries, -1)
-    window = logits[..., num_tokens - num_queries :]
-    future = torch.ones(num_queries, num_queries, dtype=torch.bool, device=key.device)
-    window.masked_fill_(future.triu(1), float("-inf"))
-    probabilities = torch.softmax(logits, dim=-1).mean(dim=1)
-    weights = torch.linspace(1.0, distance_weight, num_queries, device=key.device)
-    return torch.einsum("hqt,q->ht", probabilities, weights / weights.sum())
+    weights = torch.linspace(1.0, distance_weight, len(query), device=key.device)
+    weights = weights / weights.sum()
+    scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
+    for start, part in _attention(query, key, scale, logits_soft_cap):
+        share = weights[start : start + part.shape[2]]
+        scores += torch.einsum("hgqt,q->ht", part, share) / part.shape[1]
+    return scores
+
+
+def accumulated_scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float = 0.0
+) -> torch.Tensor:
+    """Attention that every cached token has got from the given queries.
+
+    The heavy-hitter score of H2O (arXiv 2306.14048, section 4): the sum, over queries,
+    of the attention probabilities; here also the mean over the query heads of each KV
+    head. Chunks of a prompt add up.
+
+    Args:
+        query: ``[num_queries, num_heads, head_size]``, the newest tokens, in order.
+        key: ``[num_tokens, num_kv_heads, head_size]``, oldest first.
+        scale: factor of the attention logits.
+        logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+
+    Returns:
+        ``[num_kv_heads, num_tokens]``, float32; each row sums to ``num_queries``.
+    """
+    scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
+    for _, part in _attention(query, key, scale, logits_soft_cap):
+        scores += part.sum(dim=2).mean(dim=1)
+    return scores
+
+
+def vote_scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float = 0.0
+) -> torch.Tensor:
+    """Votes that every cached token gets from the newest ones.
+
+    CORM (arXiv 2404.15949, section 4): a query that sees ``t`` keys votes for those to
+    which it pays at least ``1 / t`` of its attention; here a query's vote is the share
+    of the KV head's query heads that vote.
+
+    Args:
+        query: ``[num_queries, num_heads, head_size]``, the newest tokens, in order.
+        key: ``[num_tokens, num_kv_heads, head_size]``, oldest first.
+        scale: factor of the attention logits.
+        logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+
+    Returns:
+        ``[num_kv_heads, num_tokens]``, float32, in votes.
+    """
+    num_queries, num_tokens = len(query), len(key)
+    scores = key.new_zeros((key.shape[1], num_tokens), dtype=torch.float32)
+    for start, part in _attention(query, key, scale, logits_soft_cap):
+        first = num_tokens - num_queries + start + 1
+        seen = torch.arange(first, first + part.shape[2], device=key.device)
+        scores += (part * seen[:, None] >= 1.0).float().sum(dim=2).mean(dim=1)
+    return scores
+
+
+def key_norm_scores(key: torch.Tensor) -> torch.Tensor:
+    """Keys of small L2 norm score high (arXiv 2406.11430, section 3).
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, head_size]``.
+
+    Returns:
+        ``[num_kv_heads, num_tokens]``, float32: the negative norm.
+    """
+    norm: torch.Tensor = torch.linalg.vector_norm(key.float(), dim=-1)
+    return -norm.T
 
 
 def recency_scores(num_tokens: int, device: torch.device) -> torch.Tensor:
@@ -51,3 +153,28 @@ def recency_scores(num_tokens: int, device: torch.device) -> torch.Tensor:
     StreamingLLM (arXiv 2309.17453): with the sinks kept, what stays is the newest.
     """
     return torch.arange(num_tokens, dtype=torch.float32, device=device)[None]
+
+
+def pooled(
+    scores: torch.Tensor, num_recent: int, kind: str, kernel: int
+) -> torch.Tensor:
+    """Scores that the tokens before the recent window share with their neighbours.
+
+    SnapKV (arXiv 2404.14469, section 4): what stays are clusters of tokens, not single
+    ones. Beyond the ends lie zeros.
+
+    Args:
+        scores: ``[num_groups, num_tokens]``, float32.
+        num_recent: newest tokens, left as they are.
+        kind: ``avg`` or ``max``.
+        kernel: tokens that are pooled, an odd number.
+
+    Returns:
+        The same shape.
+    """
+    context = scores.shape[1] - num_recent
+    if context <= 0:
+        return scores
+    pool = functional.avg_pool1d if kind == "avg" else functional.max_pool1d
+    middle = pool(scores[None, :, :context], kernel, stride=1, padding=kernel // 2)[0]
+    return torch.cat((middle, scores[:, context:]), dim=1)

@@ -1,6 +1,6 @@
 """Integer policy: which share of a request's tokens each layer keeps."""
 
-from pyramid_vllm.policy.config import SCORERS, PolicyConfig
+from pyramid_vllm.policy.config import SCORERS, PolicyConfig, Queries
 from pyramid_vllm.policy.errors import KVPolicyError
 from pyramid_vllm.policy.lengths import LengthRule
 from pyramid_vllm.policy.memory import MemoryModel, num_pages
@@ -19,6 +19,7 @@ __all__ = [
     "LengthRule",
     "MemoryModel",
     "PolicyConfig",
+    "Queries",
     "TierLayout",
     "num_pages",
     "preset_dir",

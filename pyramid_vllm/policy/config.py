@@ -1,5 +1,6 @@
 """The frozen, validated settings of a KV policy."""
 
+from enum import Enum
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -14,8 +15,35 @@ from pydantic import (
 
 from pyramid_vllm.policy.errors import KVPolicyError
 
-#: Scorers by name, and whether a scorer reads the queries of the recent window.
-SCORERS: dict[str, bool] = {"attention": True, "recency": False}
+
+class Queries(Enum):
+    """Which queries of a prompt a scorer reads."""
+
+    NONE = "none"
+    WINDOW = "window"
+    """Those of the newest tokens."""
+    ALL = "all"
+    """Every one; scores add up from chunk to chunk."""
+
+
+#: Scorers by name, and what each reads.
+SCORERS: dict[str, Queries] = {
+    "attention": Queries.WINDOW,
+    "accumulated": Queries.ALL,
+    "key_norm": Queries.NONE,
+    "recency": Queries.NONE,
+    "votes": Queries.WINDOW,
+}
+
+#: Names of PyramidInfer's released code for settings that have another name here.
+ALIASES = {
+    "streamingllm_sink_len": "sinks",
+    "min_context_length": "min_context",
+    "prefill_recent_ratio": "recent_ratio",
+    "prefill_decay_strategy": "shape",
+}
+
+Decay = Literal["cosine", "linear"]
 
 
 class PolicyConfig(BaseModel):
@@ -28,13 +56,26 @@ class PolicyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
+    budget: Literal["retention", "pyramidinfer", "arithmetic"] = "retention"
+    """How the kept tokens are shared out among layers: see ``policy.budgets``."""
     retention: float = Field(default=0.5, gt=0, le=1)
     """Mean fraction of the prompt's tokens kept, over layers."""
-    shape: Literal["cosine", "linear"] = "cosine"
+    shape: Decay = "cosine"
     """How the kept fraction falls from the first layer to the last."""
     steepness: float = Field(default=0.5, ge=0, le=1)
     """0 keeps equally much in every layer; 1 is the steepest fall that still meets
-    ``retention``."""
+    ``retention``. Budget ``retention`` only."""
+    prefill_decay_ratio: float | None = Field(default=None, ge=0, le=1)
+    """What the last of the decays leaves; none: solved from ``retention``. Budget
+    ``pyramidinfer`` only."""
+    layerwise_downsample_interval: PositiveInt = 1
+    """Layers from one decay to the next. Budget ``pyramidinfer`` only."""
+    capacity: PositiveInt | None = None
+    """Mean tokens kept a layer, whatever the prompt's length; none: by ``retention``.
+    Budget ``arithmetic`` only."""
+    beta: PositiveInt = 1
+    """Mean over smallest budget of a layer; 1 is the same budget for all. Budget
+    ``arithmetic`` only."""
     tiers: PositiveInt | Literal["auto", "layers"] = "auto"
     """Number of runs of layers that share one count; ``layers`` is one a layer."""
     sinks: int = Field(default=4, ge=0)
@@ -44,14 +85,35 @@ class PolicyConfig(BaseModel):
     recent_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the prompt that the recent window grows by."""
     min_context: int = Field(default=128, ge=0)
-    """A prompt up to this length is kept whole, and no layer ever keeps less."""
+    """A prompt up to this length is kept whole, and no layer ever keeps less. Budget
+    ``pyramidinfer``: of the tokens before the recent window."""
     scorer: str = "attention"
     distance_weight: float = Field(default=1.2, ge=1)
     """Weight of the newest query in the scores; the oldest in the window has 1."""
+    queries: PositiveInt | None = None
+    """Newest tokens whose queries score; none: those of the recent window."""
+    pooling: Literal["none", "avg", "max"] = "none"
+    """How neighbours before the recent window share their scores."""
+    pool_kernel: PositiveInt = 5
+    """Tokens that are pooled, an odd number."""
     selection: Literal["layer", "head"] = "layer"
     """Whether the KV heads of a layer keep the same tokens or each its own."""
     evict: Literal["prompt_end", "chunk"] = "prompt_end"
     """Evict once, at the prompt's end, or after every chunk of a chunked prefill."""
+    prune_from: int | None = Field(default=None, ge=0)
+    """First layer whose input is pruned: from the next tier on, deeper layers compute
+    only the rows that they keep. None: every layer computes every row."""
+    exceed_length_to_compress: int | None = Field(default=None, ge=2)
+    """Generated tokens that leave the recent window are compressed in groups of this
+    length; none: generated tokens are all kept."""
+    gen_compress_ratio: float = Field(default=0.9, gt=0, le=1)
+    """Fraction of a group that the first layer keeps."""
+    gen_decay_ratio: float = Field(default=0.1, ge=0, le=1)
+    """What the last layer keeps of ``gen_compress_ratio``."""
+    gen_decay_strategy: Decay = "cosine"
+    """How the kept fraction of a group falls from the first layer to the last."""
+    gen_queries: PositiveInt = 16
+    """Newest generated tokens whose queries score a group."""
 
     @field_validator("scorer")
     @classmethod
@@ -60,8 +122,54 @@ class PolicyConfig(BaseModel):
             raise ValueError(f"valid scorers are {', '.join(sorted(SCORERS))}")
         return value
 
+    @field_validator("prune_from", "exceed_length_to_compress", mode="before")
+    @classmethod
+    def _none_by_name(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @field_validator("pool_kernel")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("valid are odd numbers: the token lies in the middle")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.scored_queries is Queries.ALL and self.queries is not None:
+            raise ValueError(f"queries={self.queries}: '{self.scorer}' reads them all")
+        if self.scored_queries is Queries.ALL and (
+            self.prune_from is not None or self.evict == "chunk"
+        ):
+            raise ValueError(
+                f"scorer='{self.scorer}' adds up over the whole prompt: valid with it "
+                "are prune_from none and evict 'prompt_end'"
+            )
+        if self.generation and self.scorer not in ("attention", "recency"):
+            raise ValueError(
+                f"scorer='{self.scorer}' has no scores for generated tokens: valid "
+                "with it is exceed_length_to_compress none"
+            )
+        if self.budget == "arithmetic" and (
+            self.prune_from is not None or self.evict == "chunk"
+        ):
+            raise ValueError(
+                "budget='arithmetic' takes from deep layers as a prompt grows: valid "
+                "with it are prune_from none and evict 'prompt_end'"
+            )
+        if self.capacity is not None and self.budget != "arithmetic":
+            raise ValueError("capacity is a setting of budget='arithmetic' alone")
+        window = self.sinks + self.recent
+        if self.capacity is not None and self.capacity < window:
+            raise ValueError(
+                f"capacity={self.capacity}: valid is at least sinks + recent, {window}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _window_fits_retention(self) -> Self:
+        if self.fixes_decay or self.capacity is not None:
+            return self
         if self.recent_ratio >= self.retention:
             raise ValueError(
                 f"recent_ratio={self.recent_ratio} must be below "
@@ -70,9 +178,24 @@ class PolicyConfig(BaseModel):
         return self
 
     @property
-    def needs_queries(self) -> bool:
-        """Whether the scorer reads the queries of the recent window."""
+    def scored_queries(self) -> Queries:
+        """Which queries the scorer reads."""
         return SCORERS[self.scorer]
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the scorer reads queries at all."""
+        return self.scored_queries is not Queries.NONE
+
+    @property
+    def generation(self) -> bool:
+        """Whether generated tokens are compressed."""
+        return self.exceed_length_to_compress is not None
+
+    @property
+    def fixes_decay(self) -> bool:
+        """Whether the decay is given, so that ``retention`` is not read."""
+        return self.budget == "pyramidinfer" and self.prefill_decay_ratio is not None
 
 
 def validated(settings: dict[str, Any], source: str) -> PolicyConfig:

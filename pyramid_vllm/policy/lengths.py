@@ -1,119 +1,205 @@
 """Cache lengths: how many tokens each tier keeps, as a function of length alone."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from pyramid_vllm.policy.budgets import Budget, make_budget
+from pyramid_vllm.policy.budgets.pyramidinfer import decay
 from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.tiers import TierLayout
 
-#: Fractions are integers in this unit, so that every process counts alike.
-_UNIT = 10**9
-
-
-def _profile(shape: str, layer: int, num_layers: int) -> float:
-    """Fall from almost 1 in the first layer to almost -1 in the last, mean 0."""
-    depth = (layer + 0.5) / num_layers
-    return math.cos(math.pi * depth) if shape == "cosine" else 1 - 2 * depth
+Counts = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class LengthRule:
-    """The integer rule ``prompt tokens -> tokens kept per tier``.
+    """What each tier computes and holds of a request, from its lengths alone.
 
-    Up to the length ``onset`` every tier keeps the floor: the sinks and the recent
-    window, or ``min_context``. Past it a tier grows by a constant fraction of a token
-    for each token of the prompt, a smaller one in deeper tiers; the fractions' mean
-    over layers is ``retention``. So counts never fall with length, never grow by more
-    than one a token, and their mean over layers is ``retention`` times the length.
+    The prompt's share is the policy's budget; behind it come the generated tokens,
+    compressed in groups where the policy says so.
     """
 
     config: PolicyConfig
     layout: TierLayout
 
     @cached_property
-    def _retention(self) -> int:
-        return round(self.config.retention * _UNIT)
-
-    @cached_property
-    def _recent_ratio(self) -> int:
-        return round(self.config.recent_ratio * _UNIT)
-
-    @cached_property
-    def growth(self) -> tuple[int, ...]:
-        """Tokens that each tier keeps of a billion prompt tokens past the onset."""
-        config, num_layers = self.config, self.layout.num_layers
-        retention, floor_growth = self._retention, self._recent_ratio
-        # No layer grows faster than the prompt, or slower than its recent window.
-        spread = config.steepness * min(retention - floor_growth, _UNIT - retention)
-        layers = [
-            retention + round(spread * _profile(config.shape, layer, num_layers))
-            for layer in range(num_layers)
-        ]
-        growth, start = [], 0
-        for size in self.layout.sizes:
-            growth.append(sum(layers[start : start + size]) // size)
-            start += size
-        return tuple(growth)
-
-    @cached_property
-    def onset(self) -> int:
-        """Prompt length, in tokens, from which the mean retention is met."""
-        fixed = (self.config.sinks + self.config.recent) * _UNIT
-        by_window = -(-fixed // (self._retention - self._recent_ratio))
-        by_context = -(-self.config.min_context * _UNIT // self._retention)
-        return max(by_window, by_context)
+    def budget(self) -> Budget:
+        """Tokens kept of a prompt."""
+        return make_budget(self.config, self.layout)
 
     def num_recent(self, num_tokens: int) -> int:
-        """Length of the recent window of a prompt of ``num_tokens`` tokens."""
-        extra = self._recent_ratio * num_tokens // _UNIT
-        return min(num_tokens, self.config.recent + extra)
+        """Length of the recent window of ``num_tokens`` tokens."""
+        return self.budget.num_recent(num_tokens)
 
-    def floor(self, num_tokens: int) -> int:
-        """Tokens that every tier keeps of a prompt of ``num_tokens`` tokens."""
-        window = self.config.sinks + self.num_recent(num_tokens)
-        return min(num_tokens, max(window, self.config.min_context))
+    def num_queries(self, num_tokens: int) -> int:
+        """Newest of ``num_tokens`` prompt tokens whose queries score."""
+        if not self.config.needs_queries:
+            return 0
+        return min(num_tokens, self.config.queries or self.num_recent(num_tokens))
 
-    def cache_lengths(self, num_tokens: int) -> tuple[int, ...]:
+    def cache_lengths(self, num_tokens: int) -> Counts:
         """Tokens of a prompt of ``num_tokens`` tokens that each tier keeps."""
-        past = num_tokens - self.onset
-        if past < 0:
-            return (self.floor(num_tokens),) * self.layout.num_tiers
-        base = self._retention * self.onset
+        return self.budget.cache_lengths(num_tokens)
+
+    def held_lengths(self, num_prompt_tokens: int, num_computed_tokens: int) -> Counts:
+        """Tokens each tier holds once the step that computed the last of
+        ``num_computed_tokens`` is over."""
+        prompt = min(num_computed_tokens, num_prompt_tokens)
+        kept = self.cache_lengths(prompt)
+        if prompt < num_prompt_tokens and self.config.evict == "prompt_end":
+            first = self.first_pruned_tier
+            kept = (prompt,) * first + kept[first:]
+        num_generated = num_computed_tokens - prompt
+        if not num_generated:
+            return kept
+        num_groups = self.num_groups(num_prompt_tokens, num_generated)
         return tuple(
-            min(num_tokens, (base + past * growth) // _UNIT) for growth in self.growth
+            length + num_generated - num_groups * evicted
+            for length, evicted in zip(kept, self._group_evicted, strict=True)
         )
 
-    def held_lengths(
-        self, num_prompt_tokens: int, num_computed_tokens: int
-    ) -> tuple[int, ...]:
-        """Tokens each tier holds once the step that computed the last of
-        ``num_computed_tokens`` is over. Generated tokens are all kept."""
-        prompt = min(num_computed_tokens, num_prompt_tokens)
-        if prompt < num_prompt_tokens and self.config.evict == "prompt_end":
-            kept: tuple[int, ...] = (prompt,) * self.layout.num_tiers
-        else:
-            kept = self.cache_lengths(prompt)
-        generated = num_computed_tokens - prompt
-        return tuple(length + generated for length in kept)
+    # Pruned prefill.
+
+    @cached_property
+    def first_pruned_tier(self) -> int:
+        """First tier whose input is pruned; the number of tiers where none is."""
+        num_tiers = self.layout.num_tiers
+        if self.config.prune_from is None:
+            return num_tiers
+        # The input of the first layer cannot be pruned: nothing has been scored yet.
+        first_layers = [sum(self.layout.sizes[:tier]) for tier in range(num_tiers)]
+        return next(
+            (
+                tier
+                for tier in range(1, num_tiers)
+                if first_layers[tier] >= self.config.prune_from
+            ),
+            num_tiers,
+        )
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any tier's input is pruned."""
+        return self.first_pruned_tier < self.layout.num_tiers
+
+    def num_rows(self, num_before: int, num_after: int) -> Counts:
+        """Rows that each tier computes of a chunk of a prompt.
+
+        A pruned tier computes the tokens that its count grows by, and never fewer
+        than the chunk has of the recent window; what it holds beyond its count
+        afterwards, it compacts away.
+
+        Args:
+            num_before: prompt tokens computed before the chunk.
+            num_after: the same with it.
+        """
+        chunk, first = num_after - num_before, self.first_pruned_tier
+        recent = min(chunk, self.num_recent(num_after))
+        before, after = self.cache_lengths(num_before), self.cache_lengths(num_after)
+        rows: list[int] = []
+        most = recent
+        # From the last tier back: rows that a tier drops are gone for all behind it.
+        for tier in range(self.layout.num_tiers - 1, first - 1, -1):
+            most = max(most, after[tier] - before[tier])
+            rows.append(most)
+        return (chunk,) * first + tuple(reversed(rows))
+
+    # Compressed generation.
+
+    @cached_property
+    def group_kept(self) -> Counts:
+        """Tokens that each tier keeps of a group of generated ones.
+
+        PyramidInfer's released code: ``gen_compress_ratio`` of the group times a
+        decay from 1 to ``gen_decay_ratio`` over layers, at least one token.
+        """
+        config, num_layers = self.config, self.layout.num_layers
+        group = config.exceed_length_to_compress
+        if group is None:
+            return (0,) * self.layout.num_tiers
+        kept = group * config.gen_compress_ratio
+        strategy, ratio = config.gen_decay_strategy, config.gen_decay_ratio
+        return self.budget.by_tier(
+            [
+                max(1, int(kept * decay(strategy, ratio, layer, num_layers) + 1e-9))
+                for layer in range(num_layers)
+            ]
+        )
+
+    @cached_property
+    def _group_evicted(self) -> Counts:
+        group = self.config.exceed_length_to_compress
+        if group is None:
+            return (0,) * self.layout.num_tiers
+        return tuple(group - kept for kept in self.group_kept)
+
+    def num_groups(self, num_prompt_tokens: int, num_generated: int) -> int:
+        """Groups of generated tokens that have left the recent window.
+
+        The window is that of all tokens so far, prompt and output.
+        """
+        group = self.config.exceed_length_to_compress
+        if group is None:
+            return 0
+        recent = self.num_recent(num_prompt_tokens + num_generated)
+        return max(0, num_generated - recent) // group
+
+    def group_starts(self, num_prompt_tokens: int, num_groups: int) -> Counts:
+        """First cached token of the last of ``num_groups`` groups, per tier."""
+        return tuple(
+            length + (num_groups - 1) * kept
+            for length, kept in zip(
+                self.cache_lengths(num_prompt_tokens), self.group_kept, strict=True
+            )
+        )
+
+    def num_group_queries(self, num_tokens: int) -> int:
+        """Newest of ``num_tokens`` tokens whose queries score a group."""
+        if not self.config.needs_queries:
+            return 0
+        return min(self.config.gen_queries, self.num_recent(num_tokens))
+
+    # Memory.
 
     def peak_lengths(
-        self, num_prompt_tokens: int, num_tokens: int, max_chunk: int
-    ) -> tuple[int, ...]:
+        self,
+        num_prompt_tokens: int,
+        num_tokens: int,
+        max_chunk: int,
+        pruned: bool = True,
+    ) -> Counts:
         """Most tokens each tier holds on the way to ``num_tokens`` computed ones.
 
         Args:
             num_prompt_tokens: length of the prompt.
             num_tokens: prompt and generated tokens, at the end of the way.
             max_chunk: most prompt tokens that one step computes.
+            pruned: whether the request's rows are pruned where the policy says so.
         """
         prompt = min(num_tokens, num_prompt_tokens)
+        first = self.first_pruned_tier if pruned else self.layout.num_tiers
+        # Counts grow by at most one a token, so the last chunk is the worst.
+        chunk = min(prompt, max_chunk)
+        by_chunk = self._with_rows(prompt, chunk)
+        recent = min(chunk, self.num_recent(prompt))
+        # Counts of two tiers, both rounded, may differ by one in what they grow by.
+        by_rows = tuple(length + 1 for length in self._with_rows(prompt, recent))
         if self.config.evict == "prompt_end":
-            prefill: tuple[int, ...] = (prompt,) * self.layout.num_tiers
-        else:
-            # Counts grow by at most one a token, so the last chunk is the worst.
-            chunk = min(prompt, max_chunk)
-            before = self.cache_lengths(prompt - chunk)
-            prefill = tuple(length + chunk for length in before)
-        end = self.held_lengths(num_prompt_tokens, num_tokens)
+            whole = self.first_pruned_tier
+            by_chunk = (prompt,) * whole + by_chunk[whole:]
+        prefill = by_chunk[:first] + by_rows[first:]
+        end = self.generation_peak(num_prompt_tokens, num_tokens)
         return tuple(map(max, prefill, end))
+
+    def _with_rows(self, prompt: int, num_rows: int) -> Counts:
+        return tuple(
+            length + num_rows for length in self.cache_lengths(prompt - num_rows)
+        )
+
+    def generation_peak(self, num_prompt_tokens: int, num_tokens: int) -> Counts:
+        """Most tokens each tier holds at the end of any step from the prompt's end to
+        ``num_tokens`` computed tokens, or during it."""
+        held = self.held_lengths(num_prompt_tokens, num_tokens)
+        if not self.num_groups(num_prompt_tokens, num_tokens - num_prompt_tokens):
+            return held
+        return tuple(map(int.__add__, held, self._group_evicted))

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pyramid_vllm.policy.config import PolicyConfig, validated
+from pyramid_vllm.policy.config import ALIASES, PolicyConfig, validated
 from pyramid_vllm.policy.errors import KVPolicyError
 
 #: The policy that switches the plugin off.
@@ -46,6 +46,7 @@ def resolve_policy(
         KVPolicyError: the policy is unknown or a setting of it is not valid.
     """
     changes = _mapping(overrides, "kv_policy_config")
+    changes = _canonical(changes, "kv_policy_config")
     if policy is None or policy == NONE:
         if changes:
             raise KVPolicyError(
@@ -54,11 +55,12 @@ def resolve_policy(
             )
         return None
     if isinstance(policy, PolicyConfig):
-        return validated({**policy.model_dump(), **changes}, f"'{policy.name}'")
+        return validated(_over(policy.model_dump(), changes), f"'{policy.name}'")
     settings, source = _settings(policy)
+    settings = _canonical(settings, f"KV policy {source}")
     if settings.get("name") == NONE:
         return resolve_policy(NONE, changes)
-    return validated({**settings, **changes}, source)
+    return validated(_over(settings, changes), source)
 
 
 def _settings(policy: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -80,7 +82,29 @@ def _inherit(settings: dict[str, Any]) -> dict[str, Any]:
     base = settings.pop("base", name if name in preset_names() else "pyramid")
     if base not in preset_names():
         raise KVPolicyError(f"base is '{base}': valid presets are {_valid()}")
-    return {"name": "custom", **_read(preset_dir() / f"{base}.yaml"), **settings}
+    preset = _canonical(_read(preset_dir() / f"{base}.yaml"), f"preset {base}")
+    return {"name": "custom", **_over(preset, _canonical(settings, "KV policy"))}
+
+
+def _canonical(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The same settings by the names of ``PolicyConfig``."""
+    names = [ALIASES.get(name, name) for name in settings]
+    for name in names:
+        if names.count(name) > 1:
+            aliases = [alias for alias, to in ALIASES.items() if to == name]
+            raise KVPolicyError(
+                f"{source}: '{name}' is given twice, also as {', '.join(aliases)}"
+            )
+    return dict(zip(names, settings.values(), strict=True))
+
+
+def _over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay changes over settings."""
+    settings = {**base, **changes}
+    if "retention" in changes and "prefill_decay_ratio" not in changes:
+        # A retention asked for is met: it replaces the decay that the base gives.
+        settings.pop("prefill_decay_ratio", None)
+    return settings
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -32,8 +32,8 @@ class TierBlockManager(FullAttentionManager):
     lengths: TierLengths
     kv_cache_spec: TierAttentionSpec
 
-    def _evicted(self, request_id: str) -> int:
-        return self.lengths.evicted(request_id)[self.kv_cache_spec.tier]
+    def _slots(self, request_id: str, num_tokens: int) -> int:
+        return self.lengths.slots(request_id, num_tokens, self.kv_cache_spec.tier)
 
     def get_num_blocks_to_allocate(
         self,
@@ -51,7 +51,7 @@ class TierBlockManager(FullAttentionManager):
             tier = self.kv_cache_spec.tier
             num_slots = self.lengths.peak(request_id, num_tokens, tier)
         else:
-            num_slots = num_tokens - self._evicted(request_id)
+            num_slots = self._slots(request_id, num_tokens)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_slots,
@@ -66,8 +66,8 @@ class TierBlockManager(FullAttentionManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> list[KVCacheBlock]:
-        """Pages for ``num_tokens`` positions, less the evicted ones."""
-        num_slots = num_tokens - self._evicted(request_id)
+        """Pages for ``num_tokens`` positions, less the evicted and pruned ones."""
+        num_slots = self._slots(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, num_slots, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

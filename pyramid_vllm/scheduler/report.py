@@ -35,7 +35,9 @@ class KVReport:
 
     def num_request_pages(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """Pages that a request holds with ``num_tokens`` computed tokens."""
-        lengths = self.rule.held_lengths(num_prompt_tokens, num_tokens)
+        return self._pages(self.rule.held_lengths(num_prompt_tokens, num_tokens))
+
+    def _pages(self, lengths: tuple[int, ...]) -> int:
         return sum(self._group_pages(group, lengths) for group in self._groups)
 
     def _group_pages(self, group: KVCacheGroupSpec, lengths: tuple[int, ...]) -> int:
@@ -53,14 +55,35 @@ class KVReport:
             None where the pool holds the request up to ``max_model_len``.
         """
         low, high = num_prompt_tokens, self.max_model_len
-        if self.num_request_pages(num_prompt_tokens, high) <= self._num_pages:
+
+        def fits(num_tokens: int) -> bool:
+            peak = self.rule.generation_peak(num_prompt_tokens, num_tokens)
+            return self._pages(peak) <= self._num_pages
+
+        if fits(high):
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.num_request_pages(num_prompt_tokens, middle) <= self._num_pages
-            low, high = (middle, high) if fits else (low, middle)
+            low, high = (middle, high) if fits(middle) else (low, middle)
         # The last token is sampled, never written to the cache.
         return low - num_prompt_tokens + 1
+
+    def max_unpruned_chunk(self, max_chunk: int) -> int:
+        """Longest chunk of a prompt of ``max_model_len`` that fits into the pool
+        without pruning, at most ``max_chunk``."""
+        longest = self.max_model_len
+
+        def fits(chunk: int) -> bool:
+            peak = self.rule.peak_lengths(longest, longest, chunk, pruned=False)
+            return self._pages(peak) <= self._num_pages
+
+        if fits(max_chunk):
+            return max_chunk
+        low, high = 1, max_chunk
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     def lines(self) -> list[str]:
         """The report, for a prompt of half the longest length."""
@@ -77,7 +100,7 @@ class KVReport:
             else "after every chunk of a prompt"
         )
         lines = [
-            f"KV policy {config.name}: retention {config.retention:g}, "
+            f"KV policy {config.name}: {self._retention()}, "
             f"{layout.num_tiers} tiers of {_run(layout.sizes)} layers, "
             f"scorer {config.scorer} per {config.selection}, evicts {peak}",
             f"KV policy {config.name}: of a prompt of {typical} tokens the tiers keep "
@@ -87,11 +110,40 @@ class KVReport:
             f"{capacity / (pages * page_bytes):.1f} at once in {capacity:,} bytes "
             f"against {capacity / stock_bytes:.1f}",
         ]
+        lines += self._method_lines(typical)
         if layout.num_padding_layers:
             share = layout.num_padding_layers / layout.num_layers
             lines.append(
                 f"KV policy {config.name}: {layout.num_tiers} tiers do not divide "
                 f"{layout.num_layers} layers: padding wastes {share:.1%} of the memory"
+            )
+        return lines
+
+    def _retention(self) -> str:
+        config = self.rule.config
+        if config.fixes_decay:
+            return f"prefill_decay_ratio {config.prefill_decay_ratio:g}"
+        if config.capacity is not None:
+            return f"capacity {config.capacity}"
+        return f"retention {config.retention:g}"
+
+    def _method_lines(self, typical: int) -> list[str]:
+        """What is pruned and what is compressed in generation."""
+        rule, lines = self.rule, []
+        name, sizes = rule.config.name, rule.layout.sizes
+        if rule.prunes:
+            rows = sum(map(int.__mul__, rule.num_rows(0, typical), sizes))
+            layer = sum(sizes[: rule.first_pruned_tier])
+            lines.append(
+                f"KV policy {name}: prunes prompts from layer {layer} on; of such a "
+                f"prompt, in one chunk, {rows / typical / sum(sizes):.1%} of the rows "
+                "are computed"
+            )
+        if rule.config.generation:
+            lines.append(
+                f"KV policy {name}: of every {rule.config.exceed_length_to_compress} "
+                "generated tokens that leave the recent window the tiers keep "
+                f"{_run(rule.group_kept)}"
             )
         return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,14 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
-from pyramid_vllm.plan import PLAN_ATTRIBUTE, PromptWindow, StepPlan
-from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.plan import PLAN_ATTRIBUTE, GroupWindow, PromptWindow, StepPlan
+from pyramid_vllm.policy import KVPolicyError, Queries
 from pyramid_vllm.scheduler.block_manager import (
     TierBlockManager,
     check_integrity,
     register_spec,
 )
-from pyramid_vllm.scheduler.lengths import TierLengths
+from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.spec import length_rule, max_chunk, required_policy
 
@@ -39,11 +40,15 @@ class PolicyCounters:
     num_compactions: int = 0
     """Times that a request was compacted."""
     num_evicted_tokens: int = 0
-    """Evicted tokens, summed over layers."""
+    """Evicted and pruned tokens, summed over layers."""
     num_pages_freed: int = 0
     """Pages that evictions gave back to the block pool."""
     max_num_running: int = 0
     """Most sequences running at once."""
+    num_groups: int = 0
+    """Groups of generated tokens that were compressed."""
+    num_unpruned_requests: int = 0
+    """Requests whose output needs every row of the prompt, in a policy that prunes."""
     num_capped_outputs: int = 0
     """Requests that may end where the whole pool does, before their own limit."""
 
@@ -69,7 +74,7 @@ class PyramidScheduler(AsyncScheduler):
         self.tier_lengths = TierLengths(
             self.kv_rule,
             max_chunk(vllm_config),
-            lambda req_id: self.requests[req_id].num_prompt_tokens,
+            self.requests,
         )
         self.tier_managers = [
             manager
@@ -81,6 +86,9 @@ class PyramidScheduler(AsyncScheduler):
         self.kv_counters = PolicyCounters()
         self._last_log = -_LOG_INTERVAL_S
         self.kv_report = KVReport(vllm_config, kv_cache_config, self.kv_rule)
+        self.tier_lengths.max_unpruned_chunk = self.kv_report.max_unpruned_chunk(
+            self.tier_lengths.max_chunk
+        )
         self.kv_report.log()
 
     def add_request(self, request: Request) -> None:
@@ -105,6 +113,12 @@ class PyramidScheduler(AsyncScheduler):
                 request.num_prompt_tokens,
             )
             request.max_tokens = limit
+        if self.kv_rule.prunes and needs_all_rows(request):
+            self.kv_counters.num_unpruned_requests += 1
+            logger.info_once(
+                "KV policy: requests for prompt_logprobs are served unpruned, for "
+                "they need every row of the prompt"
+            )
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -113,15 +127,25 @@ class PyramidScheduler(AsyncScheduler):
         req_ids = list(output.num_scheduled_tokens)
         # Evicted tokens as they are before this step, so before any `advance`.
         num_evicted = self.tier_lengths.evicted_rows(req_ids)
-        windows = []
+        windows, groups, num_prompt_tokens = [], [], 0
         for req_id, num_scheduled in output.num_scheduled_tokens.items():
-            window = self._prompt_window(self.requests[req_id], num_scheduled)
-            if window is not None:
-                windows.append(window)
+            request = self.requests[req_id]
+            before = request.num_computed_tokens - num_scheduled
+            if before < request.num_prompt_tokens:
+                num_prompt_tokens += num_scheduled
+                window = self._prompt_window(request, before)
+                if window is not None:
+                    windows.append(window)
+            elif self.kv_rule.config.generation:
+                group = self._group_window(request, before)
+                if group is not None:
+                    groups.append(group)
         plan = StepPlan(
             req_ids=tuple(req_ids),
             num_evicted=num_evicted,
+            num_prompt_tokens=num_prompt_tokens,
             windows=tuple(windows),
+            groups=tuple(groups),
             released=frozenset(output.finished_req_ids)
             | frozenset(output.preempted_req_ids or ()),
         )
@@ -151,29 +175,42 @@ class PyramidScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """Also end a chunk at the prompt's end, where the prompt is evicted.
+        """Also end a chunk where tokens are to be evicted: at the prompt's end, and
+        behind it wherever a group of generated tokens is compressed.
 
-        Only the replay of a preempted request would go past it: its outputs must see
-        the compacted prompt, as they did at first.
+        Only the replay of a preempted request would go past these: its outputs must
+        see what they saw at first.
         """
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
         to_prompt_end = request.num_prompt_tokens - num_computed_tokens
-        if 0 < to_prompt_end < num_new_tokens:
-            return to_prompt_end
+        if to_prompt_end > 0:
+            if self.kv_rule.prunes and needs_all_rows(request):
+                most = self.tier_lengths.max_unpruned_chunk
+                num_new_tokens = min(num_new_tokens, most)
+            return min(num_new_tokens, to_prompt_end)
+        if num_new_tokens > 1 and self.kv_rule.config.generation:
+            return self._to_next_group(-to_prompt_end, num_new_tokens, request)
         return num_new_tokens
 
-    def _prompt_window(
-        self, request: Request, num_scheduled: int
-    ) -> PromptWindow | None:
+    def _to_next_group(self, generated: int, num_new: int, request: Request) -> int:
+        """Tokens up to and with the next one that completes a group, or all."""
+        rule, prompt = self.kv_rule, request.num_prompt_tokens
+        now = rule.num_groups(prompt, generated)
+        if rule.num_groups(prompt, generated + num_new) == now:
+            return num_new
+        return 1 + bisect.bisect_right(
+            range(1, num_new), now, key=lambda n: rule.num_groups(prompt, generated + n)
+        )
+
+    def _prompt_window(self, request: Request, num_before: int) -> PromptWindow | None:
         """What this step means for a request's prompt; None where it means nothing."""
         computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
-        if computed - num_scheduled >= num_prompt:
-            return None
+        num_rows = self.tier_lengths.rows(request, num_before, computed)
         num_kept = self.tier_lengths.advance(request.request_id, num_prompt, computed)
-        retain, num_queries = self._queries(num_prompt, computed)
-        if num_kept is None and not retain:
+        retain, num_queries = self._queries(num_prompt, num_before, computed)
+        if num_kept is None and num_rows is None and not retain:
             return None
         return PromptWindow(
             req_id=request.request_id,
@@ -182,44 +219,73 @@ class PyramidScheduler(AsyncScheduler):
             retain=retain,
             num_kept=num_kept,
             num_recent=self.kv_rule.num_recent(computed),
+            num_rows=num_rows,
         )
 
-    def _queries(self, num_prompt: int, computed: int) -> tuple[bool, int]:
+    def _queries(
+        self, num_prompt: int, num_before: int, computed: int
+    ) -> tuple[bool, int]:
         """Whether a later chunk needs queries of this one, and the window's length."""
-        config = self.kv_rule.config
+        rule = self.kv_rule
+        config = rule.config
         if not config.needs_queries:
             return False, 0
-        if computed == num_prompt:
-            return False, self.kv_rule.num_recent(computed)
-        if min(self.kv_rule.cache_lengths(num_prompt)) == num_prompt:
+        if min(rule.cache_lengths(num_prompt)) == num_prompt:
             return False, 0
-        if config.evict == "chunk":
-            return True, self.kv_rule.num_recent(computed)
-        window_start = num_prompt - self.kv_rule.num_recent(num_prompt)
+        if config.scored_queries is Queries.ALL:
+            return computed < num_prompt, computed - num_before
+        if computed == num_prompt:
+            return False, rule.num_queries(computed)
+        if config.evict == "chunk" or rule.prunes:
+            return True, rule.num_queries(computed)
+        window_start = num_prompt - rule.num_queries(num_prompt)
         return computed > window_start, max(0, computed - window_start)
+
+    def _group_window(self, request: Request, num_before: int) -> GroupWindow | None:
+        """The group of generated tokens that this step completes."""
+        rule = self.kv_rule
+        computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
+        num_groups = rule.num_groups(num_prompt, computed - num_prompt)
+        if num_groups == rule.num_groups(num_prompt, num_before - num_prompt):
+            return None
+        num_kept = self.tier_lengths.advance(request.request_id, num_prompt, computed)
+        group = rule.config.exceed_length_to_compress
+        if num_kept is None or group is None:  # every tier keeps whole groups
+            return None
+        return GroupWindow(
+            req_id=request.request_id,
+            num_tokens=computed,
+            num_queries=rule.num_group_queries(computed),
+            starts=rule.group_starts(num_prompt, num_groups),
+            group=group,
+            group_kept=rule.group_kept,
+            num_kept=num_kept,
+        )
 
     def _free_evicted(self, plan: StepPlan) -> None:
         """Give the evicted tokens' pages back, for later steps to use."""
-        if not plan.windows:
+        if not plan.windows and not plan.groups:
             return
-        before = dict(zip(plan.req_ids, plan.num_evicted, strict=True))
+        before = dict(zip(plan.req_ids, plan.num_evicted.tolist(), strict=True))
         counters, sizes = self.kv_counters, self.kv_rule.layout.sizes
-        for window in plan.windows:
-            if window.num_kept is None:
-                continue
+        counters.num_groups += len(plan.groups)
+        for req_id, num_kept in plan.cache_lengths.items():
+            counters.num_compactions += 1
             for manager in self.tier_managers:
-                num_held = window.num_kept[manager.kv_cache_spec.tier]
-                freed = manager.free_tail(window.req_id, num_held)
-                counters.num_pages_freed += freed
-            for tier, num_held in enumerate(window.num_kept):
-                num_before = window.num_tokens - int(before[window.req_id][tier])
-                counters.num_evicted_tokens += sizes[tier] * (num_before - num_held)
+                num_held = num_kept[manager.kv_cache_spec.tier]
+                counters.num_pages_freed += manager.free_tail(req_id, num_held)
+            evicted = self.tier_lengths.evicted(req_id)
+            counters.num_evicted_tokens += sum(
+                size * (after - held)
+                for size, after, held in zip(
+                    sizes, evicted, before[req_id], strict=True
+                )
+            )
 
     def _count(self, plan: StepPlan) -> None:
         counters = self.kv_counters
-        counters.num_compactions += plan.num_compactions
         counters.max_num_running = max(counters.max_num_running, len(self.running))
-        if not plan.num_compactions:
+        if not plan.windows:
             return
         now = time.monotonic()
         if now - self._last_log >= _LOG_INTERVAL_S:

@@ -12,51 +12,73 @@ from vllm.distributed import (
 from vllm.utils.math_utils import cdiv
 
 from pyramid_vllm.kernels import compact_in_place, select_tokens
-from pyramid_vllm.policy import PolicyConfig
-from pyramid_vllm.worker.queries import QueryWindows
-from pyramid_vllm.worker.scorers import SCORERS
-from pyramid_vllm.worker.step import TierStep, WindowRows
+from pyramid_vllm.policy import PolicyConfig, Queries
+from pyramid_vllm.worker.scorers import SCORERS, ScoreInputs
 
 if TYPE_CHECKING:
     from pyramid_vllm.attention.layout import KVViews
+    from pyramid_vllm.worker.shared import WorkerState
+    from pyramid_vllm.worker.step import WindowRows
+
+
+def over_heads(scores: torch.Tensor, by_rank: bool) -> torch.Tensor:
+    """Mean scores of a layer: over heads, and over tensor-parallel ranks.
+
+    Args:
+        scores: ``[..., num_kv_heads, num_tokens]``, float32.
+        by_rank: whether each rank has scores of its own heads.
+
+    Returns:
+        ``[..., 1, num_tokens]``
+    """
+    mean = scores.mean(dim=-2, keepdim=True)
+    num_ranks = get_tensor_model_parallel_world_size()
+    if num_ranks > 1 and by_rank:
+        # One rank's heads alone would choose other tokens than all heads do.
+        mean = tensor_model_parallel_all_reduce(mean) / num_ranks
+    return mean
 
 
 class TieredLayer:
-    """Scores, selects and compacts in one layer, after its attention.
+    """Scores, selects, prunes and compacts in one layer, after its attention.
 
     Args:
         index: the layer's place among the tiered ones, from 0.
         tier: its tier.
+        prunes_next: whether it is the last layer before another tier, whose rows it
+            chooses.
         scale: factor of its attention logits.
         logits_soft_cap: its soft cap, 0 for none.
         config: the policy.
-        step: the worker's current step.
-        queries: the worker's retained queries.
+        state: what the worker's layers share.
     """
 
     def __init__(
         self,
         index: int,
         tier: int,
+        prunes_next: bool,
         scale: float,
         logits_soft_cap: float,
         config: PolicyConfig,
-        step: TierStep,
-        queries: QueryWindows,
+        state: WorkerState,
     ) -> None:
         self.index = index
         self.tier = tier
-        self._scale = scale
-        self._logits_soft_cap = logits_soft_cap
+        self.scale = scale
+        self.logits_soft_cap = logits_soft_cap
+        self._prunes_next = prunes_next
         self._config = config
-        self._step = step
-        self._queries = queries
+        self._state = state
         self._scorer = SCORERS[config.scorer]
 
     @property
-    def compacts(self) -> bool:
-        """Whether this step has windows."""
-        return self._step.has_windows
+    def is_active(self) -> bool:
+        """Whether this step needs the layer's queries."""
+        plan = self._state.step.plan
+        return plan is not None and (
+            plan.num_prompt_tokens > 0 or self._state.group_queries is not None
+        )
 
     def after_attention(
         self, query: torch.Tensor, cache: KVViews, block_table: torch.Tensor
@@ -64,56 +86,99 @@ class TieredLayer:
         """Handle every window of the step.
 
         Args:
-            query: ``[num_batch_tokens, num_heads, head_size]``, this layer's queries.
+            query: ``[num_rows, num_heads, head_size]``, this layer's queries.
             cache: the layer's paged keys and values.
             block_table: ``[num_reqs, max_blocks]``, int32, the tier's pages.
         """
-        for rows in self._step.windows():
-            window = rows.window
-            newest = None
-            if window.num_queries:
-                newest = self._queries.newest(
-                    window.req_id,
-                    self.index,
-                    query[rows.query_start : rows.query_end],
-                    window.num_queries,
-                )
-                if window.retain:
-                    self._queries.retain(window.req_id, self.index, newest)
-            if window.num_kept is not None:
-                self._compact(rows, newest, cache, block_table[rows.row])
-        self._step.num_layers_done += 1
+        state = self._state
+        state.counters.count(self.index, self.tier, len(query), state.step)
+        if state.group_queries is not None:
+            state.group_queries.write(self.index, self.tier, query, state.step.rows)
+        windows = state.step.rows.windows
+        if not windows:
+            return
+        prunes = self._prunes_next and state.step.rows.is_pruned[-1]
+        if prunes:
+            assert state.pruner is not None
+            state.pruner.begin_tier(self.tier + 1, state.step.rows)
+        for rows in windows:
+            newest = self._newest(rows, query)
+            self._evict(rows, newest, cache, block_table[rows.row], prunes)
+        state.step.num_layers_done += 1
 
-    def _compact(
+    def _newest(self, rows: WindowRows, query: torch.Tensor) -> torch.Tensor | None:
+        """The window's queries, kept where a later chunk needs them."""
+        window = rows.window
+        if not window.num_queries:
+            return None
+        chunk = query[rows.query_starts[self.tier] : rows.query_ends[self.tier]]
+        if self._config.scored_queries is Queries.ALL:
+            return chunk
+        queries = self._state.queries
+        newest = queries.newest(window.req_id, self.index, chunk, window.num_queries)
+        if window.retain:
+            queries.retain(window.req_id, self.index, newest)
+        return newest
+
+    def _evict(
         self,
         rows: WindowRows,
         newest: torch.Tensor | None,
         cache: KVViews,
         block_table: torch.Tensor,
+        prunes: bool,
     ) -> None:
-        window = rows.window
-        assert window.num_kept is not None
-        num_held = window.num_tokens - rows.num_evicted[self.tier]
-        num_kept = window.num_kept[self.tier]
-        if num_kept == num_held:
+        window, tier = rows.window, self.tier
+        num_held = rows.num_held(tier)
+        num_kept = num_held if window.num_kept is None else window.num_kept[tier]
+        narrows = prunes and rows.num_rows(tier + 1) < rows.num_rows(tier)
+        adds_up = self._config.scored_queries is Queries.ALL and window.retain
+        if num_kept == num_held and not narrows and not adds_up:
             return
         block_size = cache.key.shape[2]
         block_ids = block_table[: cdiv(num_held, block_size)].long()
         # [blocks, heads, block_size, size] -> [tokens, heads, size]
         key = cache.key[block_ids].transpose(1, 2).flatten(0, 1)[:num_held]
-        scores = self._scores(newest, key)
-        kept = select_tokens(scores, num_kept, self._config.sinks, window.num_recent)
-        compact_in_place(cache.key, cache.value, block_ids, kept)
+        scores = self._scores(window.req_id, newest, key, window.num_recent)
+        if adds_up:
+            self._state.accumulated.retain(window.req_id, self.index, scores)
+        layer = None
+        if narrows or self._config.selection == "layer":
+            layer = over_heads(scores, self._config.scorer != "recency")
+        if narrows:
+            assert layer is not None
+            assert self._state.pruner is not None
+            self._state.pruner.keep(rows, tier, self._kept_rows(rows, layer))
+        if num_kept < num_held:
+            groups = scores if self._config.selection == "head" else layer
+            assert groups is not None
+            kept = select_tokens(
+                groups, num_kept, self._config.sinks, window.num_recent
+            )
+            compact_in_place(cache.key, cache.value, block_ids, kept)
 
-    def _scores(self, newest: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    def _scores(
+        self,
+        req_id: str,
+        newest: torch.Tensor | None,
+        key: torch.Tensor,
+        num_recent: int,
+    ) -> torch.Tensor:
         scores = self._scorer(
-            newest, key, self._scale, self._logits_soft_cap, self._config
+            ScoreInputs(newest, key, self.scale, self.logits_soft_cap, num_recent),
+            self._config,
         )
-        if self._config.selection == "head":
-            return scores
-        scores = scores.mean(dim=0, keepdim=True)
-        num_ranks = get_tensor_model_parallel_world_size()
-        if num_ranks > 1:
-            # One rank's heads alone would choose other tokens than all heads do.
-            scores = tensor_model_parallel_all_reduce(scores) / num_ranks
+        if self._config.scored_queries is Queries.ALL:
+            return self._state.accumulated.add(req_id, self.index, scores)
         return scores
+
+    def _kept_rows(self, rows: WindowRows, scores: torch.Tensor) -> torch.Tensor:
+        """Rows of the chunk that the next tier computes: ``[num_rows]``, ascending."""
+        num_rows = rows.num_rows(self.tier)
+        before = rows.window.num_tokens - rows.num_scheduled
+        return select_tokens(
+            scores[:, -num_rows:],
+            rows.num_rows(self.tier + 1),
+            max(0, self._config.sinks - before),
+            min(rows.num_scheduled, rows.window.num_recent),
+        )[0]

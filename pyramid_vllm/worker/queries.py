@@ -1,4 +1,4 @@
-"""Queries of a recent window that a chunked prefill has cut."""
+"""What a chunked prefill carries from chunk to chunk: queries, or their scores."""
 
 from collections.abc import Iterable
 
@@ -54,5 +54,43 @@ class QueryWindows:
 
     def release(self, req_ids: Iterable[str]) -> None:
         """Drop the queries of requests that need them no longer."""
+        for req_id in req_ids:
+            self._held.pop(req_id, None)
+
+
+class AccumulatedScores:
+    """Scores of requests in the middle of their prompt that add up over its queries."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[int, torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        """Requests that have scores here."""
+        return len(self._held)
+
+    def add(self, req_id: str, layer: int, chunk: torch.Tensor) -> torch.Tensor:
+        """The scores of a chunk's queries and all earlier ones.
+
+        Args:
+            req_id: the request.
+            layer: index of the layer.
+            chunk: ``[num_kv_heads, num_tokens]``, float32.
+
+        Returns:
+            The same shape.
+        """
+        held = self._held.get(req_id, {}).get(layer)
+        if held is None:
+            return chunk
+        total = chunk.clone()
+        total[:, : held.shape[1]] += held
+        return total
+
+    def retain(self, req_id: str, layer: int, scores: torch.Tensor) -> None:
+        """Keep scores for a later chunk."""
+        self._held.setdefault(req_id, {})[layer] = scores
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        """Drop the scores of requests that need them no longer."""
         for req_id in req_ids:
             self._held.pop(req_id, None)

@@ -1,48 +1,78 @@
 """Scorers by the names of ``pyramid_vllm.policy.SCORERS``."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from pyramid_vllm.kernels import recency_scores, window_scores
+from pyramid_vllm.kernels import (
+    accumulated_scores,
+    key_norm_scores,
+    pooled,
+    recency_scores,
+    vote_scores,
+    window_scores,
+)
 from pyramid_vllm.policy import PolicyConfig
 
 
-class Scorer(Protocol):
-    """From a window's queries and a request's keys to scores."""
+class ScoreInputs(NamedTuple):
+    """What one layer knows of one request."""
 
-    def __call__(
-        self,
-        query: torch.Tensor | None,
-        key: torch.Tensor,
-        scale: float,
-        logits_soft_cap: float,
-        config: PolicyConfig,
-    ) -> torch.Tensor:
+    query: torch.Tensor | None
+    """``[num_queries, num_heads, head_size]``, the newest tokens; None if unread."""
+    key: torch.Tensor
+    """``[num_tokens, num_kv_heads, head_size]``, oldest first."""
+    scale: float
+    logits_soft_cap: float
+    num_recent: int
+    """Newest tokens that stay whatever their score."""
+
+
+class Scorer(Protocol):
+    """From a layer's queries and keys to scores."""
+
+    def __call__(self, inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
         """``[num_kv_heads or 1, num_tokens]``, float32; more is more important."""
 
 
-def attention(
-    query: torch.Tensor | None,
-    key: torch.Tensor,
-    scale: float,
-    logits_soft_cap: float,
-    config: PolicyConfig,
-) -> torch.Tensor:
-    """Attention paid by the recent window: see ``window_scores``."""
+def attention(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """Attention paid by the newest tokens: see ``window_scores`` and ``pooled``."""
+    query, key, scale, logits_soft_cap, num_recent = inputs
     assert query is not None
-    return window_scores(query, key, scale, config.distance_weight, logits_soft_cap)
+    scores = window_scores(query, key, scale, config.distance_weight, logits_soft_cap)
+    if config.pooling == "none":
+        return scores
+    return pooled(scores, num_recent, config.pooling, config.pool_kernel)
 
 
-def recency(
-    query: torch.Tensor | None,
-    key: torch.Tensor,
-    scale: float,
-    logits_soft_cap: float,
-    config: PolicyConfig,
-) -> torch.Tensor:
+def accumulated(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """Attention paid by the chunk's tokens: see ``accumulated_scores``."""
+    assert inputs.query is not None
+    return accumulated_scores(
+        inputs.query, inputs.key, inputs.scale, inputs.logits_soft_cap
+    )
+
+
+def votes(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """Votes of the newest tokens: see ``vote_scores``."""
+    assert inputs.query is not None
+    return vote_scores(inputs.query, inputs.key, inputs.scale, inputs.logits_soft_cap)
+
+
+def key_norm(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """Small keys stay: see ``key_norm_scores``."""
+    return key_norm_scores(inputs.key)
+
+
+def recency(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
     """Newer is better: see ``recency_scores``."""
-    return recency_scores(key.shape[0], key.device)
+    return recency_scores(inputs.key.shape[0], inputs.key.device)
 
 
-SCORERS: dict[str, Scorer] = {"attention": attention, "recency": recency}
+SCORERS: dict[str, Scorer] = {
+    "attention": attention,
+    "accumulated": accumulated,
+    "key_norm": key_norm,
+    "recency": recency,
+    "votes": votes,
+}

@@ -1,0 +1,50 @@
+"""What every budget has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyramid_vllm.policy.config import PolicyConfig
+from pyramid_vllm.policy.tiers import TierLayout
+
+#: Fractions are integers in this unit, so that every process counts alike.
+UNIT = 10**9
+
+
+def as_units(fraction: float) -> int:
+    """A fraction in billionths."""
+    return round(fraction * UNIT)
+
+
+@dataclass(frozen=True)
+class Budget(ABC):
+    """``prompt tokens -> tokens kept per tier``, all integers.
+
+    Counts never rise from a tier to the next, and are never below the sinks and the
+    recent window or above the prompt. Those of a budget that pruning or ``evict:
+    chunk`` may use also never fall with length, nor grow by more than one a token.
+    """
+
+    config: PolicyConfig
+    layout: TierLayout
+
+    @abstractmethod
+    def cache_lengths(self, num_tokens: int) -> tuple[int, ...]:
+        """Tokens of a prompt of ``num_tokens`` tokens that each tier keeps."""
+
+    def num_recent(self, num_tokens: int) -> int:
+        """Length of the recent window of ``num_tokens`` tokens."""
+        extra = as_units(self.config.recent_ratio) * num_tokens // UNIT
+        return min(num_tokens, self.config.recent + extra)
+
+    def always(self, num_tokens: int) -> int:
+        """Sinks and recent window: what no layer goes below."""
+        return min(num_tokens, self.config.sinks + self.num_recent(num_tokens))
+
+    def by_tier(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """The mean of each tier's layers, rounded down."""
+        counts, start = [], 0
+        for size in self.layout.sizes:
+            counts.append(sum(layers[start : start + size]) // size)
+            start += size
+        return tuple(counts)

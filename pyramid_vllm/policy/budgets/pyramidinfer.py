@@ -1,0 +1,93 @@
+"""PyramidInfer's own budget: the context decays from layer to layer, compounding."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from pyramid_vllm.policy.budgets.base import UNIT, Budget, as_units
+from pyramid_vllm.policy.errors import KVPolicyError
+
+_BISECTIONS = 50
+
+
+def decay(shape: str, ratio: float, layer: int, num_layers: int) -> float:
+    """Fall from 1 in the first layer towards ``ratio`` behind the last."""
+    depth = layer / num_layers
+    left = (math.cos(math.pi * depth) + 1) / 2 if shape == "cosine" else 1 - depth
+    return (1 - ratio) * left + ratio
+
+
+@dataclass(frozen=True)
+class PyramidInferBudget(Budget):
+    """The context before the recent window shrinks as rows go deeper.
+
+    PyramidInfer (arXiv 2405.12532, section 4.2 and its released code): layer ``i``,
+    where ``i`` is a multiple of ``layerwise_downsample_interval``, hands
+    ``r(i) = (1 - d) * (cos(pi * i / L) + 1) / 2 + d`` of its context on to layer
+    ``i + 1``, where ``d`` is ``prefill_decay_ratio`` and ``L`` the number of layers.
+    The context includes the sinks and never falls below ``min_context``. (Where a
+    decay would end below that, the released code skips it whole; here the context
+    stops at ``min_context``, so that counts never fall as a prompt grows.)
+    """
+
+    @cached_property
+    def decay_ratio(self) -> float:
+        """``prefill_decay_ratio``, or the one that meets ``retention``.
+
+        Raises:
+            KVPolicyError: the steepest decay keeps more than ``retention``.
+        """
+        config = self.config
+        if config.prefill_decay_ratio is not None:
+            return config.prefill_decay_ratio
+        recent = config.recent_ratio
+        target = (config.retention - recent) / (1 - recent)
+        low, high = 0.0, 1.0
+        if self._mean_context(low) > target:
+            least = recent + (1 - recent) * self._mean_context(low)
+            raise KVPolicyError(
+                f"KV policy '{config.name}': setting 'retention' is "
+                f"{config.retention:g}: valid with budget 'pyramidinfer', "
+                f"{self.layout.num_layers} layers and "
+                f"layerwise_downsample_interval={config.layerwise_downsample_interval} "
+                f"is {least:.3f} to 1"
+            )
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if self._mean_context(middle) > target:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _decays(self, ratio: float) -> list[float]:
+        """What each layer hands on of its context."""
+        num_layers = self.layout.num_layers
+        interval = self.config.layerwise_downsample_interval
+        return [
+            decay(self.config.shape, ratio, i, num_layers) if i % interval == 0 else 1.0
+            for i in range(num_layers)
+        ]
+
+    def _mean_context(self, ratio: float) -> float:
+        """Mean fraction of the context that layers compute."""
+        total, left = 0.0, 1.0
+        for handed_on in self._decays(ratio):
+            total += left
+            left *= handed_on
+        return total / self.layout.num_layers
+
+    @cached_property
+    def _handed_on(self) -> tuple[int, ...]:
+        return tuple(as_units(value) for value in self._decays(self.decay_ratio))
+
+    def cache_lengths(self, num_tokens: int) -> tuple[int, ...]:
+        """See ``Budget``."""
+        recent = self.num_recent(num_tokens)
+        context = num_tokens - recent
+        least = min(context, max(self.config.min_context, self.config.sinks))
+        layers = []
+        for handed_on in self._handed_on:
+            layers.append(recent + context)
+            context = max(least, context * handed_on // UNIT)
+        return self.by_tier(layers)
