@@ -1,6 +1,8 @@
 """Small engines, and what tests look at in them."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,3 +138,26 @@ def held_kv(llm: Any, req_id: str, layer: int) -> tuple[Any, Any]:
         for view in cpu_views(cache)
     )
     return key, value
+
+
+@contextmanager
+def record_chunks(scheduler: Any) -> Iterator[list[list[int]]]:
+    """Tokens of every step of every request, in the order of their arrival."""
+    schedule = scheduler.schedule
+    by_request: dict[str, list[int]] = {}
+    steps: list[list[int]] = []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        for req_id, count in output.num_scheduled_tokens.items():
+            by_request.setdefault(req_id, []).append(count)
+        return output
+
+    scheduler.schedule = recording
+    try:
+        yield steps
+    finally:
+        scheduler.schedule = schedule
+        # The engine numbers requests and adds a random suffix.
+        names = sorted(by_request, key=lambda name: int(name.split("-")[0]))
+        steps.extend(by_request[name] for name in names)

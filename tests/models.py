@@ -32,3 +32,22 @@ def save_config(folder: Path, config: Any) -> str:
     """Write a configuration alone: enough for all that comes before the weights."""
     config.save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny(folder: Path, family: str, num_layers: int) -> str:
+    """Write a random model of a family: ``llama``, ``qwen2`` or ``qwen3``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings = TINY_LLAMA | {"num_hidden_layers": num_layers}
+    if family == "qwen2":  # takes the head's size from the hidden one
+        del settings["head_dim"]
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():  # a new model's biases and norms are all alike
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return str(folder)

@@ -89,5 +89,6 @@ class PyramidInferBudget(Budget):
         layers = []
         for handed_on in self._handed_on:
             layers.append(recent + context)
-            context = max(least, context * handed_on // UNIT)
+            # Half a billionth is lost in a unit: what should be whole must not fall.
+            context = max(least, context * (handed_on + 1) // UNIT)
         return self.by_tier(layers)
