@@ -157,7 +157,9 @@ def compare(llm: Any, oracle: Oracle, chunk: int) -> None:
     rows_before = counters.num_computed.copy()
     scheduled_before = counters.num_scheduled
     evicted_before = scheduler.kv_counters.num_evicted_tokens
-    prompts = random_prompts(LENGTHS, seed=chunk)
+    # Of different tokens: equal ones have keys of the same length in the first layer.
+    rng = np.random.default_rng(chunk)
+    prompts = [rng.permutation(1024)[:length].tolist() for length in LENGTHS]
     with record_chunks(scheduler) as steps:
         ours = generate(llm, prompts, NUM_TOKENS)
     num_decided, rows = 0, np.zeros_like(rows_before)

@@ -232,8 +232,12 @@ class _Run:
         order = sorted(places, key=lambda i: (-row[i], -i))
         if 0 < count < len(order):
             last, first = row[order[count - 1]], row[order[count]]
-            # Equal scores are decided: the newer token stays.
-            if last != first and last - first < MARGIN * max(abs(last), abs(first)):
+            # Scores that are equal by nature are decided: the newer token stays.
+            by_nature = self.config.scorer in ("recency", "votes")
+            pools = self.config.pooling == "max"
+            if last == first and (by_nature or pools):
+                return sorted(order[:count])
+            if last - first < MARGIN * max(abs(last), abs(first)):
                 self.result.decided = False
         return sorted(order[:count])
 
