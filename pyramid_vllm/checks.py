@@ -26,6 +26,12 @@ def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
     _check_device(vllm_config)
     _check_parallel(vllm_config)
     _check_features(vllm_config)
+    if policy.prune_from is not None and vllm_config.lora_config is not None:
+        raise _refuse(
+            f"prune_from={policy.prune_from} and enable_lora",
+            True,
+            "adapters are chosen by row; valid is prune_from none or enable_lora False",
+        )
     _check_model(vllm_config.model_config, policy)
     return policy
 

@@ -167,7 +167,7 @@ def test_the_cache_holds_what_the_reference_selects(
     llm = engine(config=config, max_num_batched_tokens=chunk)
     req_ids = start(llm, PROMPTS, 64)
     assert_selected(llm, req_ids, full_cache, attention)
-    assert len(worker_of(llm).tier_queries) == 0, "queries outlive their prompts"
+    assert len(worker_of(llm).tier_state.queries) == 0, "queries outlive their prompts"
     drain(llm)
     assert scheduler_of(llm).kv_counters.num_compactions == len(PROMPTS) - 1
 

@@ -6,11 +6,19 @@ import pytest
 import torch
 
 from pyramid_vllm.kernels import (
+    accumulated_scores,
     compact_in_place,
+    compact_range,
+    group_scores,
+    key_norm_scores,
+    pooled,
     recency_scores,
+    select_in_group,
     select_tokens,
+    vote_scores,
     window_scores,
 )
+from pyramid_vllm.kernels import score as score_module
 
 
 def scores_by_loops(
@@ -119,3 +127,124 @@ def test_compaction_moves_kept_tokens_and_nothing_else(
                 assert torch.equal(new_place, old_place)
         for block in (2, 4):
             assert torch.equal(cache[block], old[block]), "another request's page"
+
+
+def attention_by_loops(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """``[num_heads, num_queries, num_tokens]``, float64."""
+    num_queries, num_heads, head_size = query.shape
+    num_tokens, num_kv_heads, _ = key.shape
+    result = torch.zeros(num_heads, num_queries, num_tokens, dtype=torch.float64)
+    for head in range(num_heads):
+        for i in range(num_queries):
+            seen = num_tokens - num_queries + i + 1
+            keys = key[:seen, head * num_kv_heads // num_heads].double()
+            logits = keys @ query[i, head].double() / math.sqrt(head_size)
+            result[head, i, :seen] = torch.softmax(logits, 0)
+    return result
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 40])
+@pytest.mark.parametrize("max_elements", [1, 700, 1 << 23])
+def test_accumulated_and_vote_scores(
+    num_queries: int, max_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few probabilities are held at once."""
+    monkeypatch.setattr(score_module, "_MAX_ELEMENTS", max_elements)
+    torch.manual_seed(num_queries)
+    query, key = torch.randn(num_queries, 4, 8), torch.randn(40, 2, 8)
+    attention = attention_by_loops(query, key)
+    expected = attention.sum(1).view(2, 2, 40).mean(1)
+    scores = accumulated_scores(query, key, 1 / math.sqrt(8))
+    torch.testing.assert_close(scores, expected.float(), rtol=1e-5, atol=1e-6)
+    seen = torch.arange(40 - num_queries + 1, 41)
+    votes = (attention * seen[:, None] >= 1).double().sum(1).view(2, 2, 40).mean(1)
+    voted = vote_scores(query, key, 1 / math.sqrt(8))
+    assert torch.equal(voted, votes.float())
+    weighed = window_scores(query, key, 1 / math.sqrt(8), 1.4)
+    torch.testing.assert_close(
+        weighed,
+        scores_by_loops(query, key, 1 / math.sqrt(8), 1.4, 0).float(),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_small_keys_score_high() -> None:
+    key = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]], [[0.0, 2.0]]])
+    assert key_norm_scores(key).tolist() == [[-5.0, -1.0, -2.0]]
+
+
+def test_pooling_shares_scores_before_the_window() -> None:
+    scores = torch.tensor([[0.0, 3.0, 0.0, 0.0, 6.0, 9.0]])
+    assert pooled(scores, 1, "avg", 3).tolist() == [[1.0, 1.0, 1.0, 2.0, 2.0, 9.0]]
+    assert pooled(scores, 1, "max", 3).tolist() == [[3.0, 3.0, 3.0, 6.0, 6.0, 9.0]]
+    assert torch.equal(pooled(scores, 6, "avg", 3), scores)
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_group_scores_are_window_scores_of_the_group(cap: float) -> None:
+    """Rows of other lengths, and padding, change nothing."""
+    torch.manual_seed(0)
+    held, used, starts, group = [40, 23, 64], [6, 1, 3], [11, 5, 40], 7
+    query, key = torch.randn(3, 6, 4, 8), torch.randn(3, 64, 2, 8)
+    scores = group_scores(
+        query,
+        key,
+        torch.tensor(held),
+        torch.tensor(used),
+        torch.tensor(starts),
+        group,
+        0.3,
+        1.6,
+        cap,
+    )
+    for row in range(3):
+        whole = window_scores(
+            query[row, 6 - used[row] :], key[row, : held[row]], 0.3, 1.6, cap
+        )
+        expected = whole[:, starts[row] : starts[row] + group]
+        torch.testing.assert_close(scores[row], expected)
+
+
+@pytest.mark.parametrize("num_kept", [1, 4, 8])
+def test_selection_in_a_group_breaks_ties_to_the_newer(num_kept: int) -> None:
+    torch.manual_seed(num_kept)
+    scores = torch.randint(0, 3, (5, 2, 8)).float()
+    kept = select_in_group(scores, num_kept)
+    for row, chosen in zip(
+        scores.view(10, 8).tolist(), kept.view(10, -1).tolist(), strict=True
+    ):
+        assert chosen == select_by_sorting(row, num_kept, 0, 0)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_group_is_closed_up(num_groups: int) -> None:
+    """Several requests at once; what lies before a group stays."""
+    torch.manual_seed(1)
+    key, value = torch.randn(2, 12, 2, 4, 3)
+    before = key.clone(), value.clone()
+    table = torch.tensor([[5, 0, 3, 6], [1, 7, 2, 0]])
+    starts, held, group = torch.tensor([5, 2]), torch.tensor([15, 10]), 6
+    kept = torch.stack(
+        [
+            torch.stack(
+                [torch.randperm(group)[:2].sort().values for _ in range(num_groups)]
+            )
+            for _ in range(2)
+        ]
+    )
+    compact_range(key, value, table, starts, group, held, kept)
+    touched = set()
+    for cache, old in zip((key, value), before, strict=True):
+        for request in range(2):
+            start, end = int(starts[request]), int(held[request])
+            for head in range(2):
+                chosen = kept[request, head if num_groups > 1 else 0].tolist()
+                source = [start + i for i in chosen] + list(range(start + group, end))
+                for slot, token in enumerate([*range(start), *source]):
+                    block = int(table[request, slot // 4])
+                    touched.add(block)
+                    moved = old[table[request, token // 4], head, token % 4]
+                    assert torch.equal(cache[block, head, slot % 4], moved)
+        for block in set(range(12)) - touched - {6, 2}:
+            assert torch.equal(cache[block], old[block])

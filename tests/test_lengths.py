@@ -14,18 +14,22 @@ from pyramid_vllm.policy import (
     TierLayout,
     tier_layout,
 )
+from pyramid_vllm.policy.budgets.retention import RetentionBudget
 
 
 @st.composite
-def rules(draw: st.DrawFn) -> LengthRule:
+def rules(draw: st.DrawFn, budgets: tuple[str, ...] = ("retention",)) -> LengthRule:
     """Any rule that the settings allow."""
     num_layers = draw(st.integers(1, 80))
     retention = draw(st.floats(0.02, 1.0))
     config = PolicyConfig(
         name="drawn",
+        budget=draw(st.sampled_from(budgets)),
         retention=retention,
         shape=draw(st.sampled_from(["cosine", "linear"])),
         steepness=draw(st.floats(0, 1)),
+        prefill_decay_ratio=draw(st.floats(0, 1)),
+        layerwise_downsample_interval=draw(st.integers(1, 4)),
         tiers=draw(
             st.one_of(st.integers(1, num_layers), st.sampled_from(["auto", "layers"]))
         ),
@@ -34,8 +38,21 @@ def rules(draw: st.DrawFn) -> LengthRule:
         recent_ratio=draw(st.sampled_from([0.0, 0.5, 0.9])) * retention,
         min_context=draw(st.integers(0, 300)),
         evict=draw(st.sampled_from(["prompt_end", "chunk"])),
+        prune_from=draw(st.one_of(st.none(), st.integers(0, num_layers))),
+        exceed_length_to_compress=draw(st.one_of(st.none(), st.integers(2, 40))),
+        gen_compress_ratio=draw(st.floats(0.1, 1)),
+        gen_decay_ratio=draw(st.floats(0, 1)),
+        gen_decay_strategy=draw(st.sampled_from(["cosine", "linear"])),
     )
     return LengthRule(config, tier_layout(config, num_layers))
+
+
+any_rule = rules(("retention", "pyramidinfer"))
+
+
+def retention_budget(rule: LengthRule) -> RetentionBudget:
+    assert isinstance(rule.budget, RetentionBudget)
+    return rule.budget
 
 
 def mean_over_layers(rule: LengthRule, counts: tuple[int, ...]) -> Fraction:
@@ -44,7 +61,7 @@ def mean_over_layers(rule: LengthRule, counts: tuple[int, ...]) -> Fraction:
 
 
 @settings(max_examples=400, deadline=None)
-@given(rule=rules(), length=st.integers(0, 40_000))
+@given(rule=any_rule, length=st.integers(0, 40_000))
 def test_counts_are_integers_within_their_bounds(rule: LengthRule, length: int) -> None:
     """Never above the length, never below sinks and recent window, deeper is fewer."""
     counts = rule.cache_lengths(length)
@@ -56,7 +73,7 @@ def test_counts_are_integers_within_their_bounds(rule: LengthRule, length: int) 
 
 
 @settings(max_examples=400, deadline=None)
-@given(rule=rules(), length=st.integers(0, 40_000))
+@given(rule=any_rule, length=st.integers(0, 40_000))
 def test_counts_grow_by_at_most_one_a_token(rule: LengthRule, length: int) -> None:
     """So what a later length keeps is always still there."""
     now, later = rule.cache_lengths(length), rule.cache_lengths(length + 1)
@@ -71,19 +88,27 @@ def test_the_mean_over_layers_meets_the_retention(
     """Within one token a layer, wherever the floor leaves room for it."""
     mean = mean_over_layers(rule, rule.cache_lengths(length))
     target = Fraction(rule.config.retention) * length
-    if length >= rule.onset:
+    if length >= retention_budget(rule).onset:
         assert abs(mean - target) <= 1
     else:
-        assert mean == rule.floor(length)
+        assert mean == retention_budget(rule).floor(length)
         assert mean >= target - 1
 
 
-@settings(max_examples=200, deadline=None)
-@given(rule=rules(), prompt=st.integers(1, 5000), output=st.integers(0, 500))
-def test_the_peak_bounds_every_step(rule: LengthRule, prompt: int, output: int) -> None:
+@settings(max_examples=300, deadline=None)
+@given(
+    rule=any_rule,
+    prompt=st.integers(1, 3000),
+    output=st.integers(0, 300),
+    cut=st.integers(1, 5),
+    pruned=st.booleans(),
+)
+def test_the_peak_bounds_every_step(
+    rule: LengthRule, prompt: int, output: int, cut: int, pruned: bool
+) -> None:
     """No cut of the prompt into chunks holds more than the peak."""
-    chunk = 1 + prompt // 3
-    peak = rule.peak_lengths(prompt, prompt + output, chunk)
+    chunk = 1 + prompt // cut
+    peak = rule.peak_lengths(prompt, prompt + output, chunk, pruned)
     held = (0,) * rule.layout.num_tiers
     ends = [
         *range(chunk, prompt, chunk),
@@ -92,9 +117,120 @@ def test_the_peak_bounds_every_step(rule: LengthRule, prompt: int, output: int) 
     ]
     before = 0
     for end in ends:
-        during = [length + end - before for length in held]
+        rows = (end - before,) * rule.layout.num_tiers
+        if pruned and end <= prompt:
+            rows = rule.num_rows(before, end)
+        during = [length + row for length, row in zip(held, rows, strict=True)]
         assert all(d <= p for d, p in zip(during, peak, strict=True))
         held, before = rule.held_lengths(prompt, end), end
+        assert all(h <= d for h, d in zip(held, during, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(rule=any_rule, before=st.integers(0, 3000), chunk=st.integers(1, 3000))
+def test_rows_are_what_a_tier_still_needs(
+    rule: LengthRule, before: int, chunk: int
+) -> None:
+    """Fewer in deeper tiers, never fewer than the recent window or than the count
+    grows by, and exactly the count where the chunk is the whole prompt."""
+    after = before + chunk
+    rows, first = rule.num_rows(before, after), rule.first_pruned_tier
+    assert rows[:first] == (chunk,) * first
+    assert list(rows) == sorted(rows, reverse=True)
+    grown = zip(rule.cache_lengths(before), rule.cache_lengths(after), strict=True)
+    recent = min(chunk, rule.num_recent(after))
+    for row, (a, b) in zip(rows, grown, strict=True):
+        assert max(recent, b - a) <= row <= chunk
+    whole = rule.num_rows(0, after)
+    assert whole[first:] == rule.cache_lengths(after)[first:]
+
+
+@settings(max_examples=300, deadline=None)
+@given(rule=any_rule, prompt=st.integers(1, 3000), output=st.integers(0, 600))
+def test_generated_tokens_leave_in_groups(
+    rule: LengthRule, prompt: int, output: int
+) -> None:
+    """A step adds its token, and at most one group goes; the window always stays."""
+    now = rule.held_lengths(prompt, prompt + output)
+    later = rule.held_lengths(prompt, prompt + output + 1)
+    group = rule.config.exceed_length_to_compress
+    if group is None:
+        assert later == tuple(length + 1 for length in now)
+        return
+    gone = {a + 1 - b for a, b in zip(now, later, strict=True)}
+    assert gone in ({0}, {group - kept for kept in rule.group_kept})
+    kept = rule.cache_lengths(prompt)
+    window = min(output, rule.num_recent(prompt + output))
+    assert all(a >= b + window for a, b in zip(now, kept, strict=True))
+    assert all(1 <= count <= group for count in rule.group_kept)
+
+
+@given(
+    num_layers=st.integers(2, 80),
+    retention=st.floats(0.5, 1.0),
+    interval=st.integers(1, 3),
+    length=st.integers(500, 40_000),
+)
+def test_the_decay_is_solved_from_the_retention(
+    num_layers: int, retention: float, interval: int, length: int
+) -> None:
+    config = PolicyConfig(
+        name="solved",
+        budget="pyramidinfer",
+        retention=retention,
+        layerwise_downsample_interval=interval,
+        tiers="layers",
+        recent=1,
+        recent_ratio=0.2,
+        min_context=0,
+    )
+    rule = LengthRule(config, tier_layout(config, num_layers))
+    try:
+        mean = mean_over_layers(rule, rule.cache_lengths(length))
+    except KVPolicyError as error:
+        least = float(str(error).split(" is ")[-1].split()[0])
+        assert least > retention - 1e-3
+        return
+    # A layer loses up to one token to rounding, and hands the loss on.
+    assert abs(float(mean) - retention * length) <= num_layers + 1
+
+
+def test_pyramidinfer_shrinks_as_published() -> None:
+    """By hand: 100 tokens, 21 recent, of the other 79 layers compute 79, 79 * r(0),
+    79 * r(0) * r(1) and so on, with r(i) = 0.4 * (cos(pi * i / 4) + 1) / 2 + 0.6."""
+    config = PolicyConfig(
+        name="x",
+        budget="pyramidinfer",
+        prefill_decay_ratio=0.6,
+        tiers="layers",
+        recent=1,
+        recent_ratio=0.2,
+        min_context=8,
+    )
+    rule = LengthRule(config, tier_layout(config, 4))
+    # r = 1, 0.9414, 0.8, 0.6586
+    assert rule.cache_lengths(100) == (100, 100, 21 + 74, 21 + 59)
+    assert rule.cache_lengths(12) == (12, 12, 11, 11)
+    every_second = config.model_copy(update={"layerwise_downsample_interval": 2})
+    rule = LengthRule(every_second, tier_layout(every_second, 4))
+    assert rule.cache_lengths(100) == (100, 100, 100, 21 + 63)
+
+
+def test_pyramidkv_budgets_lie_on_a_line_of_fixed_total() -> None:
+    config = PolicyConfig(
+        name="x",
+        budget="arithmetic",
+        capacity=110,
+        beta=5,
+        tiers="layers",
+        sinks=0,
+        recent=10,
+        min_context=0,
+    )
+    rule = LengthRule(config, tier_layout(config, 5))
+    assert rule.cache_lengths(1000) == (190, 150, 110, 70, 30)
+    assert rule.cache_lengths(150) == (150, 130, 110, 90, 70)
+    assert rule.cache_lengths(110) == (110,) * 5
 
 
 @given(num_layers=st.integers(1, 100), length=st.integers(0, 10_000))

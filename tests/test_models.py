@@ -11,11 +11,9 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from pyramid_vllm.plan import PromptWindow, StepPlan
-from pyramid_vllm.policy import resolve_policy
 from pyramid_vllm.spec import TierAttentionSpec
 from pyramid_vllm.worker import layer as layer_module
-from pyramid_vllm.worker.layer import TieredLayer
-from pyramid_vllm.worker.queries import QueryWindows
+from pyramid_vllm.worker.layer import over_heads
 from pyramid_vllm.worker.step import TierStep
 from tests.engines import close, generate, make_llm, random_prompts, scheduler_of
 from tests.models import TINY_LLAMA
@@ -110,26 +108,34 @@ def test_two_ranks_choose_what_one_does(tiny_llama: str, tmp_path: Path) -> None
 
 def test_scores_of_one_head_are_reduced_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank with a single KV head still needs the other ranks' scores."""
-    policy = resolve_policy("pyramid", POLICY)
-    assert policy is not None
     other = torch.tensor([[0.0, 4.0, 2.0]])
     monkeypatch.setattr(layer_module, "get_tensor_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(
         layer_module, "tensor_model_parallel_all_reduce", lambda scores: scores + other
     )
-    step = TierStep(32, None)
-    layer = TieredLayer(0, 0, 1.0, 0.0, policy, step, QueryWindows())
-    monkeypatch.setattr(layer, "_scorer", lambda *_: torch.tensor([[2.0, 0.0, 2.0]]))
-    assert layer._scores(None, torch.zeros(3, 1, 8)).tolist() == [[1.0, 2.0, 2.0]]
+    assert over_heads(torch.tensor([[2.0, 0.0, 2.0]]), True).tolist() == [
+        [1.0, 2.0, 2.0]
+    ]
+    # Scores of no head are the same on every rank.
+    assert over_heads(torch.tensor([[2.0, 0.0, 2.0]]), False).tolist() == [
+        [2.0, 0.0, 2.0]
+    ]
 
 
 def test_windows_without_metadata_are_an_error() -> None:
     step = TierStep(32, None)
     window = PromptWindow("a", 10, 2, False, (5,), 2)
     step.begin(
-        StepPlan(("a",), torch.zeros(1, 1).int().numpy(), (window,), frozenset())
+        StepPlan(
+            req_ids=("a",),
+            num_evicted=torch.zeros(1, 1).int().numpy(),
+            num_prompt_tokens=10,
+            windows=(window,),
+            groups=(),
+            released=frozenset(),
+        )
     )
     with pytest.raises(AssertionError, match="before its metadata"):
-        step.windows()
+        _ = step.rows
     with pytest.raises(RuntimeError, match=r"0 of 3 layers compacted \['a'\]"):
         step.finish(3)

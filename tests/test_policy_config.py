@@ -16,7 +16,24 @@ from pyramid_vllm.policy import (
 
 
 def test_presets_are_the_documented_ones() -> None:
-    assert preset_names() == ["none", "pyramid", "streaming", "uniform"]
+    assert preset_names() == [
+        "corm",
+        "h2o",
+        "knorm",
+        "none",
+        "pyramid",
+        "pyramidinfer",
+        "pyramidinfer-llama2-13b",
+        "pyramidinfer-llama2-70b",
+        "pyramidinfer-llama2-7b",
+        "pyramidinfer-llama3-70b",
+        "pyramidinfer-llama3-8b",
+        "pyramidkv",
+        "snapkv",
+        "streaming",
+        "tova",
+        "uniform",
+    ]
 
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if n != "none"])
@@ -57,7 +74,17 @@ def test_a_policy_survives_the_way_to_another_process() -> None:
 @pytest.mark.parametrize(
     ("policy", "overrides", "words"),
     [
-        ("pyramyd", None, ["'pyramyd'", "none, pyramid, streaming, uniform"]),
+        ("pyramid", {"pool_kernel": 4}, ["'pool_kernel'", "4", "odd"]),
+        ("h2o", {"prune_from": 0}, ["'accumulated'", "prune_from none"]),
+        ("h2o", {"evict": "chunk"}, ["'accumulated'", "evict 'prompt_end'"]),
+        ("h2o", {"queries": 4}, ["queries=4", "reads them all"]),
+        ("pyramidkv", {"prune_from": 3}, ["budget='arithmetic'", "prune_from none"]),
+        ("pyramidkv", {"capacity": 10}, ["capacity=10", "at least", "64"]),
+        ("pyramid", {"capacity": 100}, ["capacity", "budget='arithmetic'"]),
+        ("pyramid", {"prune_from": "half"}, ["'prune_from'", "'half'", "integer"]),
+        ("pyramid", {"exceed_length_to_compress": 1}, ["'exceed_length", "1", "2"]),
+        ("knorm", {"exceed_length_to_compress": 8}, ["'key_norm'", "none"]),
+        ("pyramyd", None, ["'pyramyd'", "none, pyramid, pyramidinfer, "]),
         ("/no/such/file.yaml", None, ["/no/such/file.yaml", "No such file"]),
         ("{not json", None, ["{not json", "not JSON"]),
         ("pyramid", "[1]", ["kv_policy_config", "JSON object"]),
@@ -68,7 +95,11 @@ def test_a_policy_survives_the_way_to_another_process() -> None:
         ("pyramid", {"shape": "cube"}, ["'shape' is 'cube'", "'cosine' or 'linear'"]),
         ("pyramid", {"evict": "never"}, ["'evict' is 'never'", "'prompt_end'"]),
         ("pyramid", {"selection": "token"}, ["'selection' is 'token'", "'layer'"]),
-        ("pyramid", {"scorer": "magic"}, ["'scorer' is 'magic'", "attention, recency"]),
+        (
+            "pyramid",
+            {"scorer": "magic"},
+            ["'scorer' is 'magic'", "accumulated, attention, key_norm, recency, votes"],
+        ),
         ("pyramid", {"recent": 0}, ["'recent' is 0", "greater than or equal to 1"]),
         ("pyramid", {"retain": 0.5}, ["unknown setting 'retain'", "retention"]),
         ("pyramid", {"recent_ratio": 0.6}, ["recent_ratio=0.6", "retention=0.5"]),
@@ -107,3 +138,54 @@ def test_a_policy_is_frozen() -> None:
     policy = PolicyConfig(name="x")
     with pytest.raises(ValueError, match="frozen"):
         policy.retention = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("size", "decay", "interval"),
+    [
+        ("llama2-7b", 0.9, 1),
+        ("llama2-13b", 0.8, 2),
+        ("llama2-70b", 0.9, 3),
+        ("llama3-8b", 0.9, 1),
+        ("llama3-70b", 0.9, 3),
+    ],
+)
+def test_pyramidinfer_has_the_released_parameters(
+    size: str, decay: float, interval: int
+) -> None:
+    policy = resolve_policy(f"pyramidinfer-{size}")
+    assert policy is not None
+    assert policy.prefill_decay_ratio == decay
+    assert policy.layerwise_downsample_interval == interval
+    assert (policy.recent, policy.recent_ratio, policy.sinks) == (1, 0.2, 4)
+    assert (policy.min_context, policy.distance_weight) == (64, 1.2)
+    assert (policy.shape, policy.gen_decay_strategy) == ("cosine", "cosine")
+    assert (policy.gen_decay_ratio, policy.gen_compress_ratio) == (0.1, 0.9)
+    assert policy.exceed_length_to_compress == 16
+    assert policy.prune_from == 0
+
+
+def test_the_released_names_are_understood() -> None:
+    theirs = {
+        "streamingllm_sink_len": 2,
+        "min_context_length": 9,
+        "prefill_recent_ratio": 0.1,
+        "prefill_decay_strategy": "linear",
+    }
+    policy = resolve_policy("pyramidinfer", theirs)
+    assert policy is not None
+    assert (policy.sinks, policy.min_context) == (2, 9)
+    assert (policy.recent_ratio, policy.shape) == (0.1, "linear")
+    with pytest.raises(KVPolicyError, match=r"'sinks' is given twice.*streamingllm"):
+        resolve_policy("pyramidinfer", {"sinks": 2, "streamingllm_sink_len": 2})
+
+
+def test_retention_replaces_the_decay_of_a_preset() -> None:
+    policy = resolve_policy("pyramidinfer", {"retention": 0.6})
+    assert policy is not None
+    assert (policy.retention, policy.prefill_decay_ratio) == (0.6, None)
+    both = resolve_policy(
+        "pyramidinfer", {"retention": 0.6, "prefill_decay_ratio": 0.5}
+    )
+    assert both is not None
+    assert both.prefill_decay_ratio == 0.5

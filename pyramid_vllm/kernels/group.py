@@ -20,12 +20,11 @@ def group_scores(
     2405.12532, section 4.3). ``num_batch`` counts requests and layers together.
 
     Args:
-        query: ``[num_batch, max_queries, num_heads, head_size]``, newest last; of a
-            row the last ``num_queries`` count.
+        query: ``[num_batch, max_queries, num_heads, head_size]``, newest last.
         key: ``[num_batch, max_tokens, num_kv_heads, head_size]``, oldest first.
-        num_held: ``[num_batch]``, int64, cached tokens of each row; the last
-            ``num_queries`` of them belong to the queries.
-        num_queries: ``[num_batch]``, int64.
+        num_held: ``[num_batch]``, int64, cached tokens of each row; the newest belong
+            to the queries.
+        num_queries: ``[num_batch]``, int64, newest queries that count.
         starts: ``[num_batch]``, int64, first token of the group.
         group: tokens of the group.
         scale: factor of the attention logits.
@@ -36,6 +35,34 @@ def group_scores(
     Returns:
         ``[num_batch, num_kv_heads, group]``, float32.
     """
+    logits = _visible_logits(query, key, num_held, scale, logits_soft_cap)
+    normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+    columns = starts[:, None] + torch.arange(group, device=key.device)
+    columns = columns[:, None, None, None].expand(*logits.shape[:4], group)
+    probabilities = (logits.gather(-1, columns) - normalizer).exp().mean(dim=2)
+    # Places within the window; a single query has the weight of the oldest.
+    place = num_queries[:, None] - 1 - _age(query)
+    span = (num_queries[:, None] - 1).clamp(min=1)
+    weights = 1 + (distance_weight - 1) * place / span
+    weights = weights.masked_fill(place < 0, 0.0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    return torch.einsum("bhqg,bq->bhg", probabilities, weights)
+
+
+def _age(query: torch.Tensor) -> torch.Tensor:
+    """``[max_queries]``: how many queries are newer."""
+    return torch.arange(query.shape[1] - 1, -1, -1, device=query.device)
+
+
+def _visible_logits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    num_held: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float,
+) -> torch.Tensor:
+    """``[num_batch, num_kv_heads, heads of each, max_queries, max_tokens]``, float32;
+    minus infinity where a query does not see the token."""
     num_batch, max_queries, num_heads, head_size = query.shape
     max_tokens, num_kv_heads = key.shape[1:3]
     heads = num_heads // num_kv_heads
@@ -45,23 +72,9 @@ def group_scores(
     if logits_soft_cap:
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
     logits = logits.view(num_batch, num_kv_heads, heads, max_queries, max_tokens)
-    # Query i from the end sees all but the i newest tokens.
-    age = torch.arange(max_queries - 1, -1, -1, device=key.device)
-    visible = num_held[:, None] - age
-    token = torch.arange(max_tokens, device=key.device)
-    hidden = token >= visible[..., None]
-    logits.masked_fill_(hidden[:, None, None], float("-inf"))
-    normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-    columns = starts[:, None] + torch.arange(group, device=key.device)
-    columns = columns[:, None, None, None].expand(*logits.shape[:4], group)
-    probabilities = (logits.gather(-1, columns) - normalizer).exp().mean(dim=2)
-    place = (num_queries[:, None] - 1 - age).float()
-    span = (num_queries[:, None] - 1).clamp(min=1)
-    weights = 1 + (distance_weight - 1) * place / span
-    # One query alone has the weight of the oldest, as linspace has it.
-    weights = weights.masked_fill(place < 0, 0.0)
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    return torch.einsum("bhqg,bq->bhg", probabilities, weights)
+    visible = num_held[:, None] - _age(query)
+    hidden = torch.arange(max_tokens, device=key.device) >= visible[..., None]
+    return logits.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
 def select_in_group(scores: torch.Tensor, num_kept: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ Counts = tuple[int, ...]
 class RequestLengths(Protocol):
     """What is read of vLLM's requests."""
 
+    request_id: str
     num_prompt_tokens: int
     num_computed_tokens: int
     sampling_params: Any

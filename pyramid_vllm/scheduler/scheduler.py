@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
-from pyramid_vllm.plan import PLAN_ATTRIBUTE, GroupWindow, PromptWindow, StepPlan
-from pyramid_vllm.policy import KVPolicyError, Queries
+from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
+from pyramid_vllm.policy import KVPolicyError
 from pyramid_vllm.scheduler.block_manager import (
     TierBlockManager,
     check_integrity,
@@ -20,6 +19,7 @@ from pyramid_vllm.scheduler.block_manager import (
 )
 from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.report import KVReport
+from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
 from pyramid_vllm.spec import length_rule, max_chunk, required_policy
 
 if TYPE_CHECKING:
@@ -133,11 +133,11 @@ class PyramidScheduler(AsyncScheduler):
             before = request.num_computed_tokens - num_scheduled
             if before < request.num_prompt_tokens:
                 num_prompt_tokens += num_scheduled
-                window = self._prompt_window(request, before)
+                window = prompt_window(self.tier_lengths, request, before)
                 if window is not None:
                     windows.append(window)
             elif self.kv_rule.config.generation:
-                group = self._group_window(request, before)
+                group = group_window(self.tier_lengths, request, before)
                 if group is not None:
                     groups.append(group)
         plan = StepPlan(
@@ -191,76 +191,10 @@ class PyramidScheduler(AsyncScheduler):
                 num_new_tokens = min(num_new_tokens, most)
             return min(num_new_tokens, to_prompt_end)
         if num_new_tokens > 1 and self.kv_rule.config.generation:
-            return self._to_next_group(-to_prompt_end, num_new_tokens, request)
+            return to_next_group(
+                self.kv_rule, request, num_computed_tokens, num_new_tokens
+            )
         return num_new_tokens
-
-    def _to_next_group(self, generated: int, num_new: int, request: Request) -> int:
-        """Tokens up to and with the next one that completes a group, or all."""
-        rule, prompt = self.kv_rule, request.num_prompt_tokens
-        now = rule.num_groups(prompt, generated)
-        if rule.num_groups(prompt, generated + num_new) == now:
-            return num_new
-        return 1 + bisect.bisect_right(
-            range(1, num_new), now, key=lambda n: rule.num_groups(prompt, generated + n)
-        )
-
-    def _prompt_window(self, request: Request, num_before: int) -> PromptWindow | None:
-        """What this step means for a request's prompt; None where it means nothing."""
-        computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
-        num_rows = self.tier_lengths.rows(request, num_before, computed)
-        num_kept = self.tier_lengths.advance(request.request_id, num_prompt, computed)
-        retain, num_queries = self._queries(num_prompt, num_before, computed)
-        if num_kept is None and num_rows is None and not retain:
-            return None
-        return PromptWindow(
-            req_id=request.request_id,
-            num_tokens=computed,
-            num_queries=num_queries,
-            retain=retain,
-            num_kept=num_kept,
-            num_recent=self.kv_rule.num_recent(computed),
-            num_rows=num_rows,
-        )
-
-    def _queries(
-        self, num_prompt: int, num_before: int, computed: int
-    ) -> tuple[bool, int]:
-        """Whether a later chunk needs queries of this one, and the window's length."""
-        rule = self.kv_rule
-        config = rule.config
-        if not config.needs_queries:
-            return False, 0
-        if min(rule.cache_lengths(num_prompt)) == num_prompt:
-            return False, 0
-        if config.scored_queries is Queries.ALL:
-            return computed < num_prompt, computed - num_before
-        if computed == num_prompt:
-            return False, rule.num_queries(computed)
-        if config.evict == "chunk" or rule.prunes:
-            return True, rule.num_queries(computed)
-        window_start = num_prompt - rule.num_queries(num_prompt)
-        return computed > window_start, max(0, computed - window_start)
-
-    def _group_window(self, request: Request, num_before: int) -> GroupWindow | None:
-        """The group of generated tokens that this step completes."""
-        rule = self.kv_rule
-        computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
-        num_groups = rule.num_groups(num_prompt, computed - num_prompt)
-        if num_groups == rule.num_groups(num_prompt, num_before - num_prompt):
-            return None
-        num_kept = self.tier_lengths.advance(request.request_id, num_prompt, computed)
-        group = rule.config.exceed_length_to_compress
-        if num_kept is None or group is None:  # every tier keeps whole groups
-            return None
-        return GroupWindow(
-            req_id=request.request_id,
-            num_tokens=computed,
-            num_queries=rule.num_group_queries(computed),
-            starts=rule.group_starts(num_prompt, num_groups),
-            group=group,
-            group_kept=rule.group_kept,
-            num_kept=num_kept,
-        )
 
     def _free_evicted(self, plan: StepPlan) -> None:
         """Give the evicted tokens' pages back, for later steps to use."""

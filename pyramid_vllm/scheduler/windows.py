@@ -1,0 +1,96 @@
+"""What one step means for one request: which queries score, what is evicted."""
+
+import bisect
+
+from pyramid_vllm.plan import GroupWindow, PromptWindow
+from pyramid_vllm.policy import LengthRule, Queries
+from pyramid_vllm.scheduler.lengths import RequestLengths, TierLengths
+
+
+def prompt_window(
+    lengths: TierLengths, request: RequestLengths, num_before: int
+) -> PromptWindow | None:
+    """Evict what a step of a prompt evicts.
+
+    Args:
+        lengths: advanced to the step's end.
+        request: with the step's tokens counted as computed.
+        num_before: tokens computed before the step.
+
+    Returns:
+        None where the step neither scores, prunes nor evicts.
+    """
+    rule = lengths.rule
+    computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
+    num_rows = lengths.rows(request, num_before, computed)
+    num_kept = lengths.advance(request.request_id, num_prompt, computed)
+    retain, num_queries = _queries(rule, num_prompt, num_before, computed)
+    if num_kept is None and num_rows is None and not retain:
+        return None
+    return PromptWindow(
+        req_id=request.request_id,
+        num_tokens=computed,
+        num_queries=num_queries,
+        retain=retain,
+        num_kept=num_kept,
+        num_recent=rule.num_recent(computed),
+        num_rows=num_rows,
+    )
+
+
+def _queries(
+    rule: LengthRule, num_prompt: int, num_before: int, computed: int
+) -> tuple[bool, int]:
+    """Whether a later chunk needs queries of this one, and the window's length."""
+    config = rule.config
+    if not config.needs_queries or min(rule.cache_lengths(num_prompt)) == num_prompt:
+        return False, 0
+    if config.scored_queries is Queries.ALL:
+        return computed < num_prompt, computed - num_before
+    if computed == num_prompt:
+        return False, rule.num_queries(computed)
+    if config.evict == "chunk" or rule.prunes:
+        return True, rule.num_queries(computed)
+    window_start = num_prompt - rule.num_queries(num_prompt)
+    return computed > window_start, max(0, computed - window_start)
+
+
+def group_window(
+    lengths: TierLengths, request: RequestLengths, num_before: int
+) -> GroupWindow | None:
+    """Evict what a step of a request's output evicts: arguments as above.
+
+    Returns:
+        None where no group of generated tokens has left the recent window.
+    """
+    rule = lengths.rule
+    computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
+    num_groups = rule.num_groups(num_prompt, computed - num_prompt)
+    if num_groups == rule.num_groups(num_prompt, num_before - num_prompt):
+        return None
+    num_kept = lengths.advance(request.request_id, num_prompt, computed)
+    group = rule.config.exceed_length_to_compress
+    if num_kept is None or group is None:  # every tier keeps whole groups
+        return None
+    return GroupWindow(
+        req_id=request.request_id,
+        num_tokens=computed,
+        num_queries=rule.num_group_queries(computed),
+        starts=rule.group_starts(num_prompt, num_groups),
+        group=group,
+        group_kept=rule.group_kept,
+        num_kept=num_kept,
+    )
+
+
+def to_next_group(
+    rule: LengthRule, request: RequestLengths, num_computed: int, num_new: int
+) -> int:
+    """Of ``num_new`` generated tokens, those up to and with the next one that lets a
+    group leave the recent window, or all."""
+    prompt = request.num_prompt_tokens
+    generated = num_computed - prompt
+    now = rule.num_groups(prompt, generated)
+    return 1 + bisect.bisect_right(
+        range(1, num_new), now, key=lambda n: rule.num_groups(prompt, generated + n)
+    )
