@@ -6,20 +6,16 @@ to stock within a round: median, lowest and highest.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from sides import STOCK, make_engine, serve_rounds, take_turns
 
-from pyramid_vllm.cli.measure import MARK
 from pyramid_vllm.cli.model import make_model
 from pyramid_vllm.cli.provenance import provenance
 
@@ -28,32 +24,6 @@ NUM_SEQS = 8
 PROMPT_TOKENS = 64
 DECODE_STEPS = 12
 SEED = 0
-#: Stock vLLM, and stock vLLM once more: what the ratio of equals looks like here.
-STOCK = ("stock", "stock again")
-
-
-def make_engine(model: str, tiers: str) -> Any:
-    """A side's engine, in this process, so that its steps can be timed one by one."""
-    import pyramid_vllm  # noqa: F401, I001
-    from vllm import LLM
-
-    policy: dict[str, Any] = {}
-    if tiers not in STOCK:
-        config = {"retention": 1.0, "tiers": int(tiers)}
-        policy = {"kv_policy": "pyramid", "kv_policy_config": config}
-    return LLM(
-        model=model,
-        dtype="float32",
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        block_size=BLOCK_SIZE,
-        kv_cache_memory_bytes=512 * 2**20,
-        max_model_len=1024,
-        max_num_seqs=NUM_SEQS,
-        max_num_batched_tokens=2048,
-        seed=SEED,
-        **policy,
-    ).llm_engine
 
 
 def time_round(engine: Any) -> dict[str, float]:
@@ -79,72 +49,22 @@ def time_round(engine: Any) -> dict[str, float]:
     }
 
 
-def serve_rounds(model: str, tiers: str) -> None:
-    """A side: load the engine, then time one round for every line read."""
-    engine = make_engine(model, tiers)
-    time_round(engine)
-    print(f"{MARK}ready", flush=True)
-    for _ in sys.stdin:
-        print(f"{MARK}{json.dumps(time_round(engine))}", flush=True)
-    os._exit(0)
-
-
-class Side:
-    """A side's process."""
-
-    def __init__(self, model: str, tiers: str) -> None:
-        environment = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-            # Idle sides must not spin while another one is timed.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--side", tiers, "--model", model],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-        )
-        self._read()
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                return line.removeprefix(MARK)
-        raise RuntimeError("a side ended: run it alone with --side to see why")
-
-    def round(self) -> dict[str, float]:
-        """Tokens/s of one round."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        result: dict[str, float] = json.loads(self._read())
-        return result
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def measure(
-    model: str, tiers: list[str], rounds: int
-) -> dict[str, list[dict[str, float]]]:
-    """Rounds of every side, taking turns."""
-    sides = {name: Side(model, name) for name in [*STOCK, *tiers]}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for number in track(range(rounds), description="rounds"):
-        # Every other round backwards, so that no side always follows the same one.
-        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            results[name].append(sides[name].round())
-    for side in sides.values():
-        side.close()
-    return results
+def serve_side(model: str, tiers: str) -> None:
+    """Be a side of the comparison."""
+    policy = None
+    if tiers not in STOCK:
+        config = {"retention": 1.0, "tiers": int(tiers)}
+        policy = {"kv_policy": "pyramid", "kv_policy_config": config}
+    engine = make_engine(
+        model,
+        policy,
+        SEED,
+        block_size=BLOCK_SIZE,
+        max_model_len=1024,
+        max_num_seqs=NUM_SEQS,
+        max_num_batched_tokens=2048,
+    )
+    serve_rounds(lambda: time_round(engine))
 
 
 def ratios(
@@ -188,9 +108,13 @@ def main(
     """Print the ratios of `retention=1.0` to stock vLLM, by number of tiers."""
     folder = model or str(make_model())
     if side is not None:
-        serve_rounds(folder, side)
+        serve_side(folder, side)
         return
-    results = measure(folder, tiers.split(","), rounds)
+    arguments = {
+        name: [__file__, "--side", name, "--model", folder]
+        for name in [*STOCK, *tiers.split(",")]
+    }
+    results = take_turns(arguments, rounds)
     Console().print(table(results))
     if json_file is not None:
         kinds = {kind: ratios(results, kind) for kind in ("decode", "prefill")}

@@ -1,5 +1,6 @@
 """Pruned prefill and compressed generation in running engines."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def test_a_prompt_longer_than_the_uncompressed_memory_runs(tmp_path: Path) -> No
     """Where stock vLLM refuses to start; and with the same result as in more memory."""
     model = save_tiny(tmp_path, "llama", 6)
     dense = DenseModel(model)
-    settings = {"max_model_len": 1400, "max_num_batched_tokens": 1400}
-    memory = 3 * MIB  # 32 pages of 32 tokens in all six layers: 1,024 tokens
+    settings = {"max_model_len": 1300, "max_num_batched_tokens": 1300}
+    memory = 7 * MIB // 2  # 37 pages of 32 tokens in all six layers: 1,184 tokens
     with pytest.raises(ValueError, match="KV cache"):
         make_llm(model, kv_cache_memory_bytes=memory, **settings)
     llm = make_llm(
@@ -100,9 +101,9 @@ def test_a_prompt_longer_than_the_uncompressed_memory_runs(tmp_path: Path) -> No
         max_num_seqs=2,
         **settings,
     )
-    (prompt,) = random_prompts([1300], vocab_size=1024)
+    (prompt,) = random_prompts([1250], vocab_size=1024)
     (ours,) = generate(llm, [prompt], 16)
-    expected = Oracle(dense, worker_of(llm).kv_policy).run(prompt, [1300], ours.tokens)
+    expected = Oracle(dense, worker_of(llm).kv_policy).run(prompt, [1250], ours.tokens)
     assert expected.decided
     for token, logprob, row in zip(
         ours.tokens, ours.logprobs, expected.logprobs, strict=True
@@ -123,9 +124,9 @@ def test_a_long_output_holds_what_the_policy_says(tiny_llama: str, policy: str) 
     scheduler = scheduler_of(llm)
     total = free_pages(scheduler)
     prompts = random_prompts([64, 40])
-    req_ids = start(llm, prompts, 1024)
+    req_ids = start(llm, prompts, 1030)
     counts = LayerCounts(scheduler.kv_rule.config, 6)
-    while scheduler.requests[req_ids[0]].num_computed_tokens < 64 + 1023:
+    while scheduler.requests[req_ids[0]].num_computed_tokens < 64 + 1024:
         llm.llm_engine.step()
         scheduler.check_integrity()
     pages = 0
@@ -191,7 +192,7 @@ def test_the_buffer_of_queries_is_taken_from_the_kv_memory(tiny_llama: str) -> N
 
 
 def test_prompt_logprobs_are_served_unpruned(tiny_llama: str) -> None:
-    """They are stock vLLM's, beside requests that are pruned; and the counter says so."""
+    """They are stock vLLM's, beside requests that are pruned; the counter says so."""
     from vllm import SamplingParams
 
     prompts = random_prompts([300, 300])
@@ -229,7 +230,7 @@ def test_prompt_logprobs_are_served_unpruned(tiny_llama: str) -> None:
 def test_an_unpruned_prompt_is_cut_to_what_the_memory_holds(tiny_llama: str) -> None:
     scheduler = make_scheduler(
         tiny_llama,
-        100,
+        80,
         {"base": "pyramidinfer", "tiers": 2, **STEEP},
         max_num_batched_tokens=2048,
         max_model_len=1500,
@@ -283,7 +284,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 64,
     },
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
 }
 
 
@@ -380,7 +385,8 @@ def test_attention_reads_what_an_independent_mask_allows(
         kv_policy="pyramid",
         kv_policy_config=PRUNED,
         max_num_batched_tokens=128,
-        kv_cache_memory_bytes=2 * MIB,
+        kv_cache_memory_bytes=3 * MIB,
+        max_num_seqs=4,
     )
     stock, seen = CPUAttentionBackendImpl.forward, []
 
@@ -388,7 +394,7 @@ def test_attention_reads_what_an_independent_mask_allows(
         output = stock(self, layer, query, *args, **kwargs)
         cache, metadata = args[2], args[3]
         starts = metadata.query_start_loc.tolist()
-        rows = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        rows = [b - a for a, b in itertools.pairwise(starts)]
         mask = bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
             q_seqlen=rows,
             kv_seqlen=metadata.seq_lens.tolist(),
@@ -398,7 +404,10 @@ def test_attention_reads_what_an_independent_mask_allows(
         key, value = (
             part.transpose(1, 2).flatten(0, 1).double() for part in cpu_views(cache)
         )
-        allowed = mask.materialize((len(query), len(key))).double()
+        table = metadata.block_table
+        shape = len(query), table.numel() * cache.shape[2]
+        allowed = mask.materialize(shape).double()
+        key, value = key[: allowed.shape[1]], value[: allowed.shape[1]]
         heads = query.shape[1] // key.shape[1]
         logits = torch.einsum(
             "qhd,khd->hqk", query.double(), key.repeat_interleave(heads, 1)

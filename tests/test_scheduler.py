@@ -173,7 +173,7 @@ def replay_is_consistent(plans: list[StepPlan], scheduler: PyramidScheduler) -> 
         zeros = [0] * scheduler.kv_rule.layout.num_tiers
         for req_id, row in zip(plan.req_ids, plan.num_evicted.tolist(), strict=True):
             assert row == evicted.get(req_id, zeros)
-        for window in plan.windows:
+        for window in (*plan.windows, *plan.groups):
             if window.num_kept is not None:
                 evicted[window.req_id] = [
                     window.num_tokens - kept for kept in window.num_kept
@@ -192,6 +192,8 @@ def test_random_schedules_lose_no_page(tiny_llama: str, seed: int, depth: int) -
         | {
             "evict": rng.choice(["prompt_end", "chunk"]),
             "tiers": rng.choice([1, 2, 3]),
+            "prune_from": rng.choice([None, 0, 2]),
+            "exceed_length_to_compress": rng.choice([None, 8]),
         },
         max_num_batched_tokens=rng.choice([64, 128, 512]),
         scheduling_policy=rng.choice(["fcfs", "priority"]),
