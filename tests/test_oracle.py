@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pyramid_vllm.cli.prompts import long_prompts
 from tests.engines import (
+    MIB,
     Generation,
     close,
     generate,
@@ -235,3 +237,52 @@ def test_the_oracle_sees_a_difference(tmp_path: Path) -> None:
     ]
     assert differences[0] == 0, "the first token is sampled before anything is evicted"
     assert max(differences) > 1e-2
+
+
+REAL_POLICIES = [
+    pytest.param(
+        name, marks=[] if name in ("pyramid", "pyramidinfer") else pytest.mark.slow
+    )
+    for name in POLICIES
+    if name not in SAME
+]
+
+
+@pytest.fixture(scope="module")
+def real(real_model: str) -> tuple[str, DenseModel, list[list[int]]]:
+    """SmolLM2, its oracle, and four real prompts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    pages = long_prompts(tokenizer, 4, 420)
+    prompts = [page[: 110 * (i + 1) - 20] for i, page in enumerate(pages)]
+    return real_model, DenseModel(real_model), prompts
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("policy", REAL_POLICIES)
+def test_a_real_model_equals_the_oracle(
+    real: tuple[str, DenseModel, list[list[int]]], policy: str
+) -> None:
+    path, dense, prompts = real
+    name, settings = POLICIES[policy]
+    llm = make_llm(
+        path,
+        kv_policy=name,
+        kv_policy_config=settings,
+        kv_cache_memory_bytes=256 * MIB,
+        max_num_seqs=4,
+    )
+    with record_chunks(scheduler_of(llm)) as steps:
+        ours = generate(llm, prompts, NUM_TOKENS)
+    oracle = Oracle(dense, worker_of(llm).kv_policy)
+    close(llm)
+    num_decided = 0
+    for prompt, sizes, generation in zip(prompts, steps, ours, strict=True):
+        sizes = sizes[: _num_chunks(sizes, len(prompt))]
+        expected = oracle.run(prompt, sizes, generation.tokens)
+        num_decided += expected.decided
+        if expected.decided:
+            assert_same(generation, expected.logprobs, len(prompt))
+    assert num_decided >= 2

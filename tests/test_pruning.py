@@ -442,3 +442,43 @@ def test_attention_reads_what_an_independent_mask_allows(
     assert len({tuple(rows) for _, rows, _ in seen}) > 5
     assert scheduler_of(llm).kv_counters.num_groups > 3
     close(llm)
+
+
+@pytest.mark.timeout(600)
+def test_with_compilation_only_pruning_steps_run_uncompiled(tiny_llama: str) -> None:
+    """Python's `forward` of the model runs in steps that prune, and in no other."""
+    prompts = random_prompts([300, 40, 129])
+    eager = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=PRUNED)
+    expected = generate(eager, prompts, 24)
+    close(eager)
+    llm = make_llm(
+        tiny_llama,
+        kv_policy="pyramid",
+        kv_policy_config=PRUNED,
+        enforce_eager=False,
+    )
+    scheduler_of(llm).max_num_scheduled_tokens = 128
+    model = worker_of(llm).model_runner.get_model().model
+    assert not model.do_not_compile
+    counters, forward, num_python = (
+        worker_of(llm).tier_state.counters,
+        model.forward,
+        0,
+    )
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_python
+        num_python += 1
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    with record_chunks(scheduler_of(llm)) as steps:
+        generate(llm, prompts, 24)
+    num_steps = max(len(sizes) for sizes in steps)
+    assert num_python == counters.num_pruned_steps
+    assert 0 < num_python < 8 < 24 <= num_steps
+    scheduler_of(llm).max_num_scheduled_tokens = 2048
+    ours = generate(llm, prompts, 24)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+    close(llm)
