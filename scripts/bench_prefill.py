@@ -31,7 +31,7 @@ def settings(num_layers: int, retentions: list[float]) -> dict[str, dict[str, An
     policies: dict[str, dict[str, Any]] = {PRESET: {"kv_policy": PRESET}}
     for retention in retentions:
         for layer in (0, num_layers // 3, num_layers // 2):
-            policies[f"retention {retention:g}, prune_from {layer}"] = {
+            policies[f"retention {retention:g} from {layer}"] = {
                 "kv_policy": "pyramid",
                 "kv_policy_config": {"retention": retention, "prune_from": layer},
             }
@@ -119,7 +119,8 @@ def figures(
 def table(report: dict[str, dict[str, Any]], length: int) -> Table:
     """Figures as people read them."""
     made = Table(
-        title=f"Prompt of {length} tokens; ratios to stock: median (lowest-highest)"
+        title=f"Prompt of {length} tokens; ratios to stock: median (lowest-highest)",
+        caption="'from' is prune_from",
     )
     for column in ("", "rows", "tokens/s", "ratio", "TTFT ratio", "of the promise"):
         made.add_column(column, justify="right")

@@ -39,6 +39,8 @@ def serve_rounds(time_round: Callable[[], Any]) -> None:
     time_round()
     print(f"{MARK}ready", flush=True)
     for _ in sys.stdin:
+        # While the others had their turn, this process has grown cold.
+        time_round()
         print(f"{MARK}{json.dumps(time_round())}", flush=True)
     os._exit(0)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-#: Attention probabilities that are held at once, in elements.
-_MAX_ELEMENTS = 1 << 23
+#: Attention probabilities that are held at once, in elements: 8 MiB of float32.
+_MAX_ELEMENTS = 1 << 21
 
 
 def _attention(
@@ -23,29 +23,27 @@ def _attention(
 
     Yields:
         The first query's place, and float32 probabilities
-        ``[num_kv_heads, heads of each, some queries, num_tokens]``.
+        ``[num_kv_heads, heads of each, some queries, tokens they see]``.
     """
     num_queries, num_heads, head_size = query.shape
     num_tokens, num_kv_heads, _ = key.shape
     heads = num_heads // num_kv_heads
     keys = key.float().permute(1, 2, 0)
-    rows = query.float().view(num_queries, num_kv_heads, heads, head_size)
+    rows = (query.float() * scale).view(num_queries, num_kv_heads, heads, head_size)
     rows = rows.permute(1, 2, 0, 3)
     step = max(1, _MAX_ELEMENTS // (num_heads * num_tokens))
-    tokens = torch.arange(num_tokens, device=key.device)
     for start in range(0, num_queries, step):
         part = rows[:, :, start : start + step]
         count = part.shape[2]
         # A query sees all but the tokens newer than itself.
         seen = num_tokens - num_queries + start + count
         logits = torch.bmm(part.reshape(num_kv_heads, -1, head_size), keys[..., :seen])
-        logits = logits.view(num_kv_heads, heads, count, seen).mul_(scale)
+        logits = logits.view(num_kv_heads, heads, count, seen)
         if logits_soft_cap:
             logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-        future = tokens[:seen] >= tokens[seen - count : seen, None] + 1
-        logits.masked_fill_(future, float("-inf"))
-        probabilities = torch.softmax(logits, dim=-1)
-        yield start, functional.pad(probabilities, (0, num_tokens - seen))
+        future = torch.ones(count, count, dtype=torch.bool, device=key.device).triu(1)
+        logits[..., seen - count :].masked_fill_(future, float("-inf"))
+        yield start, torch.softmax(logits, dim=-1)
 
 
 def window_scores(
@@ -79,7 +77,7 @@ def window_scores(
     scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
     for start, part in _attention(query, key, scale, logits_soft_cap):
         share = weights[start : start + part.shape[2]]
-        scores += torch.einsum("hgqt,q->ht", part, share) / part.shape[1]
+        scores[:, : part.shape[3]] += torch.matmul(share, part).mean(dim=1)
     return scores
 
 
@@ -103,7 +101,7 @@ def accumulated_scores(
     """
     scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
     for _, part in _attention(query, key, scale, logits_soft_cap):
-        scores += part.sum(dim=2).mean(dim=1)
+        scores[:, : part.shape[3]] += part.sum(dim=2).mean(dim=1)
     return scores
 
 
@@ -130,7 +128,8 @@ def vote_scores(
     for start, part in _attention(query, key, scale, logits_soft_cap):
         first = num_tokens - num_queries + start + 1
         seen = torch.arange(first, first + part.shape[2], device=key.device)
-        scores += (part * seen[:, None] >= 1.0).float().sum(dim=2).mean(dim=1)
+        votes = (part * seen[:, None] >= 1.0).float().sum(dim=2).mean(dim=1)
+        scores[:, : part.shape[3]] += votes
     return scores
 
 
