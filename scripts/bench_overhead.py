@@ -64,7 +64,7 @@ def serve_side(model: str, tiers: str) -> None:
         max_num_seqs=NUM_SEQS,
         max_num_batched_tokens=2048,
     )
-    serve_rounds(lambda: time_round(engine))
+    serve_rounds(lambda: time_round(engine), lambda: time_round(engine))
 
 
 def ratios(

@@ -1,7 +1,7 @@
 """What pruned prefill gains: time to first token and prefill tokens/s against stock.
 
-One prompt at a time, in one chunk. One process a side, all taking turns; ratios are to
-stock within a round. Beside them: the rows that layers computed, counted in the engine,
+One prompt at a time, in one chunk. One process a side; stock and a few settings at a
+time take turns, as many as fit into memory, and ratios are to stock within a round.
 and the share of what these rows promise that was gained.
 """
 
@@ -22,6 +22,8 @@ from pyramid_vllm.model_shape import ModelShape
 
 SEED = 0
 PRESET = "pyramidinfer"
+#: Beside stock; each holds the model's weights.
+SIDES_AT_ONCE = 4
 #: Less of the gain that the rows promise than this is worth a look.
 WORTH = 0.85
 
@@ -80,20 +82,22 @@ def serve_side(model: str, lengths: list[int], policy: dict[str, Any] | None) ->
         max_num_batched_tokens=longest,
     )
     serve_rounds(
-        lambda: {str(length): time_prompt(engine, length) for length in lengths}
+        lambda: {str(length): time_prompt(engine, length) for length in lengths},
+        lambda: time_prompt(engine, min(lengths)),
     )
 
 
-def figures(
-    results: dict[str, list[Any]], length: int
-) -> dict[str, dict[str, float | list[float]]]:
-    """Medians and ranges of every side, for one length of prompt."""
+Report = dict[str, dict[str, float | list[float]]]
+
+
+def figures(results: dict[str, list[Any]], length: int) -> Report:
+    """Medians and ranges of sides that took turns, for one length of prompt."""
     sides = {
         name: [figure[str(length)] for figure in rounds]
         for name, rounds in results.items()
     }
     stock = sides["stock"]
-    report: dict[str, dict[str, float | list[float]]] = {}
+    report: Report = {}
     for name, rounds in sides.items():
         faster = [
             a["prefill_tokens_per_s"] / b["prefill_tokens_per_s"]
@@ -161,10 +165,22 @@ def main(
         *("--model", folder, "--prompt-tokens", prompt_tokens),
         *("--retentions", retentions, "--side"),
     ]
-    results = take_turns(
-        {name: [*common, name] for name in [*STOCK, *policies]}, rounds
-    )
-    reports = {length: figures(results, length) for length in lengths}
+    names = [*STOCK[1:], *policies]
+    results = [
+        take_turns(
+            {
+                name: [*common, name]
+                for name in ("stock", *names[i : i + SIDES_AT_ONCE])
+            },
+            rounds,
+        )
+        for i in range(0, len(names), SIDES_AT_ONCE)
+    ]
+    reports: dict[int, Report] = {length: {} for length in lengths}
+    for length, report in reports.items():
+        for group in results:
+            found = figures(group, length)
+            report.update({k: v for k, v in found.items() if k not in report})
     for length, report in reports.items():
         Console().print(table(report, length))
     if json_file is not None:

@@ -34,13 +34,13 @@ def make_engine(
     ).llm_engine
 
 
-def serve_rounds(time_round: Callable[[], Any]) -> None:
+def serve_rounds(time_round: Callable[[], Any], warm_up: Callable[[], Any]) -> None:
     """Be a side: warm up, then time one round for every line read."""
     time_round()
     print(f"{MARK}ready", flush=True)
     for _ in sys.stdin:
         # While the others had their turn, this process has grown cold.
-        time_round()
+        warm_up()
         print(f"{MARK}{json.dumps(time_round())}", flush=True)
     os._exit(0)
 

@@ -64,6 +64,14 @@ def plan_request(model: str, **changes: Any) -> PlanRequest:
     return PlanRequest(**(settings | changes))
 
 
+def test_the_plan_says_what_is_pruned(model: str) -> None:
+    options = ("--kv-memory", "64MiB", "--max-model-len", "2000")
+    pruned = run("plan", model, "--kv-policy", "pyramidinfer", *options)
+    whole = run("plan", model, "--kv-policy", "pyramid", *options)
+    assert "prompt rows computed a layer, mean" in pruned.stdout
+    assert "rows computed" not in whole.stdout
+
+
 def test_the_plan_is_arithmetic_on_the_model(model: str) -> None:
     plan = make_plan(plan_request(model))
     token_bytes = 2 * 2 * 32 * 4  # K and V, 2 heads of 32, float32

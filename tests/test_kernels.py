@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from pyramid_vllm.kernels import (
+    Moves,
     accumulated_scores,
     compact_in_place,
-    compact_range,
+    group_moves,
     group_scores,
     key_norm_scores,
+    move_tokens,
+    order_of_group,
     pooled,
     recency_scores,
-    select_in_group,
     select_tokens,
     vote_scores,
     window_scores,
@@ -206,45 +208,44 @@ def test_group_scores_are_window_scores_of_the_group(cap: float) -> None:
         torch.testing.assert_close(scores[row], expected)
 
 
-@pytest.mark.parametrize("num_kept", [1, 4, 8])
-def test_selection_in_a_group_breaks_ties_to_the_newer(num_kept: int) -> None:
-    torch.manual_seed(num_kept)
+def test_the_order_of_a_group_breaks_ties_to_the_newer() -> None:
+    torch.manual_seed(0)
     scores = torch.randint(0, 3, (5, 2, 8)).float()
-    kept = select_in_group(scores, num_kept)
-    for row, chosen in zip(
-        scores.view(10, 8).tolist(), kept.view(10, -1).tolist(), strict=True
+    order = order_of_group(scores)
+    for row, places in zip(
+        scores.view(10, 8).tolist(), order.view(10, 8).tolist(), strict=True
     ):
-        assert chosen == select_by_sorting(row, num_kept, 0, 0)
+        assert places == sorted(range(8), key=lambda i: (row[i], i), reverse=True)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])
 def test_a_group_is_closed_up(num_groups: int) -> None:
-    """Several requests at once; what lies before a group stays."""
+    """Several layers and requests at once; what lies before a group stays."""
     torch.manual_seed(1)
-    key, value = torch.randn(2, 12, 2, 4, 3)
-    before = key.clone(), value.clone()
-    table = torch.tensor([[5, 0, 3, 6], [1, 7, 2, 0]])
-    starts, held, group = torch.tensor([5, 2]), torch.tensor([15, 10]), 6
-    kept = torch.stack(
-        [
-            torch.stack(
-                [torch.randperm(group)[:2].sort().values for _ in range(num_groups)]
-            )
-            for _ in range(2)
-        ]
-    )
-    compact_range(key, value, table, starts, group, held, kept)
-    touched = set()
-    for cache, old in zip((key, value), before, strict=True):
-        for request in range(2):
-            start, end = int(starts[request]), int(held[request])
-            for head in range(2):
-                chosen = kept[request, head if num_groups > 1 else 0].tolist()
-                source = [start + i for i in chosen] + list(range(start + group, end))
-                for slot, token in enumerate([*range(start), *source]):
-                    block = int(table[request, slot // 4])
-                    touched.add(block)
-                    moved = old[table[request, token // 4], head, token % 4]
-                    assert torch.equal(cache[block, head, slot % 4], moved)
-        for block in set(range(12)) - touched - {6, 2}:
-            assert torch.equal(cache[block], old[block])
+    caches = torch.randn(2, 2, 12, 2, 4, 3)  # layers, K and V, pages
+    before = caches.clone()
+    table = torch.tensor([[[5, 0, 3, 6], [1, 7, 2, 0]], [[9, 8, 4, 0], [10, 11, 0, 0]]])
+    starts, held = torch.tensor([[5, 2], [0, 1]]), torch.tensor([[15, 10], [11, 7]])
+    num_kept = torch.tensor([[2, 2], [4, 4]])
+    group = 6
+    order = torch.rand(2, 2, num_groups, group).argsort(-1)
+    moves = group_moves(table, 4, starts, held, order, num_kept)
+    for layer in range(2):
+        of_layer = Moves(*(part[layer] for part in moves))
+        move_tokens(caches[layer, 0], caches[layer, 1], of_layer)
+        touched = set()
+        for cache, old in zip(caches[layer], before[layer], strict=True):
+            for request in range(2):
+                start, end = int(starts[layer, request]), int(held[layer, request])
+                for head in range(2):
+                    best = order[layer, request, head % num_groups]
+                    chosen = sorted(best[: int(num_kept[layer, request])].tolist())
+                    source = [start + i for i in chosen]
+                    source = [*range(start), *source, *range(start + group, end)]
+                    for slot, token in enumerate(source):
+                        block = int(table[layer, request, slot // 4])
+                        touched.add(block)
+                        moved = old[table[layer, request, token // 4], head, token % 4]
+                        assert torch.equal(cache[block, head, slot % 4], moved)
+            for block in set(range(12)) - touched:
+                assert torch.equal(cache[block], old[block])

@@ -15,7 +15,14 @@ from pyramid_vllm.spec import TierAttentionSpec
 from pyramid_vllm.worker import layer as layer_module
 from pyramid_vllm.worker.layer import over_heads
 from pyramid_vllm.worker.step import TierStep
-from tests.engines import close, generate, make_llm, random_prompts, scheduler_of
+from tests.engines import (
+    close,
+    generate,
+    make_llm,
+    random_prompts,
+    scheduler_of,
+    worker_of,
+)
 from tests.models import TINY_LLAMA
 
 POLICY = {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 2}
@@ -81,16 +88,20 @@ if __name__ == "__main__":
 
 @pytest.mark.timeout(300)
 def test_two_ranks_choose_what_one_does(tiny_llama: str, tmp_path: Path) -> None:
-    """Each rank has one of the two KV heads; scores are those of both."""
-    llm = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=POLICY)
+    """Each rank has one of the two KV heads; scores are those of both. Rows that are
+    pruned have to be the same, for ranks add theirs up."""
+    policy = POLICY | {"recent": 8, "prune_from": 0, "exceed_length_to_compress": 4}
+    llm = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=policy)
     expected = [g.tokens for g in generate(llm, PROMPTS, 24)]
+    assert worker_of(llm).tier_state.counters.num_pruned_steps > 0
+    assert scheduler_of(llm).kv_counters.num_groups > 0
     close(llm)
     script = tmp_path / "two_ranks.py"
     script.write_text(SCRIPT)
     root = str(Path(__file__).resolve().parents[1])
     result = subprocess.run(
         [sys.executable, str(script)],
-        input=json.dumps([tiny_llama, PROMPTS, POLICY]),
+        input=json.dumps([tiny_llama, PROMPTS, policy]),
         capture_output=True,
         text=True,
         check=False,

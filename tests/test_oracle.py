@@ -102,22 +102,24 @@ SAME = {
 
 
 def cases() -> Iterator[Any]:
-    """Every policy, family and cut of the prompts; quick ones by default."""
-    for number, policy in enumerate(POLICIES):
+    """Every policy, family and cut of the prompts; some of them by default."""
+    cuts = list(CHUNKS)
+    for number, policy in enumerate(name for name in POLICIES if name not in SAME):
+        # In turns, so that every family meets every cut.
+        first, second = cuts[number % 3], cuts[(number + 1) % 3]
+        other = ("qwen2", "qwen3")[number % 2]
+        quick = {"llama": [first, second], other: [second]}
         for family in FAMILIES:
-            quick = [list(CHUNKS)[number % len(CHUNKS)]]
-            if policy in SAME:
-                quick = []
-            elif family == "llama":
-                quick = list(CHUNKS)
-            slow = [chunk for chunk in CHUNKS if chunk not in quick]
-            if quick:
-                yield pytest.param(family, policy, quick, id=f"{family}-{policy}")
-            if slow:
-                name = f"{family}-{policy}-{'-'.join(slow)}"
-                yield pytest.param(
-                    family, policy, slow, id=name, marks=pytest.mark.slow
-                )
+            for chunks, marks in (
+                (quick.get(family, []), []),
+                (
+                    [c for c in cuts if c not in quick.get(family, [])],
+                    [pytest.mark.slow],
+                ),
+            ):
+                if chunks:
+                    name = "-".join((family, policy, *chunks))
+                    yield pytest.param(family, policy, chunks, id=name, marks=marks)
 
 
 @pytest.fixture(scope="module")

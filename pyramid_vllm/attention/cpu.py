@@ -44,9 +44,7 @@ class TierLayer(Protocol):
     def is_active(self) -> bool:
         """Whether this step needs the layer's queries."""
 
-    def after_attention(
-        self, query: torch.Tensor, cache: KVViews, block_table: torch.Tensor
-    ) -> None:
+    def after_attention(self, query: torch.Tensor, block_table: torch.Tensor) -> None:
         """Score, select, prune and compact once the layer's attention has run."""
 
 
@@ -142,9 +140,7 @@ class PyramidCPUAttentionImpl(CPUAttentionBackendImpl):
             and attn_metadata is not None
             and tier_layer.is_active
         ):
-            tier_layer.after_attention(
-                query, cpu_views(kv_cache), attn_metadata.block_table
-            )
+            tier_layer.after_attention(query, attn_metadata.block_table)
         return output
 
     def check_scorable(self) -> None:

@@ -151,6 +151,15 @@ def _sides(plan: MemoryPlan) -> Table:
         f"{plan.prompt_tokens:,}",
         f"{plan.mean_kept:,.0f}",
     )
+    rule = plan.memory.rule
+    if rule.prunes:
+        rows = rule.num_rows(0, plan.prompt_tokens)
+        mean = sum(map(int.__mul__, rows, rule.layout.sizes)) / rule.layout.num_layers
+        table.add_row(
+            "prompt rows computed a layer, mean",
+            f"{plan.prompt_tokens:,}",
+            f"{mean:,.0f}",
+        )
     table.add_row("KV bytes a request", format_bytes(stock_bytes), format_bytes(bytes_))
     table.add_row("requests at once", f"{stock_count:.1f}", f"{count:.1f}")
     return table

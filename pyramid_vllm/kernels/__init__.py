@@ -1,7 +1,12 @@
 """Scores, selection and compaction: torch references, independent of vLLM."""
 
-from pyramid_vllm.kernels.compact import compact_in_place, compact_range
-from pyramid_vllm.kernels.group import group_scores, select_in_group
+from pyramid_vllm.kernels.compact import (
+    Moves,
+    compact_in_place,
+    group_moves,
+    move_tokens,
+)
+from pyramid_vllm.kernels.group import group_scores, order_of_group
 from pyramid_vllm.kernels.score import (
     accumulated_scores,
     key_norm_scores,
@@ -13,14 +18,16 @@ from pyramid_vllm.kernels.score import (
 from pyramid_vllm.kernels.select import select_tokens
 
 __all__ = [
+    "Moves",
     "accumulated_scores",
     "compact_in_place",
-    "compact_range",
+    "group_moves",
     "group_scores",
     "key_norm_scores",
+    "move_tokens",
+    "order_of_group",
     "pooled",
     "recency_scores",
-    "select_in_group",
     "select_tokens",
     "vote_scores",
     "window_scores",

@@ -1,5 +1,7 @@
 """Moving kept keys and values to the front of a request's pages."""
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -33,50 +35,77 @@ def compact_in_place(
         cache[to_block[None], heads, to_offset[None]] = moved
 
 
-def compact_range(
-    key: torch.Tensor,
-    value: torch.Tensor,
+class Moves(NamedTuple):
+    """Where cached tokens come from and go to, page and place within it.
+
+    All are ``[..., num_requests, 1 or num_kv_heads, num_moves]``, int64.
+    """
+
+    from_block: torch.Tensor
+    from_offset: torch.Tensor
+    to_block: torch.Tensor
+    to_offset: torch.Tensor
+
+
+def group_moves(
     block_table: torch.Tensor,
+    block_size: int,
     starts: torch.Tensor,
-    group: int,
     num_held: torch.Tensor,
-    kept: torch.Tensor,
-) -> None:
-    """Drop tokens of one group of each request and close the gap behind it.
+    order: torch.Tensor,
+    num_kept: torch.Tensor,
+) -> Moves:
+    """Moves that keep the best tokens of a group and close the gap behind it.
+
+    ``...`` are any dimensions, such as layers.
+
+    Args:
+        block_table: ``[..., num_requests, max_blocks]``, int64, the requests' pages.
+        block_size: tokens of a page.
+        starts: ``[..., num_requests]``, int64, first token of the group.
+        num_held: ``[..., num_requests]``, int64, cached tokens with the whole group.
+        order: ``[..., num_requests, 1 or num_kv_heads, group]``, int64, the places
+            within the group, the best first.
+        num_kept: ``[..., num_requests]``, int64, how many stay, at least one.
+
+    Returns:
+        Moves of rows that have fewer than others repeat their last one.
+    """
+    group = order.shape[-1]
+    kept, start = num_kept[..., None, None], starts[..., None, None]
+    best = torch.arange(group, device=order.device) < kept
+    chosen = torch.where(best, order, group).sort(dim=-1).values
+    moved = kept + num_held[..., None, None] - start - group
+    place = torch.arange(int(moved.max()), device=order.device)
+    place = torch.minimum(place, moved - 1).expand(*order.shape[:-1], -1)
+    in_group = chosen.gather(-1, place.clamp(max=group - 1))
+    source = torch.where(place < kept, in_group, place + group - kept) + start
+    target = place + start
+    table = block_table[..., None, :].expand(*order.shape[:-1], -1)
+    return Moves(
+        from_block=table.gather(-1, source // block_size),
+        from_offset=source % block_size,
+        to_block=table.gather(-1, target // block_size),
+        to_offset=target % block_size,
+    )
+
+
+def move_tokens(key: torch.Tensor, value: torch.Tensor, moves: Moves) -> None:
+    """Move cached tokens of one layer.
 
     Safe for overlapping ranges: all tokens are read before the first is written.
 
     Args:
         key: ``[num_blocks, num_kv_heads, block_size, head_size]``, any strides.
         value: the same shape, for the values.
-        block_table: ``[num_requests, max_blocks]``, int64, the requests' pages.
-        starts: ``[num_requests]``, int64, first token of the group.
-        group: tokens of the group.
-        num_held: ``[num_requests]``, int64, cached tokens with the whole group.
-        kept: ``[num_requests, 1 or num_kv_heads, num_kept]``, int64, ascending, places
-            within the group that stay.
+        moves: each ``[num_requests, 1 or num_kv_heads, num_moves]``.
     """
-    num_requests, num_groups, num_kept = kept.shape
-    block_size = key.shape[2]
-    behind = num_held - starts - group
-    moved = num_kept + behind
-    request = torch.repeat_interleave(torch.arange(num_requests), moved)
-    place = torch.arange(len(request)) - (moved.cumsum(0) - moved)[request]
-    in_group = place < num_kept
-    # [num_groups, tokens moved]: where each comes from, behind the group's start
-    chosen = kept.transpose(0, 1)[:, request, place.clamp(max=num_kept - 1)]
-    source = torch.where(in_group, chosen, place + (group - num_kept))
-    source, target = source + starts[request], place + starts[request]
-    to_block, to_offset = (
-        block_table[request, target // block_size],
-        target % block_size,
-    )
-    from_block = block_table[request, source // block_size]
-    from_offset = source % block_size
-    if num_groups == 1:
+    if moves.to_block.shape[1] == 1:
+        from_block, from_offset, to_block, to_offset = (m.flatten() for m in moves)
         for cache in (key, value):
-            cache[to_block, :, to_offset] = cache[from_block[0], :, from_offset[0]]
+            cache[to_block, :, to_offset] = cache[from_block, :, from_offset]
         return
     heads = torch.arange(key.shape[1], device=key.device)[:, None]
     for cache in (key, value):
-        cache[to_block, heads, to_offset] = cache[from_block, heads, from_offset]
+        moved = cache[moves.from_block, heads, moves.from_offset]
+        cache[moves.to_block, heads, moves.to_offset] = moved

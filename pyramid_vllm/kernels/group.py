@@ -77,16 +77,14 @@ def _visible_logits(
     return logits.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
-def select_in_group(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """The best-scored tokens of each group.
+def order_of_group(scores: torch.Tensor) -> torch.Tensor:
+    """The tokens of each group, the best first; of equal ones the newer.
 
     Args:
         scores: ``[..., group]``, float32.
-        num_kept: tokens to keep, 1 to ``group``.
 
     Returns:
-        ``[..., num_kept]``, int64, ascending. Of equal scores the newer token stays.
+        ``[..., group]``, int64.
     """
-    group = scores.shape[-1]
     order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    return (group - 1 - order[..., :num_kept]).sort(dim=-1).values
+    return scores.shape[-1] - 1 - order

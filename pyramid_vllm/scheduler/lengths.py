@@ -46,6 +46,7 @@ class TierLengths:
         self._none = (0,) * rule.layout.num_tiers
         self._evicted: dict[str, Counts] = {}
         self._last_slots: tuple[tuple[str, int, int], Counts] | None = None
+        self._last_peak: tuple[tuple[str, int], Counts] | None = None
 
     def __len__(self) -> int:
         """Requests that have evicted tokens."""
@@ -99,14 +100,19 @@ class TierLengths:
 
     def peak(self, req_id: str, num_tokens: int, tier: int) -> int:
         """Most tokens a tier holds on the way to ``num_tokens`` computed ones."""
-        request = self._requests[req_id]
-        pruned = not needs_all_rows(request)
-        return self.rule.peak_lengths(
-            request.num_prompt_tokens,
-            num_tokens,
-            self.max_chunk if pruned else self.max_unpruned_chunk,
-            pruned,
-        )[tier]
+        key = (req_id, num_tokens)
+        # As in `slots`, every tier asks.
+        if self._last_peak is None or self._last_peak[0] != key:
+            request = self._requests[req_id]
+            pruned = not needs_all_rows(request)
+            lengths = self.rule.peak_lengths(
+                request.num_prompt_tokens,
+                num_tokens,
+                self.max_chunk if pruned else self.max_unpruned_chunk,
+                pruned,
+            )
+            self._last_peak = key, lengths
+        return self._last_peak[1][tier]
 
     def advance(
         self, req_id: str, num_prompt_tokens: int, num_computed_tokens: int
@@ -127,4 +133,4 @@ class TierLengths:
     def forget(self, req_id: str) -> None:
         """Drop a request that holds no pages any more."""
         self._evicted.pop(req_id, None)
-        self._last_slots = None
+        self._last_slots = self._last_peak = None

@@ -160,7 +160,7 @@ class PyramidCPUWorker(CPUWorker):
                 f"kv_policy does not support block_size={spec.block_size}: the kernels "
                 f"split it into blocks of {block_table.block_size}"
             )
-        layers, caches = [], []
+        layers = []
         for attn_group in runner.attn_groups[group_id]:
             builder = attn_group.get_metadata_builder()
             if not isinstance(builder, PyramidCPUMetadataBuilder):
@@ -174,9 +174,8 @@ class PyramidCPUWorker(CPUWorker):
             check_cpu_layout(context[attn_group.layer_names[0]].kv_cache, builder.isa)
             for name in attn_group.layer_names:
                 layers.append(self._bind_layer(name, names.index(name), rule))
-                caches.append(cpu_views(context[name].kv_cache))
         self.tier_layers += layers
-        self._cache_groups.append(CacheGroup(group_id, tier, layers, caches))
+        self._cache_groups.append(CacheGroup(group_id, tier, layers))
 
     def _bind_layer(self, name: str, index: int, rule: LengthRule) -> TieredLayer:
         layer = self.compilation_config.static_forward_context[name]
@@ -196,6 +195,7 @@ class PyramidCPUWorker(CPUWorker):
             ),
             scale=impl.scale,
             logits_soft_cap=impl.logits_soft_cap,
+            cache=cpu_views(layer.kv_cache),
             config=self.kv_policy,
             state=self.tier_state,
         )

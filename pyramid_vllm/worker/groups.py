@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.utils.math_utils import cdiv
 
-from pyramid_vllm.kernels import compact_range, group_scores, select_in_group
+from pyramid_vllm.kernels import (
+    Moves,
+    group_moves,
+    group_scores,
+    move_tokens,
+    order_of_group,
+)
 from pyramid_vllm.plan import GroupWindow, StepPlan
 from pyramid_vllm.policy import PolicyConfig
 from pyramid_vllm.worker.layer import TieredLayer, over_heads
 from pyramid_vllm.worker.step import BatchRows
 
-if TYPE_CHECKING:
-    from pyramid_vllm.attention.layout import KVViews
+#: Keys that are gathered at once, in bytes of float32.
+_SCRATCH_BYTES = 1 << 26
 
 
 class GroupQueries:
@@ -49,6 +56,8 @@ class GroupQueries:
         self._rows = torch.empty(0, dtype=torch.int64)
         self._from_end = self._target = self._rows
         self._step: BatchRows | None = None
+        self._sources: dict[int, torch.Tensor] = {}
+        """By tier: the rows of its queries that are kept, while ``_step`` runs."""
 
     @staticmethod
     def num_bytes(
@@ -75,7 +84,7 @@ class GroupQueries:
 
     def _begin(self, step: BatchRows) -> None:
         """Find the step's generated tokens, and a slot for each of their requests."""
-        self._step = step
+        self._step, self._sources = step, {}
         rows, slots, ends, counts = [], [], [], []
         for row, (req_id, end, generated, scheduled) in enumerate(step.progress()):
             if generated <= 0:
@@ -90,9 +99,9 @@ class GroupQueries:
         count = torch.tensor(counts, dtype=torch.int64)
         last = torch.tensor([ends, slots, rows], dtype=torch.int64)
         end, slot, row = last.repeat_interleave(count, dim=1)
-        # 1 for a request's newest token, 2 for the one before.
-        first = (count.cumsum(0) - count).repeat_interleave(count)
-        self._rows, self._from_end = row, torch.arange(len(row)) - first + 1
+        # In the order of the batch; 1 is a request's newest token, 2 the one before.
+        behind = count.cumsum(0).repeat_interleave(count)
+        self._rows, self._from_end = row, behind - torch.arange(len(row))
         place = (end - self._from_end) % self.num_queries
         self._target = slot * self.num_queries + place
 
@@ -111,8 +120,13 @@ class GroupQueries:
             self._begin(step)
         if not len(self._target):
             return
-        source = step.starts[tier, 1:][self._rows] - self._from_end
-        self.buffer[layer].index_copy_(0, self._target, query[source])
+        source = self._sources.get(tier)
+        if source is None:
+            source = step.starts[tier, 1:][self._rows] - self._from_end
+            self._sources[tier] = source
+        # Where every row is kept, they are so in the batch's order.
+        rows = query if len(source) == len(query) else query[source]
+        self.buffer[layer].index_copy_(0, self._target, rows)
 
     def newest(
         self, layers: Sequence[int], req_ids: Sequence[str], ends: Sequence[int]
@@ -141,7 +155,20 @@ class CacheGroup(NamedTuple):
     """vLLM's KV cache group."""
     tier: int
     layers: list[TieredLayer]
-    caches: list[KVViews]
+
+
+class _Due(NamedTuple):
+    """Some layers, and the groups of generated tokens that they compress now.
+
+    Lengths are ``[num_layers, num_requests]``, int64.
+    """
+
+    layers: list[TieredLayer]
+    block_table: torch.Tensor
+    """``[num_layers, num_requests, max_blocks]``, int64."""
+    starts: torch.Tensor
+    num_held: torch.Tensor
+    num_kept: torch.Tensor
 
 
 def compress_groups(
@@ -160,68 +187,105 @@ def compress_groups(
         queries: where the layers keep their queries; None where none are read.
         input_batch: the runner's batch.
     """
+    block_size = cache_groups[0].layers[0].cache.key.shape[2]
+    for due in _batches(plan.groups, cache_groups, input_batch):
+        scores = _scores(plan.groups, config, due, queries)
+        moves = group_moves(
+            due.block_table,
+            block_size,
+            due.starts,
+            due.num_held,
+            order_of_group(scores),
+            due.num_kept,
+        )
+        for index, layer in enumerate(due.layers):
+            of_layer = Moves(*(part[index] for part in moves))
+            move_tokens(layer.cache.key, layer.cache.value, of_layer)
+
+
+def _batches(
+    groups: Sequence[GroupWindow], cache_groups: Sequence[CacheGroup], input_batch: Any
+) -> Iterator[_Due]:
+    """Layers together, as long as their keys fit into the scratch memory."""
+    rows = [input_batch.req_id_to_index[group.req_id] for group in groups]
+    size = groups[0].group
+    longest = max(max(group.num_kept) for group in groups) + size
+    first = cache_groups[0].layers[0].cache.key
+    num_blocks = cdiv(longest, first.shape[2])
+    tiers, tables = [], []
+    layers: list[TieredLayer] = []
+    most = max(1, _SCRATCH_BYTES // (4 * len(rows) * num_blocks * first[0].numel()))
     for cache_group in cache_groups:
-        tier = cache_group.tier
-        due = [group for group in plan.groups if group.group_kept[tier] < group.group]
-        if not due:
-            continue
-        rows = [input_batch.req_id_to_index[group.req_id] for group in due]
-        size, num_kept = due[0].group, due[0].group_kept[tier]
-        held = torch.tensor([group.num_kept[tier] + size - num_kept for group in due])
-        starts = torch.tensor([group.starts[tier] for group in due])
-        table = input_batch.block_table[cache_group.group_id]
-        num_blocks = cdiv(int(held.max()), table.block_size)
-        block_table = torch.from_numpy(table.block_table.np[rows, :num_blocks]).long()
-        if queries is None:
-            # No query is read: as in the prompt, newer tokens stay.
-            newer = torch.arange(size, dtype=torch.float32)
-            scores = newer.expand(len(cache_group.layers), len(due), 1, size)
-        else:
-            scores = _scores(
-                due, config, cache_group, queries, block_table, held, starts
-            )
-        kept = select_in_group(scores, num_kept)
-        for cache, chosen in zip(cache_group.caches, kept, strict=True):
-            compact_range(
-                cache.key, cache.value, block_table, starts, size, held, chosen
-            )
+        table = input_batch.block_table[cache_group.group_id].block_table.np
+        tables += [table[rows, :num_blocks]] * len(cache_group.layers)
+        tiers += [cache_group.tier] * len(cache_group.layers)
+        layers += cache_group.layers
+    starts, held, kept = (
+        torch.tensor(values).T[tiers]
+        for values in (
+            [group.starts for group in groups],
+            [group.num_kept for group in groups],
+            [group.group_kept for group in groups],
+        )
+    )
+    block_table = torch.from_numpy(np.stack(tables)).long()
+    for i in range(0, len(layers), most):
+        part = slice(i, i + most)
+        yield _Due(
+            layers[part],
+            block_table[part],
+            starts[part],
+            held[part] + size - kept[part],
+            kept[part],
+        )
 
 
 def _scores(
-    due: Sequence[GroupWindow],
+    groups: Sequence[GroupWindow],
     config: PolicyConfig,
-    cache_group: CacheGroup,
-    queries: GroupQueries,
-    block_table: torch.Tensor,
-    held: torch.Tensor,
-    starts: torch.Tensor,
+    due: _Due,
+    queries: GroupQueries | None,
 ) -> torch.Tensor:
     """``[num_layers, num_requests, 1 or num_kv_heads, group]``"""
-    layers = cache_group.layers
+    num_layers, num_requests = due.starts.shape
+    size = groups[0].group
+    if queries is None:
+        # No query is read: as in the prompt, newer tokens stay.
+        newer = torch.arange(size, dtype=torch.float32)
+        return newer.expand(num_layers, num_requests, 1, size)
     query = queries.newest(
-        [layer.index for layer in layers],
-        [group.req_id for group in due],
-        [group.num_tokens for group in due],
+        [layer.index for layer in due.layers],
+        [group.req_id for group in groups],
+        [group.num_tokens for group in groups],
     )
-    # [requests, blocks, heads, block_size, size] -> [requests, tokens, heads, size]
-    key = torch.stack(
-        [
-            cache.key[block_table].transpose(2, 3).flatten(1, 2)
-            for cache in cache_group.caches
-        ]
-    )
-    num_queries = torch.tensor([group.num_queries for group in due])
+    num_queries = torch.tensor([group.num_queries for group in groups])
     scores = group_scores(
         query.flatten(0, 1),
-        key.flatten(0, 1),
-        held.repeat(len(layers)),
-        num_queries.repeat(len(layers)),
-        starts.repeat(len(layers)),
-        due[0].group,
-        layers[0].scale,
+        _gather_keys(due),
+        due.num_held.flatten(),
+        num_queries.repeat(num_layers),
+        due.starts.flatten(),
+        size,
+        due.layers[0].scale,
         config.distance_weight,
-        layers[0].logits_soft_cap,
+        due.layers[0].logits_soft_cap,
     )
     if config.selection == "layer":
         scores = over_heads(scores, True)
-    return scores.view(len(layers), len(due), *scores.shape[1:])
+    return scores.view(num_layers, num_requests, *scores.shape[1:])
+
+
+def _gather_keys(due: _Due) -> torch.Tensor:
+    """``[num_layers * num_requests, max_tokens, num_kv_heads, head_size]``"""
+    _, num_heads, block_size, head_size = due.layers[0].cache.key.shape
+    num_layers, num_requests, num_blocks = due.block_table.shape
+    pages = torch.empty(
+        (num_layers, num_requests * num_blocks, num_heads, head_size, block_size),
+        dtype=due.layers[0].cache.key.dtype,
+    )
+    for layer, table, out in zip(due.layers, due.block_table, pages, strict=True):
+        torch.index_select(layer.cache.key.transpose(2, 3), 0, table.flatten(), out=out)
+    # [rows, heads, size, blocks, block_size]: as the product with queries reads them
+    pages = pages.view(-1, num_blocks, num_heads, head_size, block_size)
+    keys = pages.permute(0, 2, 3, 1, 4).reshape(len(pages), num_heads, head_size, -1)
+    return keys.permute(0, 3, 1, 2)

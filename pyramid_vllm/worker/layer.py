@@ -49,6 +49,7 @@ class TieredLayer:
             chooses.
         scale: factor of its attention logits.
         logits_soft_cap: its soft cap, 0 for none.
+        cache: its paged keys and values.
         config: the policy.
         state: what the worker's layers share.
     """
@@ -60,6 +61,7 @@ class TieredLayer:
         prunes_next: bool,
         scale: float,
         logits_soft_cap: float,
+        cache: KVViews,
         config: PolicyConfig,
         state: WorkerState,
     ) -> None:
@@ -67,6 +69,7 @@ class TieredLayer:
         self.tier = tier
         self.scale = scale
         self.logits_soft_cap = logits_soft_cap
+        self.cache = cache
         self._prunes_next = prunes_next
         self._config = config
         self._state = state
@@ -80,14 +83,11 @@ class TieredLayer:
             plan.num_prompt_tokens > 0 or self._state.group_queries is not None
         )
 
-    def after_attention(
-        self, query: torch.Tensor, cache: KVViews, block_table: torch.Tensor
-    ) -> None:
+    def after_attention(self, query: torch.Tensor, block_table: torch.Tensor) -> None:
         """Handle every window of the step.
 
         Args:
             query: ``[num_rows, num_heads, head_size]``, this layer's queries.
-            cache: the layer's paged keys and values.
             block_table: ``[num_reqs, max_blocks]``, int32, the tier's pages.
         """
         state = self._state
@@ -103,7 +103,7 @@ class TieredLayer:
             state.pruner.begin_tier(self.tier + 1, state.step.rows)
         for rows in windows:
             newest = self._newest(rows, query)
-            self._evict(rows, newest, cache, block_table[rows.row], prunes)
+            self._evict(rows, newest, block_table[rows.row], prunes)
         state.step.num_layers_done += 1
 
     def _newest(self, rows: WindowRows, query: torch.Tensor) -> torch.Tensor | None:
@@ -124,11 +124,10 @@ class TieredLayer:
         self,
         rows: WindowRows,
         newest: torch.Tensor | None,
-        cache: KVViews,
         block_table: torch.Tensor,
         prunes: bool,
     ) -> None:
-        window, tier = rows.window, self.tier
+        window, tier, cache = rows.window, self.tier, self.cache
         num_held = rows.num_held(tier)
         num_kept = num_held if window.num_kept is None else window.num_kept[tier]
         narrows = prunes and rows.num_rows(tier + 1) < rows.num_rows(tier)
