@@ -17,7 +17,7 @@ def group_scores(
     """Attention that the newest generated tokens pay to a group of older ones.
 
     The score of ``window_scores``, for the group alone: PyramidInfer (arXiv
-    2405.12532, section 4.3). ``num_batch`` counts requests and layers together.
+    2405.12532, section 4). ``num_batch`` counts requests and layers together.
 
     Args:
         query: ``[num_batch, max_queries, num_heads, head_size]``, newest last.

@@ -55,10 +55,10 @@ def window_scores(
 ) -> torch.Tensor:
     """Attention that the newest tokens pay to every cached token.
 
-    The pivotal-context score of PyramidInfer (arXiv 2405.12532, section 4.2): the
+    The pivotal-context score of PyramidInfer (arXiv 2405.12532, section 4): the
     weighted mean, over the queries of the recent window, of the attention
     probabilities; here also the mean over the query heads of each KV head. With one
-    query it is TOVA's (arXiv 2401.06104, section 3.2).
+    query it is TOVA's (arXiv 2401.06104).
 
     Args:
         query: ``[num_queries, num_heads, head_size]``, the newest tokens, in order.
@@ -134,7 +134,7 @@ def vote_scores(
 
 
 def key_norm_scores(key: torch.Tensor) -> torch.Tensor:
-    """Keys of small L2 norm score high (arXiv 2406.11430, section 3).
+    """Keys of small L2 norm score high (arXiv 2406.11430).
 
     Args:
         key: ``[num_tokens, num_kv_heads, head_size]``.

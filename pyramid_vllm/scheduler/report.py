@@ -9,7 +9,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from pyramid_vllm.policy import LengthRule
-from pyramid_vllm.spec import TierAttentionSpec, group_page_bytes
+from pyramid_vllm.spec import TierAttentionSpec, group_page_bytes, max_chunk
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -132,12 +132,16 @@ class KVReport:
         rule, lines = self.rule, []
         name, sizes = rule.config.name, rule.layout.sizes
         if rule.prunes:
-            rows = sum(map(int.__mul__, rule.num_rows(0, typical), sizes))
             layer = sum(sizes[: rule.first_pruned_tier])
+            chunk = min(typical, max_chunk(self._vllm_config))
+            rows = sum(
+                sum(map(int.__mul__, rule.num_rows(n, min(typical, n + chunk)), sizes))
+                for n in range(0, typical, chunk)
+            )
             lines.append(
                 f"KV policy {name}: prunes prompts from layer {layer} on; of such a "
-                f"prompt, in one chunk, {rows / typical / sum(sizes):.1%} of the rows "
-                "are computed"
+                f"prompt, in chunks of {chunk} tokens, "
+                f"{rows / typical / sum(sizes):.1%} of the rows are computed"
             )
         if rule.config.generation:
             lines.append(

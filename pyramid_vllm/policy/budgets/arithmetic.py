@@ -7,7 +7,7 @@ from pyramid_vllm.policy.budgets.base import UNIT, Budget, as_units
 
 @dataclass(frozen=True)
 class ArithmeticBudget(Budget):
-    """PyramidKV's budgets (arXiv 2406.02069, section 3.2).
+    """PyramidKV's budgets (arXiv 2406.02069).
 
     With ``k`` the mean tokens kept before the recent window, the last of ``L`` layers
     keeps ``k / beta`` of them, the first ``2k - k / beta``, those between lie on a

@@ -21,7 +21,7 @@ def decay(shape: str, ratio: float, layer: int, num_layers: int) -> float:
 class PyramidInferBudget(Budget):
     """The context before the recent window shrinks as rows go deeper.
 
-    PyramidInfer (arXiv 2405.12532, section 4.2 and its released code): layer ``i``,
+    PyramidInfer (arXiv 2405.12532, section 4, and its released code): layer ``i``,
     where ``i`` is a multiple of ``layerwise_downsample_interval``, hands
     ``r(i) = (1 - d) * (cos(pi * i / L) + 1) / 2 + d`` of its context on to layer
     ``i + 1``, where ``d`` is ``prefill_decay_ratio`` and ``L`` the number of layers.
