@@ -287,4 +287,5 @@ def test_a_real_model_equals_the_oracle(
         num_decided += expected.decided
         if expected.decided:
             assert_same(generation, expected.logprobs, len(prompt))
-    assert num_decided >= 2
+    # Repeated words have keys of the same length in the first layer: rounding decides.
+    assert num_decided >= (1 if policy == "knorm" else 2)
