@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import num_full_attention_layers
-from pyramid_vllm.policy import KVPolicyError, PolicyConfig, tier_layout
-from pyramid_vllm.spec import TierAttentionSpec, required_policy
+from pyramid_vllm.policy import KVPolicyError, PolicyConfig
+from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -118,4 +118,5 @@ def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:
     num_layers = 0
     if not model.is_attention_free:
         num_layers = num_full_attention_layers(model.hf_text_config)
-    tier_layout(policy, num_layers)
+    # Not every retention can be met by every budget and number of layers.
+    length_rule(policy, num_layers).cache_lengths(1)

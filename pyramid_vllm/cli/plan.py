@@ -50,8 +50,16 @@ class MemoryPlan:
     @property
     def mean_kept(self) -> float:
         """Mean over layers."""
+        return self._mean_over_layers(self.kept)
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows of the prompt, in one chunk, that a layer computes, mean over layers."""
+        return self._mean_over_layers(self.memory.rule.num_rows(0, self.prompt_tokens))
+
+    def _mean_over_layers(self, counts: tuple[int, ...]) -> float:
         sizes = self.memory.rule.layout.sizes
-        return sum(map(int.__mul__, self.kept, sizes)) / sum(sizes)
+        return sum(map(int.__mul__, counts, sizes)) / sum(sizes)
 
     @property
     def request_bytes(self) -> tuple[int, int]:
@@ -151,14 +159,11 @@ def _sides(plan: MemoryPlan) -> Table:
         f"{plan.prompt_tokens:,}",
         f"{plan.mean_kept:,.0f}",
     )
-    rule = plan.memory.rule
-    if rule.prunes:
-        rows = rule.num_rows(0, plan.prompt_tokens)
-        mean = sum(map(int.__mul__, rows, rule.layout.sizes)) / rule.layout.num_layers
+    if plan.memory.rule.prunes:
         table.add_row(
             "prompt rows computed a layer, mean",
             f"{plan.prompt_tokens:,}",
-            f"{mean:,.0f}",
+            f"{plan.mean_rows:,.0f}",
         )
     table.add_row("KV bytes a request", format_bytes(stock_bytes), format_bytes(bytes_))
     table.add_row("requests at once", f"{stock_count:.1f}", f"{count:.1f}")

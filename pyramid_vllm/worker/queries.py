@@ -5,19 +5,35 @@ from collections.abc import Iterable
 import torch
 
 
-class QueryWindows:
-    """Newest queries of requests in the middle of their prompt, by layer.
-
-    Selection must not depend on how the prompt was cut into chunks: queries of the
-    recent window that fell into an earlier chunk stay here until the prompt's end.
-    """
+class _ByRequest:
+    """Tensors of requests in the middle of their prompt, by layer."""
 
     def __init__(self) -> None:
         self._held: dict[str, dict[int, torch.Tensor]] = {}
 
     def __len__(self) -> int:
-        """Requests that have queries here."""
+        """Requests that have tensors here."""
         return len(self._held)
+
+    def _get(self, req_id: str, layer: int) -> torch.Tensor | None:
+        return self._held.get(req_id, {}).get(layer)
+
+    def retain(self, req_id: str, layer: int, tensor: torch.Tensor) -> None:
+        """Keep a tensor for a later chunk."""
+        self._held.setdefault(req_id, {})[layer] = tensor
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        """Drop what requests need no longer."""
+        for req_id in req_ids:
+            self._held.pop(req_id, None)
+
+
+class QueryWindows(_ByRequest):
+    """Newest queries of requests in the middle of their prompt, by layer.
+
+    Selection must not depend on how the prompt was cut into chunks: queries of the
+    recent window that fell into an earlier chunk stay here until the prompt's end.
+    """
 
     def newest(
         self, req_id: str, layer: int, chunk: torch.Tensor, num_queries: int
@@ -39,7 +55,7 @@ class QueryWindows:
         missing = num_queries - len(chunk)
         if missing <= 0:
             return chunk[len(chunk) - num_queries :]
-        held = self._held.get(req_id, {}).get(layer)
+        held = self._get(req_id, layer)
         if held is None or len(held) < missing:
             raise RuntimeError(
                 f"KV policy: {missing} queries of request {req_id} are missing in "
@@ -47,26 +63,14 @@ class QueryWindows:
             )
         return torch.cat((held[len(held) - missing :], chunk))
 
-    def retain(self, req_id: str, layer: int, window: torch.Tensor) -> None:
+    def retain(self, req_id: str, layer: int, tensor: torch.Tensor) -> None:
         """Keep a window for a later chunk."""
         # A copy: the runner writes the next step's queries over these.
-        self._held.setdefault(req_id, {})[layer] = window.clone()
-
-    def release(self, req_ids: Iterable[str]) -> None:
-        """Drop the queries of requests that need them no longer."""
-        for req_id in req_ids:
-            self._held.pop(req_id, None)
+        super().retain(req_id, layer, tensor.clone())
 
 
-class AccumulatedScores:
+class AccumulatedScores(_ByRequest):
     """Scores of requests in the middle of their prompt that add up over its queries."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, dict[int, torch.Tensor]] = {}
-
-    def __len__(self) -> int:
-        """Requests that have scores here."""
-        return len(self._held)
 
     def add(self, req_id: str, layer: int, chunk: torch.Tensor) -> torch.Tensor:
         """The scores of a chunk's queries and all earlier ones.
@@ -79,18 +83,9 @@ class AccumulatedScores:
         Returns:
             The same shape.
         """
-        held = self._held.get(req_id, {}).get(layer)
+        held = self._get(req_id, layer)
         if held is None:
             return chunk
         total = chunk.clone()
         total[:, : held.shape[1]] += held
         return total
-
-    def retain(self, req_id: str, layer: int, scores: torch.Tensor) -> None:
-        """Keep scores for a later chunk."""
-        self._held.setdefault(req_id, {})[layer] = scores
-
-    def release(self, req_ids: Iterable[str]) -> None:
-        """Drop the scores of requests that need them no longer."""
-        for req_id in req_ids:
-            self._held.pop(req_id, None)

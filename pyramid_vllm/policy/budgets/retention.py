@@ -49,8 +49,7 @@ class RetentionBudget(Budget):
 
     def floor(self, num_tokens: int) -> int:
         """Tokens that every tier keeps of a prompt of ``num_tokens`` tokens."""
-        window = self.config.sinks + self.num_recent(num_tokens)
-        return min(num_tokens, max(window, self.config.min_context))
+        return min(num_tokens, max(self.always(num_tokens), self.config.min_context))
 
     def cache_lengths(self, num_tokens: int) -> tuple[int, ...]:
         """See ``Budget``."""
