@@ -92,8 +92,6 @@ def _check_features(vllm_config: VllmConfig) -> None:
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         raise _refuse("kv_transfer_config", connector, "valid is none")
-    if cache.enable_prefix_caching:
-        raise _refuse("enable_prefix_caching", True, "valid is False")
     if cache.kv_sharing_fast_prefill:
         raise _refuse("kv_sharing_fast_prefill", True, "valid is False")
     if cache.cache_dtype.startswith(("fp8", "int", "nvfp4", "turbo", "ultra")):

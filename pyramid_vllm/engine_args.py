@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from pyramid_vllm.checks import check_engine
 from pyramid_vllm.compat import check_vllm_version
-from pyramid_vllm.policy import KVPolicyError, preset_names
+from pyramid_vllm.policy import KVPolicyError, PolicyConfig, preset_names
 from pyramid_vllm.spec import OVERRIDES_KEY, POLICY_KEY, configured_policy
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
         check_vllm_version()
         _choose_class(self, "scheduler_cls", SCHEDULER_CLS, unset=(None,))
         _choose_class(self, "worker_cls", WORKER_CLS, unset=("auto",))
-        _switch_prefix_caching_off(self)
+        _switch_prefix_caching_off(self, policy)
         # Resolved here: a file's path may mean nothing on another node.
         self.additional_config = {
             key: value
@@ -161,11 +161,15 @@ def _choose_class(
         raise KVPolicyError(f"kv_policy needs {name}='{ours}': it is {given!r}")
 
 
-def _switch_prefix_caching_off(args: EngineArgs) -> None:
-    if args.enable_prefix_caching:
-        raise KVPolicyError(
-            "kv_policy does not support enable_prefix_caching=True: valid is False"
-        )
-    if args.enable_prefix_caching is None:
-        logger.info("KV policy: prefix caching is on by default and is switched off")
-        args.enable_prefix_caching = False
+def _switch_prefix_caching_off(args: EngineArgs, policy: PolicyConfig) -> None:
+    if args.enable_prefix_caching is False:
+        return
+    if policy.prune_from is not None:
+        reason = "prunes prompts: what later layers compute of one is not all of it"
+    elif policy.evict == "chunk":
+        reason = "evicts after every chunk: later pages depend on what was evicted"
+    else:
+        return
+    log = logger.warning if args.enable_prefix_caching else logger.info
+    log("KV policy %s: prefix caching is switched off, for it %s", policy.name, reason)
+    args.enable_prefix_caching = False

@@ -17,6 +17,8 @@ class PromptWindow:
     """
 
     req_id: str
+    policy: str
+    """Name of the request's policy: how its layers choose."""
     num_tokens: int
     """Prompt tokens computed once this step is over."""
     num_queries: int
@@ -29,6 +31,9 @@ class PromptWindow:
     """Newest tokens that always stay."""
     num_rows: tuple[int, ...] | None = None
     """Rows that each tier computes, where that is fewer than were scheduled in any."""
+    pages: tuple[tuple[int, ...] | None, ...] | None = None
+    """Pages that each tier gathers the kept tokens into, where those that they lie in
+    are shared; None: the first ones of those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,8 @@ class GroupWindow:
     """
 
     req_id: str
+    policy: str
+    """Name of the request's policy: how its layers choose."""
     num_tokens: int
     """Tokens computed once this step is over."""
     num_queries: int

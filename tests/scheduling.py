@@ -1,12 +1,18 @@
 """A scheduler without an engine: tests play the worker."""
 
+import zlib
 from collections import deque
 from typing import Any
 
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_config_from_groups,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -32,6 +38,7 @@ def make_scheduler(
         "max_model_len": 512,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 256,
+        "enable_prefix_caching": False,
     }
     arguments = EngineArgs(model=model, kv_policy=policy, **(defaults | settings))
     config = arguments.create_engine_config()
@@ -57,15 +64,36 @@ def make_scheduler(
     )
 
 
-def make_request(name: str, prompt: int, output: int, priority: int = 0) -> Request:
-    """A greedy request over any tokens."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+init_none_hash(sha256)
+_BLOCK_HASHER = get_request_block_hasher(BLOCK_SIZE, sha256)
+
+
+def make_request(
+    name: str, prompt: int, output: int, priority: int = 0, **settings: Any
+) -> Request:
+    """A greedy request.
+
+    Args:
+        name: its id.
+        prompt: tokens of the prompt.
+        output: tokens to generate.
+        priority: lower ones come first.
+        settings: ``shared``, tokens that the prompt has in common with all others,
+            by default all; further sampling parameters.
+    """
+    shared = settings.pop("shared", prompt)
+    seed = zlib.crc32(name.encode())
+    tokens = [(i if i < shared else i * seed + 1) % 500 for i in range(prompt)]
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=output, ignore_eos=True, **settings
+    )
     return Request(
         request_id=name,
-        prompt_token_ids=[i % 500 for i in range(prompt)],
+        prompt_token_ids=tokens,
         sampling_params=sampling,
         pooling_params=None,
         priority=priority,
+        block_hasher=_BLOCK_HASHER,
     )
 
 
@@ -77,6 +105,8 @@ class Driver:
         self._depth = depth
         self._flying: deque[Any] = deque()
         self.plans: list[StepPlan] = []
+        self.finished: dict[str, str] = {}
+        """Why each request ended, as its client is told."""
 
     @property
     def num_flying(self) -> int:
@@ -103,7 +133,7 @@ class Driver:
     def land(self) -> None:
         """Return the oldest step's output."""
         output, sampled = self._flying.popleft()
-        self.scheduler.update_from_output(
+        outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=list(sampled),
@@ -111,11 +141,15 @@ class Driver:
                 sampled_token_ids=list(sampled.values()),
             ),
         )
+        for of_client in outputs.values():
+            for told in of_client.outputs:
+                if told.finish_reason is not None:
+                    self.finished[told.request_id] = str(told.finish_reason)
         self.scheduler.check_integrity()
 
     def run(self, limit: int = 5000) -> None:
         """Step until nothing is left."""
-        while self.scheduler.has_unfinished_requests():
+        while self.scheduler.has_requests():
             assert len(self.plans) < limit, "the schedule does not end"
             self.step()
         while self._flying:

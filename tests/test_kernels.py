@@ -8,7 +8,7 @@ import torch
 from pyramid_vllm.kernels import (
     Moves,
     accumulated_scores,
-    compact_in_place,
+    compact,
     group_moves,
     group_scores,
     key_norm_scores,
@@ -119,7 +119,7 @@ def test_compaction_moves_kept_tokens_and_nothing_else(
     kept = torch.stack(
         [torch.randperm(num_tokens)[:11].sort().values for _ in range(num_groups)]
     )
-    compact_in_place(key, value, block_ids, kept)
+    compact(key, value, block_ids, block_ids, kept)
     for cache, old in zip((key, value), before, strict=True):
         for head in range(num_heads):
             source = kept[head if num_groups > 1 else 0].tolist()

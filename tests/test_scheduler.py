@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pyramid_vllm.plan import StepPlan
-from pyramid_vllm.policy import KVPolicyError, num_pages
+from pyramid_vllm.policy import num_pages
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.block_manager import TierBlockManager
 from tests.scheduling import (
@@ -134,7 +134,8 @@ def test_two_steps_in_flight(
         tiny_llama, 70, SMALL | {"evict": evict}, async_scheduling=True
     )
     events: list[str] = []
-    pool, free_tail = scheduler.kv_cache_manager.block_pool, TierBlockManager.free_tail
+    pool = scheduler.kv_cache_manager.block_pool
+    free_evicted = TierBlockManager.free_evicted
     get_new_blocks = pool.get_new_blocks
 
     def allocates(count: int) -> Any:
@@ -142,12 +143,12 @@ def test_two_steps_in_flight(
         return get_new_blocks(count)
 
     def evicts(manager: TierBlockManager, req_id: str, num_held: int) -> int:
-        freed = free_tail(manager, req_id, num_held)
+        freed = free_evicted(manager, req_id, num_held)
         events.extend(["evicts"] * (freed > 0))
         return freed
 
     monkeypatch.setattr(pool, "get_new_blocks", allocates)
-    monkeypatch.setattr(TierBlockManager, "free_tail", evicts)
+    monkeypatch.setattr(TierBlockManager, "free_evicted", evicts)
     total = free_pages(scheduler)
     for index, prompt in enumerate((300, 40, 200, 120, 350, 90)):
         scheduler.add_request(make_request(str(index), prompt, output=30))
@@ -227,7 +228,7 @@ def test_random_schedules_lose_no_page(tiny_llama: str, seed: int, depth: int) -
 
 def test_random_schedules_do_preempt(tiny_llama: str) -> None:
     """The schedules above prove little if nothing is ever preempted."""
-    scheduler = make_scheduler(tiny_llama, 52, SMALL)
+    scheduler = make_scheduler(tiny_llama, 52, SMALL | {"growth_reserve": 0})
     requests = [make_request(str(i), 300, 150) for i in range(6)]
     for request in requests:
         scheduler.add_request(request)
@@ -271,12 +272,17 @@ def test_memory_for_four_stock_sequences_runs_seven(tiny_llama: str) -> None:
     assert scheduler.kv_counters.max_num_running >= 7
 
 
-def test_streamed_prompts_are_refused(tiny_llama: str) -> None:
+def test_streamed_prompts_end_with_an_error_and_alone(tiny_llama: str) -> None:
     scheduler = make_scheduler(tiny_llama, 60, SMALL)
-    request = make_request("a", 100, 10)
+    request, other = make_request("a", 100, 10), make_request("b", 100, 10)
     request.resumable = True
-    with pytest.raises(KVPolicyError, match="request a is resumable"):
-        scheduler.add_request(request)
+    scheduler.add_request(request)
+    scheduler.add_request(other)
+    driver = Driver(scheduler)
+    driver.run()
+    assert driver.finished["a"] == "error"
+    assert driver.finished["b"] == "length"
+    assert scheduler.kv_counters.num_refused_requests == 1
 
 
 def test_the_report_counts_like_the_pool(tiny_llama: str) -> None:

@@ -2,7 +2,7 @@
 
 from pyramid_vllm.kernels.compact import (
     Moves,
-    compact_in_place,
+    compact,
     group_moves,
     move_tokens,
 )
@@ -20,7 +20,7 @@ from pyramid_vllm.kernels.select import select_tokens
 __all__ = [
     "Moves",
     "accumulated_scores",
-    "compact_in_place",
+    "compact",
     "group_moves",
     "group_scores",
     "key_norm_scores",

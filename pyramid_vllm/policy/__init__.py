@@ -10,17 +10,27 @@ from pyramid_vllm.policy.presets import (
     preset_names,
     resolve_policy,
 )
+from pyramid_vllm.policy.requests import (
+    POLICY_ARG,
+    RETENTION_ARG,
+    RequestPolicies,
+    asks_for_policy,
+)
 from pyramid_vllm.policy.tiers import TierLayout, tier_layout
 
 __all__ = [
     "NONE",
+    "POLICY_ARG",
+    "RETENTION_ARG",
     "SCORERS",
     "KVPolicyError",
     "LengthRule",
     "MemoryModel",
     "PolicyConfig",
     "Queries",
+    "RequestPolicies",
     "TierLayout",
+    "asks_for_policy",
     "num_pages",
     "preset_dir",
     "preset_names",

@@ -7,6 +7,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -114,6 +115,11 @@ class PolicyConfig(BaseModel):
     """How the kept fraction of a group falls from the first layer to the last."""
     gen_queries: PositiveInt = 16
     """Newest generated tokens whose queries score a group."""
+
+    growth_reserve: NonNegativeInt | Literal["all"] = 64
+    """Generated tokens, at most those that it may still generate, that each running
+    sequence is left pages for when another one is admitted. An engine's setting:
+    that of a single request's policy is not read."""
 
     @field_validator("scorer")
     @classmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
-    SingleTypeKVCacheManager,
     register_all_kvcache_specs,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -17,23 +17,48 @@ from pyramid_vllm.spec import TierAttentionSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
 
+    from pyramid_vllm.scheduler.admission import GrowthReserve
     from pyramid_vllm.scheduler.lengths import TierLengths
+
+
+@dataclass
+class _Compaction:
+    """Pages for what a prompt keeps, secured when its last chunk is scheduled."""
+
+    in_place: list[int]
+    """Places in the table of pages that only this request reads, ascending. They are
+    in no prefix cache, so that nobody comes to read them."""
+    reserved: list[KVCacheBlock]
+    """New pages, where the request owns too few."""
 
 
 class TierBlockManager(FullAttentionManager):
     """vLLM's manager of full attention, counting cache lengths instead of positions.
 
-    ``lengths`` is set by the scheduler, before the first request.
+    With prefix caching a prompt's pages are shared until its last chunk. What is kept
+    of it is then gathered into pages of its own, and the shared ones are let go: they
+    stay in vLLM's cache. Pages to gather into are secured before the chunk runs, so
+    that a compaction never fails for want of them.
+
+    ``lengths`` and ``reserve`` are set by the scheduler, before the first request.
     """
 
     lengths: TierLengths
+    reserve: GrowthReserve | None = None
+    """Set on one manager alone: pages to leave free when a request is admitted."""
     kv_cache_spec: TierAttentionSpec
 
-    def _slots(self, request_id: str, num_tokens: int) -> int:
-        return self.lengths.slots(request_id, num_tokens, self.kv_cache_spec.tier)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._compactions: dict[str, _Compaction] = {}
+        self._left: dict[str, list[KVCacheBlock]] = {}
+
+    @property
+    def _tier(self) -> int:
+        return self.kv_cache_spec.tier
 
     def get_num_blocks_to_allocate(
         self,
@@ -48,11 +73,11 @@ class TierBlockManager(FullAttentionManager):
     ) -> int:
         """Pages that the request still needs; the admission gate asks for the peak."""
         if apply_admission_cap:
-            tier = self.kv_cache_spec.tier
-            num_slots = self.lengths.peak(request_id, num_tokens, tier)
+            request = self.lengths.request(request_id)
+            num_slots = self.lengths.peaks(request, num_tokens)[self._tier]
         else:
-            num_slots = self._slots(request_id, num_tokens)
-        return super().get_num_blocks_to_allocate(
+            num_slots = self.lengths.slots(request_id, num_tokens, self._tier)
+        num_blocks = super().get_num_blocks_to_allocate(
             request_id,
             num_slots,
             new_computed_blocks,
@@ -62,31 +87,139 @@ class TierBlockManager(FullAttentionManager):
             apply_admission_cap,
             **kwargs,
         )
+        if apply_admission_cap and self.reserve is not None:
+            num_free = self.block_pool.get_num_free_blocks()
+            num_blocks += self.reserve.num_pages(request, num_free)
+        if self.enable_caching:
+            num_target = self._num_target(request_id, num_tokens_main_model)
+            held = self.req_to_blocks.get(request_id)
+            shared = (
+                sum(block.ref_cnt > 1 for block in held)
+                if held
+                else sum(block.ref_cnt > 0 for block in new_computed_blocks)
+            )
+            num_own = cdiv(num_slots, self.block_size) - shared
+            num_blocks += max(0, num_target - num_own)
+        return num_blocks
+
+    def _num_target(self, request_id: str, num_tokens: int) -> int:
+        """Pages of what the tier keeps, if a step up to ``num_tokens`` tokens gathers
+        it from pages that others may read; else 0."""
+        num_kept = self.lengths.kept_of_prompt(request_id, num_tokens)
+        return 0 if num_kept is None else cdiv(num_kept[self._tier], self.block_size)
 
     def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Pages for ``num_tokens`` positions, less the evicted and pruned ones."""
-        num_slots = self._slots(request_id, num_tokens)
-        return super().allocate_new_blocks(request_id, num_slots, *args, **kwargs)
+        num_slots = self.lengths.slots(request_id, num_tokens, self._tier)
+        new = super().allocate_new_blocks(request_id, num_slots, num_tokens_main_model)
+        if self.enable_caching:
+            num_target = self._num_target(request_id, num_tokens_main_model)
+            if num_target > 0:
+                self._secure(request_id, num_target)
+        return new
+
+    def _secure(self, request_id: str, num_target: int) -> None:
+        """Choose pages that a compaction can write whatever happens in this step."""
+        blocks, pool = self.req_to_blocks[request_id], self.block_pool
+        # The last pages: those of the first ones are the likeliest to be hit.
+        own = [i for i in reversed(range(len(blocks))) if blocks[i].ref_cnt == 1]
+        in_place = sorted(own[:num_target])
+        pool.evict_blocks(
+            {blocks[i].block_id for i in in_place if blocks[i].block_hash is not None}
+        )
+        reserved = pool.get_new_blocks(num_target - len(in_place))
+        self._compactions[request_id] = _Compaction(in_place, reserved)
+
+    def cache_blocks(
+        self, request: Request, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Offer full pages to other requests, but those that will be written."""
+        num_tokens = self.lengths.num_shareable(request, num_tokens)
+        compaction = self._compactions.get(request.request_id)
+        if compaction is not None and compaction.in_place:
+            num_tokens = min(num_tokens, compaction.in_place[0] * self.block_size)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Also called by ``free``: counts go with the pages."""
+        """Also called by ``free``: counts and secured pages go with the pages."""
         self.lengths.forget(request_id)
-        return super().pop_blocks_for_free(request_id)
+        compaction = self._compactions.pop(request_id, None)
+        reserved = [] if compaction is None else compaction.reserved
+        return super().pop_blocks_for_free(request_id) + reserved
 
-    def free_tail(self, request_id: str, num_held: int) -> int:
-        """Free the pages past the first ``num_held`` tokens; returns how many.
+    def gather_pages(self, request: Request) -> tuple[int, ...] | None:
+        """Settle which pages a prompt is gathered into, and make them its table.
 
-        Call it only after ``schedule()`` has returned: the step that compacts still
-        reads these pages, and no other request may get them within it.
+        Call it once ``schedule()`` has returned, when every request of the step has
+        its pages: what is free then goes to pages of the prefix cache that would have
+        to be written otherwise. ``free_left`` frees what is left.
+
+        Returns:
+            The ids of the pages; None: the request compacts in place.
+        """
+        compaction = self._compactions.pop(request.request_id, None)
+        if compaction is None:
+            return None
+        blocks, pool = self.req_to_blocks[request.request_id], self.block_pool
+        num_full = request.num_prompt_tokens // self.block_size
+        full = [i for i in compaction.in_place if i < num_full]
+        # From the first one on: a page can only be hit where all before it are.
+        saved = set(full[: pool.get_num_free_blocks()])
+        fresh = pool.get_new_blocks(len(saved))
+        if saved:
+            self._offer(request, blocks, saved)
+        written = [blocks[i] for i in compaction.in_place if i not in saved]
+        pages = written + compaction.reserved + fresh
+        kept = {block.block_id for block in pages}
+        self._left[request.request_id] = [b for b in blocks if b.block_id not in kept]
+        self.req_to_blocks[request.request_id] = pages
+        return tuple(block.block_id for block in pages)
+
+    def _offer(
+        self, request: Request, blocks: list[KVCacheBlock], saved: set[int]
+    ) -> None:
+        """Put pages that are not written after all into the prefix cache."""
+        first, end = min(saved), max(saved) + 1
+        self.block_pool.cache_full_blocks(
+            request=request,
+            blocks=blocks,
+            num_cached_blocks=first,
+            num_full_blocks=end,
+            block_size=self.block_size,
+            kv_cache_group_id=self.kv_cache_group_id,
+            block_mask=[i in saved for i in range(first, end)],
+        )
+
+    def free_evicted(self, request_id: str, num_held: int) -> int:
+        """Free the pages that a request's first ``num_held`` cached tokens do not need.
+
+        Call it only after ``schedule()`` has returned and every ``gather_pages`` of
+        the step: the step that compacts still reads these pages, in this tier or, for
+        tiers share memory, in another one.
+
+        Returns:
+            Pages that the request holds no more.
         """
         blocks = self.req_to_blocks[request_id]
         num_kept = cdiv(num_held, self.block_size)
         tail = blocks[num_kept:]
         del blocks[num_kept:]
+        left = self._left.pop(request_id, None)
+        if left is not None:
+            self.block_pool.free_blocks(reversed(left))
         self.block_pool.free_blocks(reversed(tail))
-        return len(tail)
+        return len(tail) + (0 if left is None else len(left))
+
+    def check_settled(self) -> None:
+        """Check that nothing that a step secured or left outlives it.
+
+        Raises:
+            AssertionError: names the requests.
+        """
+        assert not self._compactions, f"secured: {list(self._compactions)}"
+        assert not self._left, f"left behind: {list(self._left)}"
 
 
 def register_spec(vllm_config: VllmConfig | None) -> None:
@@ -94,37 +227,3 @@ def register_spec(vllm_config: VllmConfig | None) -> None:
     # The registry fills itself only while it is empty, so vLLM's own specs go first.
     register_all_kvcache_specs(vllm_config)
     KVCacheSpecRegistry.register(TierAttentionSpec, manager_class=TierBlockManager)
-
-
-def check_integrity(
-    pool: BlockPool, managers: Iterable[SingleTypeKVCacheManager]
-) -> None:
-    """Check that every page is either free or in exactly one table.
-
-    Holds without prefix caching, where no page is shared.
-
-    Raises:
-        AssertionError: says which page is held twice, or how many are lost.
-    """
-    null = pool.null_block.block_id
-    free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
-    held: dict[int, str] = {}
-    for manager in managers:
-        for req_id, blocks in manager.req_to_blocks.items():
-            for block in blocks:
-                if block.block_id == null:
-                    continue
-                where = f"request {req_id}, group {manager.kv_cache_group_id}"
-                taken = held.get(block.block_id)
-                assert taken is None, f"page {block.block_id}: {taken} and {where}"
-                assert block.block_id not in free, (
-                    f"page {block.block_id}: free, {where}"
-                )
-                assert block.ref_cnt == 1, (
-                    f"page {block.block_id}: {block.ref_cnt} refs"
-                )
-                held[block.block_id] = where
-    total = pool.num_gpu_blocks - 1
-    assert len(free) + len(held) == total, (
-        f"{len(free)} pages are free and {len(held)} held, of {total}"
-    )

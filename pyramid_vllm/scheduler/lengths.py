@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pyramid_vllm.policy import LengthRule
+from pyramid_vllm.policy import LengthRule, Queries, RequestPolicies
 
 Counts = tuple[int, ...]
 
@@ -26,31 +26,49 @@ def needs_all_rows(request: RequestLengths) -> bool:
     return sampling is not None and sampling.prompt_logprobs is not None
 
 
+def can_share(rule: LengthRule) -> bool:
+    """Whether prompts under a policy are computed whole before anything is evicted,
+    as pages of a prefix cache have to be."""
+    return not rule.prunes and rule.config.evict == "prompt_end"
+
+
 class TierLengths:
     """The one record of evicted tokens; block managers and the plan read it.
 
     Args:
-        rule: the policy's counts.
+        policies: the engine's policy, and those that requests may ask for.
         max_chunk: most prompt tokens that one step computes.
         requests: the scheduler's requests.
     """
 
     def __init__(
-        self, rule: LengthRule, max_chunk: int, requests: Mapping[str, RequestLengths]
+        self,
+        policies: RequestPolicies,
+        max_chunk: int,
+        requests: Mapping[str, RequestLengths],
     ) -> None:
-        self.rule = rule
+        self._policies = policies
         self.max_chunk = max_chunk
         self.max_unpruned_chunk = max_chunk
         """The same for a request whose rows are not pruned; set by the scheduler."""
         self._requests = requests
-        self._none = (0,) * rule.layout.num_tiers
+        self._none = (0,) * policies.layout.num_tiers
         self._evicted: dict[str, Counts] = {}
         self._last_slots: tuple[tuple[str, int, int], Counts] | None = None
         self._last_peak: tuple[tuple[str, int], Counts] | None = None
+        self._last_end: tuple[str, Counts | None] | None = None
 
     def __len__(self) -> int:
         """Requests that have evicted tokens."""
         return len(self._evicted)
+
+    def rule_of(self, request: RequestLengths) -> LengthRule:
+        """The counts of the policy that a request asked for, else of the engine's."""
+        sampling = request.sampling_params
+        extra_args = None if sampling is None else sampling.extra_args
+        return (
+            self._policies.rule_for(extra_args) if extra_args else self._policies.rule
+        )
 
     def evicted(self, req_id: str) -> Counts:
         """Computed tokens minus cache length, per tier."""
@@ -69,7 +87,7 @@ class TierLengths:
         self, request: RequestLengths, num_before: int, num_after: int
     ) -> Counts | None:
         """Rows that each tier computes of a request's step; None: all of them."""
-        rule = self.rule
+        rule = self.rule_of(request)
         if (
             not rule.prunes
             or num_before >= request.num_prompt_tokens
@@ -84,7 +102,7 @@ class TierLengths:
         runs, before it evicts any."""
         request = self._requests[req_id]
         computed = request.num_computed_tokens
-        if computed >= request.num_prompt_tokens or not self.rule.prunes:
+        if computed >= request.num_prompt_tokens or not self.rule_of(request).prunes:
             return num_tokens - self.evicted(req_id)[tier]
         key = (req_id, computed, num_tokens)
         # Every tier's manager asks, one after the other and several times.
@@ -98,39 +116,117 @@ class TierLengths:
             self._last_slots = key, slots
         return self._last_slots[1][tier]
 
-    def peak(self, req_id: str, num_tokens: int, tier: int) -> int:
-        """Most tokens a tier holds on the way to ``num_tokens`` computed ones."""
-        key = (req_id, num_tokens)
+    def request(self, req_id: str) -> Any:
+        """The scheduler's request of that name."""
+        return self._requests[req_id]
+
+    def peaks(self, request: RequestLengths, num_tokens: int) -> Counts:
+        """Most tokens each tier holds on the way to ``num_tokens`` computed ones."""
+        key = (request.request_id, num_tokens)
         # As in `slots`, every tier asks.
         if self._last_peak is None or self._last_peak[0] != key:
-            request = self._requests[req_id]
             pruned = not needs_all_rows(request)
-            lengths = self.rule.peak_lengths(
+            lengths = self.rule_of(request).peak_lengths(
                 request.num_prompt_tokens,
                 num_tokens,
                 self.max_chunk if pruned else self.max_unpruned_chunk,
                 pruned,
             )
             self._last_peak = key, lengths
-        return self._last_peak[1][tier]
+        return self._last_peak[1]
 
-    def advance(
-        self, req_id: str, num_prompt_tokens: int, num_computed_tokens: int
-    ) -> Counts | None:
+    def kept(self, request: RequestLengths, num_computed: int) -> Counts | None:
+        """Cache lengths once the step up to ``num_computed`` tokens is over, or None
+        where it evicts nothing."""
+        kept = self.rule_of(request).held_lengths(
+            request.num_prompt_tokens, num_computed
+        )
+        held = self.evicted(request.request_id)
+        if all(
+            num_computed - length == gone
+            for length, gone in zip(kept, held, strict=True)
+        ):
+            return None
+        return kept
+
+    def advance(self, request: RequestLengths) -> Counts | None:
         """Evict what the rule says once a request's step is over.
+
+        Args:
+            request: with the step's tokens counted as computed.
 
         Returns:
             Cache lengths after the step, or None where nothing is evicted.
         """
-        kept = self.rule.held_lengths(num_prompt_tokens, num_computed_tokens)
-        evicted = tuple(num_computed_tokens - length for length in kept)
+        computed = request.num_computed_tokens
+        kept = self.kept(request, computed)
         self._last_slots = None
-        if evicted == self.evicted(req_id):
-            return None
-        self._evicted[req_id] = evicted
+        if kept is not None:
+            self._evicted[request.request_id] = tuple(
+                computed - length for length in kept
+            )
         return kept
+
+    # Prefix caching.
+
+    def kept_of_prompt(self, req_id: str, num_tokens: int) -> Counts | None:
+        """Cache lengths after the step that ends a prompt, if it gathers them from
+        pages that others may read.
+
+        Args:
+            req_id: the request.
+            num_tokens: computed tokens with the step's.
+
+        Returns:
+            A tier that keeps everything has 0: it gathers nothing.
+        """
+        request = self._requests[req_id]
+        prompt = request.num_prompt_tokens
+        if num_tokens < prompt or request.num_computed_tokens >= prompt:
+            return None
+        if self._last_end is None or self._last_end[0] != req_id:
+            rule = self.rule_of(request)
+            lengths = rule.cache_lengths(prompt)
+            shares = can_share(rule) and min(lengths) < prompt
+            self._last_end = (
+                req_id,
+                tuple(n if n < prompt else 0 for n in lengths) if shares else None,
+            )
+        return self._last_end[1]
+
+    def max_shared(self, request: RequestLengths) -> int | None:
+        """Most tokens of a request whose pages may come from the prefix cache.
+
+        The queries that choose what stays have to be computed, and so has whatever
+        comes behind an eviction.
+
+        Returns:
+            None: as many as stock vLLM would take.
+        """
+        rule, prompt = self.rule_of(request), request.num_prompt_tokens
+        if not can_share(rule) or needs_all_rows(request):
+            return 0
+        if min(rule.cache_lengths(prompt)) == prompt:
+            return prompt if rule.config.generation else None
+        if rule.config.scored_queries is Queries.ALL:
+            return 0
+        # Two: vLLM pads a single last token with drafts of speculative decoding.
+        return max(0, prompt - max(2, rule.num_queries(prompt)))
+
+    def num_shareable(self, request: RequestLengths, num_tokens: int) -> int:
+        """Of a request's first ``num_tokens`` tokens, those whose keys and values are
+        what stock vLLM computes, in pages that nothing is written to any more."""
+        rule = self.rule_of(request)
+        if request.request_id in self._evicted or not can_share(rule):
+            return 0
+        # Groups of generated tokens are compressed where they lie.
+        return (
+            min(num_tokens, request.num_prompt_tokens)
+            if rule.config.generation
+            else num_tokens
+        )
 
     def forget(self, req_id: str) -> None:
         """Drop a request that holds no pages any more."""
         self._evicted.pop(req_id, None)
-        self._last_slots = self._last_peak = None
+        self._last_slots = self._last_peak = self._last_end = None

@@ -27,6 +27,7 @@ class KVReport:
         rule: LengthRule,
     ) -> None:
         self.rule = rule
+        """The engine's own policy."""
         self.max_model_len = vllm_config.model_config.max_model_len
         self._vllm_config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
@@ -35,9 +36,10 @@ class KVReport:
 
     def num_request_pages(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """Pages that a request holds with ``num_tokens`` computed tokens."""
-        return self._pages(self.rule.held_lengths(num_prompt_tokens, num_tokens))
+        return self.num_pages(self.rule.held_lengths(num_prompt_tokens, num_tokens))
 
-    def _pages(self, lengths: tuple[int, ...]) -> int:
+    def num_pages(self, lengths: tuple[int, ...]) -> int:
+        """Pages of tiers that hold ``lengths`` tokens, other layers' included."""
         return sum(self._group_pages(group, lengths) for group in self._groups)
 
     def _group_pages(self, group: KVCacheGroupSpec, lengths: tuple[int, ...]) -> int:
@@ -48,8 +50,12 @@ class KVReport:
             spec.max_memory_usage_bytes(self._vllm_config), spec.page_size_bytes
         )
 
-    def max_output_tokens(self, num_prompt_tokens: int) -> int | None:
+    def max_output_tokens(self, rule: LengthRule, num_prompt_tokens: int) -> int | None:
         """Tokens that a request can generate with the whole pool to itself.
+
+        Args:
+            rule: of the request.
+            num_prompt_tokens: length of its prompt.
 
         Returns:
             None where the pool holds the request up to ``max_model_len``.
@@ -57,8 +63,8 @@ class KVReport:
         low, high = num_prompt_tokens, self.max_model_len
 
         def fits(num_tokens: int) -> bool:
-            peak = self.rule.generation_peak(num_prompt_tokens, num_tokens)
-            return self._pages(peak) <= self._num_pages
+            peak = rule.generation_peak(num_prompt_tokens, num_tokens)
+            return self.holds(peak)
 
         if fits(high):
             return None
@@ -68,6 +74,10 @@ class KVReport:
         # The last token is sampled, never written to the cache.
         return low - num_prompt_tokens + 1
 
+    def holds(self, lengths: tuple[int, ...]) -> bool:
+        """Whether the whole pool can hold tiers of ``lengths`` tokens."""
+        return self.num_pages(lengths) <= self._num_pages
+
     def max_unpruned_chunk(self, max_chunk: int) -> int:
         """Longest chunk of a prompt of ``max_model_len`` that fits into the pool
         without pruning, at most ``max_chunk``."""
@@ -75,7 +85,7 @@ class KVReport:
 
         def fits(chunk: int) -> bool:
             peak = self.rule.peak_lengths(longest, longest, chunk, pruned=False)
-            return self._pages(peak) <= self._num_pages
+            return self.holds(peak)
 
         if fits(max_chunk):
             return max_chunk

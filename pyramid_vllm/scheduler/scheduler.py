@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
-from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
-from pyramid_vllm.policy import KVPolicyError
-from pyramid_vllm.scheduler.block_manager import (
-    TierBlockManager,
-    check_integrity,
-    register_spec,
-)
+from pyramid_vllm.plan import PLAN_ATTRIBUTE, PromptWindow, StepPlan
+from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
+from pyramid_vllm.scheduler.admission import GrowthReserve
+from pyramid_vllm.scheduler.block_manager import TierBlockManager, register_spec
+from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
-from pyramid_vllm.spec import length_rule, max_chunk, required_policy
+from pyramid_vllm.spec import max_chunk, required_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 logger = init_logger(f"vllm.{__name__}")
@@ -49,6 +51,8 @@ class PolicyCounters:
     """Groups of generated tokens that were compressed."""
     num_unpruned_requests: int = 0
     """Requests whose output needs every row of the prompt, in a policy that prunes."""
+    num_refused_requests: int = 0
+    """Requests that could not be served, and ended with an error."""
     num_capped_outputs: int = 0
     """Requests that may end where the whole pool does, before their own limit."""
 
@@ -70,39 +74,49 @@ class PyramidScheduler(AsyncScheduler):
         num_layers = check_kv_cache_config(kv_cache_config)
         register_spec(vllm_config)
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        self.kv_rule = length_rule(required_policy(vllm_config), num_layers)
-        self.tier_lengths = TierLengths(
-            self.kv_rule,
-            max_chunk(vllm_config),
-            self.requests,
-        )
+        policies = RequestPolicies(required_policy(vllm_config), num_layers)
+        self.kv_rule = policies.rule
+        self.tier_lengths = TierLengths(policies, max_chunk(vllm_config), self.requests)
         self.tier_managers = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, TierBlockManager)
         ]
+        self._reserve = self._make_reserve(policies)
         for manager in self.tier_managers:
             manager.lengths = self.tier_lengths
+        self.tier_managers[0].reserve = self._reserve
         self.kv_counters = PolicyCounters()
         self._last_log = -_LOG_INTERVAL_S
+        self._refused: list[tuple[int, EngineCoreOutput]] = []
+        """Requests that cannot be served, by client: they end with the next step."""
         self.kv_report = KVReport(vllm_config, kv_cache_config, self.kv_rule)
         self.tier_lengths.max_unpruned_chunk = self.kv_report.max_unpruned_chunk(
             self.tier_lengths.max_chunk
         )
         self.kv_report.log()
 
+    def _make_reserve(self, policies: RequestPolicies) -> GrowthReserve:
+        growth = policies.server.growth_reserve
+        return GrowthReserve(
+            None if growth == "all" else growth,
+            self.max_model_len,
+            self.tier_lengths.max_chunk,
+            self.tier_lengths,
+            self.tier_managers,
+        )
+
     def add_request(self, request: Request) -> None:
         """Queue a request, its output no longer than the pool alone can hold.
 
-        Raises:
-            KVPolicyError: the prompt is to grow after its end, where it is evicted.
+        One that cannot be served ends with finish reason "error", and alone.
         """
-        if request.resumable:
-            raise KVPolicyError(
-                f"kv_policy does not support streamed prompts: request "
-                f"{request.request_id} is resumable"
-            )
-        limit = self.kv_report.max_output_tokens(request.num_prompt_tokens)
+        try:
+            rule = self._check_request(request)
+        except KVPolicyError as error:
+            self._refuse(request, error)
+            return
+        limit = self.kv_report.max_output_tokens(rule, request.num_prompt_tokens)
         if limit is not None and request.max_tokens > limit:
             self.kv_counters.num_capped_outputs += 1
             logger.warning_once(
@@ -113,7 +127,7 @@ class PyramidScheduler(AsyncScheduler):
                 request.num_prompt_tokens,
             )
             request.max_tokens = limit
-        if self.kv_rule.prunes and needs_all_rows(request):
+        if rule.prunes and needs_all_rows(request):
             self.kv_counters.num_unpruned_requests += 1
             logger.info_once(
                 "KV policy: requests for prompt_logprobs are served unpruned, for "
@@ -121,8 +135,60 @@ class PyramidScheduler(AsyncScheduler):
             )
         super().add_request(request)
 
+    def _check_request(self, request: Request) -> LengthRule:
+        """The counts of a request that can be served.
+
+        Raises:
+            KVPolicyError: says why it cannot.
+        """
+        if request.resumable:
+            raise KVPolicyError(
+                "streamed prompts are not supported: a prompt is evicted where it ends"
+            )
+        rule = self.tier_lengths.rule_of(request)
+        peak = self.tier_lengths.peaks(request, request.num_prompt_tokens)
+        if not self.kv_report.holds(peak):
+            raise KVPolicyError(
+                f"kv_policy '{rule.config.name}': a prompt of "
+                f"{request.num_prompt_tokens} tokens needs "
+                f"{self.kv_report.num_pages(peak)} pages, more than the whole KV cache"
+            )
+        return rule
+
+    def _refuse(self, request: Request, error: KVPolicyError) -> None:
+        """End a request before it is scheduled."""
+        self.kv_counters.num_refused_requests += 1
+        logger.error("KV policy: request %s is refused: %s", request.request_id, error)
+        # Never looked at again: what it asked for must not be resolved once more.
+        request.sampling_params, request.resumable = None, False
+        super().add_request(request)
+        self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+        output = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=request.get_finished_reason(),
+            events=request.take_events(),
+            trace_headers=request.trace_headers,
+        )
+        self._refused.append((request.client_index, output))
+
+    def has_requests(self) -> bool:
+        """Whether a step has anything to do, a refusal to be told included."""
+        return bool(self._refused) or super().has_requests()
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Take a step's tokens; tell clients of refused requests."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        refused, self._refused = self._refused, []
+        for client, output in refused:
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+        return outputs
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step and attach its plan."""
+        self._reserve.begin(self.running)
         output = super().schedule(*args, **kwargs)
         req_ids = list(output.num_scheduled_tokens)
         # Evicted tokens as they are before this step, so before any `advance`.
@@ -135,8 +201,8 @@ class PyramidScheduler(AsyncScheduler):
                 num_prompt_tokens += num_scheduled
                 window = prompt_window(self.tier_lengths, request, before)
                 if window is not None:
-                    windows.append(window)
-            elif self.kv_rule.config.generation:
+                    windows.append(self._with_pages(window))
+            elif self.tier_lengths.rule_of(request).config.generation:
                 group = group_window(self.tier_lengths, request, before)
                 if group is not None:
                     groups.append(group)
@@ -154,11 +220,39 @@ class PyramidScheduler(AsyncScheduler):
         self._count(plan)
         return output
 
+    def _with_pages(self, window: PromptWindow) -> PromptWindow:
+        """The window with pages to gather into, where its prompt's are shared."""
+        if window.num_kept is None or not self.kv_cache_manager.enable_caching:
+            return window
+        request = self.requests[window.req_id]
+        pages: list[tuple[int, ...] | None] = [None] * len(window.num_kept)
+        for manager in self.tier_managers:
+            pages[manager.kv_cache_spec.tier] = manager.gather_pages(request)
+        if all(of_tier is None for of_tier in pages):
+            return window
+        return replace(window, pages=tuple(pages))
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Take no more from the prefix cache than leaves a prompt its own eviction."""
+        hit = super()._get_local_prefix_cache_hit(request)
+        most = self.tier_lengths.max_shared(request)
+        if most is None or hit[1] <= most:
+            return hit
+        manager = self.kv_cache_manager
+        blocks, num_tokens, num_uncached = manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, most
+        )
+        boundary = num_tokens + num_uncached if num_uncached else 0
+        return manager.create_kv_cache_blocks(blocks), num_tokens, boundary, False
+
     def check_integrity(self) -> None:
         """Check that free and held pages add up, and no count outlives its pages."""
         coordinator = self.kv_cache_manager.coordinator
-        check_integrity(coordinator.block_pool, coordinator.single_type_managers)
+        check_pool(coordinator.block_pool, coordinator.single_type_managers)
         for manager in self.tier_managers:
+            manager.check_settled()
             for req_id, blocks in manager.req_to_blocks.items():
                 held = self._num_held(req_id, manager)
                 assert len(blocks) * manager.block_size >= held, (
@@ -184,16 +278,17 @@ class PyramidScheduler(AsyncScheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        if num_computed_tokens + num_new_tokens > request.num_tokens:
+            return num_new_tokens  # a last token with drafts behind it
         to_prompt_end = request.num_prompt_tokens - num_computed_tokens
+        rule = self.tier_lengths.rule_of(request)
         if to_prompt_end > 0:
-            if self.kv_rule.prunes and needs_all_rows(request):
+            if rule.prunes and needs_all_rows(request):
                 most = self.tier_lengths.max_unpruned_chunk
                 num_new_tokens = min(num_new_tokens, most)
             return min(num_new_tokens, to_prompt_end)
-        if num_new_tokens > 1 and self.kv_rule.config.generation:
-            return to_next_group(
-                self.kv_rule, request, num_computed_tokens, num_new_tokens
-            )
+        if num_new_tokens > 1 and rule.config.generation:
+            return to_next_group(rule, request, num_computed_tokens, num_new_tokens)
         return num_new_tokens
 
     def _free_evicted(self, plan: StepPlan) -> None:
@@ -207,7 +302,7 @@ class PyramidScheduler(AsyncScheduler):
             counters.num_compactions += 1
             for manager in self.tier_managers:
                 num_held = num_kept[manager.kv_cache_spec.tier]
-                counters.num_pages_freed += manager.free_tail(req_id, num_held)
+                counters.num_pages_freed += manager.free_evicted(req_id, num_held)
             evicted = self.tier_lengths.evicted(req_id)
             counters.num_evicted_tokens += sum(
                 size * (after - held)

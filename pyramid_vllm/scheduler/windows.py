@@ -20,15 +20,16 @@ def prompt_window(
     Returns:
         None where the step neither scores, prunes nor evicts.
     """
-    rule = lengths.rule
+    rule = lengths.rule_of(request)
     computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
     num_rows = lengths.rows(request, num_before, computed)
-    num_kept = lengths.advance(request.request_id, num_prompt, computed)
+    num_kept = lengths.advance(request)
     retain, num_queries = _queries(rule, num_prompt, num_before, computed)
     if num_kept is None and num_rows is None and not retain:
         return None
     return PromptWindow(
         req_id=request.request_id,
+        policy=rule.config.name,
         num_tokens=computed,
         num_queries=num_queries,
         retain=retain,
@@ -63,17 +64,18 @@ def group_window(
     Returns:
         None where no group of generated tokens has left the recent window.
     """
-    rule = lengths.rule
+    rule = lengths.rule_of(request)
     computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
     num_groups = rule.num_groups(num_prompt, computed - num_prompt)
     if num_groups == rule.num_groups(num_prompt, num_before - num_prompt):
         return None
-    num_kept = lengths.advance(request.request_id, num_prompt, computed)
+    num_kept = lengths.advance(request)
     group = rule.config.exceed_length_to_compress
     if num_kept is None or group is None:  # every tier keeps whole groups
         return None
     return GroupWindow(
         req_id=request.request_id,
+        policy=rule.config.name,
         num_tokens=computed,
         num_queries=rule.num_group_queries(computed),
         starts=rule.group_starts(num_prompt, num_groups),

@@ -20,7 +20,7 @@ from pyramid_vllm.attention.cpu import (
 from pyramid_vllm.checks import check_engine
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
-from pyramid_vllm.policy import KVPolicyError, LengthRule
+from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.spec import TierAttentionSpec, length_rule
 from pyramid_vllm.worker.groups import CacheGroup, GroupQueries, compress_groups
 from pyramid_vllm.worker.layer import TieredLayer
@@ -120,11 +120,13 @@ class PyramidCPUWorker(CPUWorker):
         }
         names = [name for group in tiered.values() for name in group.layer_names]
         names.sort(key=extract_layer_index)
-        rule = length_rule(self.kv_policy, len(names))
+        policies = RequestPolicies(self.kv_policy, len(names))
+        rule = policies.rule
         (block_size,) = {g.kv_cache_spec.block_size for g in tiered.values()}
         shape = self._group_queries_shape()
         self.tier_state = WorkerState(
             step=TierStep(block_size, runner.input_batch),
+            policies=policies.valid,
             pruner=self._make_pruner(rule, names) if rule.prunes else None,
             counters=RowCounters(len(names)),
             group_queries=GroupQueries(*shape) if shape else None,
@@ -196,7 +198,6 @@ class PyramidCPUWorker(CPUWorker):
             scale=impl.scale,
             logits_soft_cap=impl.logits_soft_cap,
             cache=cpu_views(layer.kv_cache),
-            config=self.kv_policy,
             state=self.tier_state,
         )
         return impl.tier_layer
@@ -221,7 +222,7 @@ class PyramidCPUWorker(CPUWorker):
         if plan.groups:
             compress_groups(
                 plan,
-                self.kv_policy,
+                state.policies,
                 self._cache_groups,
                 state.group_queries,
                 self.model_runner.input_batch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,7 +173,7 @@ class _Due(NamedTuple):
 
 def compress_groups(
     plan: StepPlan,
-    config: PolicyConfig,
+    policies: Mapping[str, PolicyConfig],
     cache_groups: Sequence[CacheGroup],
     queries: GroupQueries | None,
     input_batch: Any,
@@ -182,14 +182,27 @@ def compress_groups(
 
     Args:
         plan: the step's plan.
-        config: the policy.
+        policies: by the names that the plan uses.
         cache_groups: this worker's layers.
         queries: where the layers keep their queries; None where none are read.
         input_batch: the runner's batch.
     """
+    for name in {group.policy for group in plan.groups}:
+        groups = [group for group in plan.groups if group.policy == name]
+        _compress(groups, policies[name], cache_groups, queries, input_batch)
+
+
+def _compress(
+    groups: Sequence[GroupWindow],
+    config: PolicyConfig,
+    cache_groups: Sequence[CacheGroup],
+    queries: GroupQueries | None,
+    input_batch: Any,
+) -> None:
+    """The same for requests of one policy, whose groups are equally long."""
     block_size = cache_groups[0].layers[0].cache.key.shape[2]
-    for due in _batches(plan.groups, cache_groups, input_batch):
-        scores = _scores(plan.groups, config, due, queries)
+    for due in _batches(groups, cache_groups, input_batch):
+        scores = _scores(groups, config, due, queries)
         moves = group_moves(
             due.block_table,
             block_size,
@@ -249,10 +262,11 @@ def _scores(
     """``[num_layers, num_requests, 1 or num_kv_heads, group]``"""
     num_layers, num_requests = due.starts.shape
     size = groups[0].group
-    if queries is None:
+    if not config.needs_queries:
         # No query is read: as in the prompt, newer tokens stay.
         newer = torch.arange(size, dtype=torch.float32)
         return newer.expand(num_layers, num_requests, 1, size)
+    assert queries is not None
     query = queries.newest(
         [layer.index for layer in due.layers],
         [group.req_id for group in groups],

@@ -11,12 +11,13 @@ from vllm.distributed import (
 )
 from vllm.utils.math_utils import cdiv
 
-from pyramid_vllm.kernels import compact_in_place, select_tokens
+from pyramid_vllm.kernels import compact, select_tokens
 from pyramid_vllm.policy import PolicyConfig, Queries
 from pyramid_vllm.worker.scorers import SCORERS, ScoreInputs
 
 if TYPE_CHECKING:
     from pyramid_vllm.attention.layout import KVViews
+    from pyramid_vllm.plan import PromptWindow
     from pyramid_vllm.worker.shared import WorkerState
     from pyramid_vllm.worker.step import WindowRows
 
@@ -50,7 +51,6 @@ class TieredLayer:
         scale: factor of its attention logits.
         logits_soft_cap: its soft cap, 0 for none.
         cache: its paged keys and values.
-        config: the policy.
         state: what the worker's layers share.
     """
 
@@ -62,7 +62,6 @@ class TieredLayer:
         scale: float,
         logits_soft_cap: float,
         cache: KVViews,
-        config: PolicyConfig,
         state: WorkerState,
     ) -> None:
         self.index = index
@@ -71,9 +70,7 @@ class TieredLayer:
         self.logits_soft_cap = logits_soft_cap
         self.cache = cache
         self._prunes_next = prunes_next
-        self._config = config
         self._state = state
-        self._scorer = SCORERS[config.scorer]
 
     @property
     def is_active(self) -> bool:
@@ -102,17 +99,20 @@ class TieredLayer:
             assert state.pruner is not None
             state.pruner.begin_tier(self.tier + 1, state.step.rows)
         for rows in windows:
-            newest = self._newest(rows, query)
-            self._evict(rows, newest, block_table[rows.row], prunes)
+            config = state.policies[rows.window.policy]
+            newest = self._newest(rows, query, config)
+            self._evict(rows, newest, block_table[rows.row], prunes, config)
         state.step.num_layers_done += 1
 
-    def _newest(self, rows: WindowRows, query: torch.Tensor) -> torch.Tensor | None:
+    def _newest(
+        self, rows: WindowRows, query: torch.Tensor, config: PolicyConfig
+    ) -> torch.Tensor | None:
         """The window's queries, kept where a later chunk needs them."""
         window = rows.window
         if not window.num_queries:
             return None
         chunk = query[rows.query_starts[self.tier] : rows.query_ends[self.tier]]
-        if self._config.scored_queries is Queries.ALL:
+        if config.scored_queries is Queries.ALL:
             return chunk
         queries = self._state.queries
         newest = queries.newest(window.req_id, self.index, chunk, window.num_queries)
@@ -126,58 +126,61 @@ class TieredLayer:
         newest: torch.Tensor | None,
         block_table: torch.Tensor,
         prunes: bool,
+        config: PolicyConfig,
     ) -> None:
         window, tier, cache = rows.window, self.tier, self.cache
         num_held = rows.num_held(tier)
         num_kept = num_held if window.num_kept is None else window.num_kept[tier]
         narrows = prunes and rows.num_rows(tier + 1) < rows.num_rows(tier)
-        adds_up = self._config.scored_queries is Queries.ALL and window.retain
+        adds_up = config.scored_queries is Queries.ALL and window.retain
         if num_kept == num_held and not narrows and not adds_up:
             return
         block_size = cache.key.shape[2]
         block_ids = block_table[: cdiv(num_held, block_size)].long()
         # [blocks, heads, block_size, size] -> [tokens, heads, size]
         key = cache.key[block_ids].transpose(1, 2).flatten(0, 1)[:num_held]
-        scores = self._scores(window.req_id, newest, key, window.num_recent)
+        scores = self._scores(window, newest, key, config)
         if adds_up:
             self._state.accumulated.retain(window.req_id, self.index, scores)
         layer = None
-        if narrows or self._config.selection == "layer":
-            layer = over_heads(scores, self._config.scorer != "recency")
+        if narrows or config.selection == "layer":
+            layer = over_heads(scores, config.scorer != "recency")
         if narrows:
             assert layer is not None
             assert self._state.pruner is not None
-            self._state.pruner.keep(rows, tier, self._kept_rows(rows, layer))
+            self._state.pruner.keep(rows, tier, self._kept_rows(rows, layer, config))
         if num_kept < num_held:
-            groups = scores if self._config.selection == "head" else layer
+            groups = scores if config.selection == "head" else layer
             assert groups is not None
-            kept = select_tokens(
-                groups, num_kept, self._config.sinks, window.num_recent
-            )
-            compact_in_place(cache.key, cache.value, block_ids, kept)
+            kept = select_tokens(groups, num_kept, config.sinks, window.num_recent)
+            pages = None if window.pages is None else window.pages[tier]
+            target = block_ids if pages is None else torch.tensor(pages)
+            compact(cache.key, cache.value, block_ids, target, kept)
 
     def _scores(
         self,
-        req_id: str,
+        window: PromptWindow,
         newest: torch.Tensor | None,
         key: torch.Tensor,
-        num_recent: int,
+        config: PolicyConfig,
     ) -> torch.Tensor:
-        scores = self._scorer(
-            ScoreInputs(newest, key, self.scale, self.logits_soft_cap, num_recent),
-            self._config,
+        inputs = ScoreInputs(
+            newest, key, self.scale, self.logits_soft_cap, window.num_recent
         )
-        if self._config.scored_queries is Queries.ALL:
-            return self._state.accumulated.add(req_id, self.index, scores)
+        scores = SCORERS[config.scorer](inputs, config)
+        if config.scored_queries is Queries.ALL:
+            return self._state.accumulated.add(window.req_id, self.index, scores)
         return scores
 
-    def _kept_rows(self, rows: WindowRows, scores: torch.Tensor) -> torch.Tensor:
+    def _kept_rows(
+        self, rows: WindowRows, scores: torch.Tensor, config: PolicyConfig
+    ) -> torch.Tensor:
         """Rows of the chunk that the next tier computes: ``[num_rows]``, ascending."""
         num_rows = rows.num_rows(self.tier)
         before = rows.window.num_tokens - rows.num_scheduled
         return select_tokens(
             scores[:, -num_rows:],
             rows.num_rows(self.tier + 1),
-            max(0, self._config.sinks - before),
+            max(0, config.sinks - before),
             min(rows.num_scheduled, rows.window.num_recent),
         )[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from pyramid_vllm.worker.queries import AccumulatedScores, QueryWindows
 
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
+    from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.groups import GroupQueries
     from pyramid_vllm.worker.prune import RowPruner
     from pyramid_vllm.worker.step import TierStep
@@ -55,6 +57,8 @@ class WorkerState:
     """Built once the worker knows its layers; read by each of them."""
 
     step: TierStep
+    policies: Mapping[str, PolicyConfig]
+    """By the names that plans use."""
     counters: RowCounters
     pruner: RowPruner | None
     """None: the policy prunes nothing."""
