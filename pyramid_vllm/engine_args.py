@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from pyramid_vllm import request_args
 from pyramid_vllm.checks import check_engine
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.policy import KVPolicyError, PolicyConfig, preset_names
@@ -131,6 +132,8 @@ def _with_policy_namespace(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        # Here, for vLLM is whole by now: plugins are loaded while it is imported.
+        request_args.install()
         policy = configured_policy(self.additional_config)
         if policy is None:
             return original(self, *args, **kwargs)

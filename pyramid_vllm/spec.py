@@ -18,6 +18,7 @@ from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
     PolicyConfig,
+    RequestPolicies,
     resolve_policy,
     tier_layout,
 )
@@ -62,6 +63,12 @@ def required_policy(vllm_config: VllmConfig) -> PolicyConfig:
 def length_rule(policy: PolicyConfig, num_layers: int) -> LengthRule:
     """The policy's counts for a model with ``num_layers`` full-attention layers."""
     return LengthRule(policy, tier_layout(policy, num_layers))
+
+
+@lru_cache(maxsize=16)
+def request_policies(policy: PolicyConfig, num_layers: int) -> RequestPolicies:
+    """What requests of an engine with that policy may ask for."""
+    return RequestPolicies(policy, num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,8 @@ from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
 BLOCK_SIZE = 32
 
 
-def make_scheduler(
-    model: str, num_blocks: int, policy: dict[str, Any], **settings: Any
-) -> PyramidScheduler:
-    """A scheduler over a pool of ``num_blocks`` pages, the null page included."""
+def make_config(model: str, policy: dict[str, Any], **settings: Any) -> Any:
+    """vLLM's configuration of a small engine with a policy."""
     async_scheduling = settings.pop("async_scheduling", False)
     defaults = {
         "dtype": "float32",
@@ -44,6 +42,11 @@ def make_scheduler(
     config = arguments.create_engine_config()
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.kv_cache_layout = "LBNHC"
+    return config
+
+
+def scheduler_from(config: Any, num_blocks: int) -> PyramidScheduler:
+    """A scheduler over a pool of ``num_blocks`` pages, the null page included."""
     plain = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.float32
     )
@@ -62,6 +65,13 @@ def make_scheduler(
     return PyramidScheduler(
         config, kv_config, StructuredOutputManager(config), block_size=BLOCK_SIZE
     )
+
+
+def make_scheduler(
+    model: str, num_blocks: int, policy: dict[str, Any], **settings: Any
+) -> PyramidScheduler:
+    """The same for a configuration of its own."""
+    return scheduler_from(make_config(model, policy, **settings), num_blocks)
 
 
 init_none_hash(sha256)
@@ -100,8 +110,11 @@ def make_request(
 class Driver:
     """Schedules steps, and returns each one's output ``depth - 1`` steps later."""
 
-    def __init__(self, scheduler: PyramidScheduler, depth: int = 1) -> None:
+    def __init__(
+        self, scheduler: PyramidScheduler, depth: int = 1, worker: Any = None
+    ) -> None:
         self.scheduler = scheduler
+        self.worker = worker
         self._depth = depth
         self._flying: deque[Any] = deque()
         self.plans: list[StepPlan] = []
@@ -133,6 +146,8 @@ class Driver:
     def land(self) -> None:
         """Return the oldest step's output."""
         output, sampled = self._flying.popleft()
+        if self.worker is not None:
+            self.worker.run(output)
         outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(

@@ -20,7 +20,7 @@ from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
-from pyramid_vllm.spec import max_chunk, required_policy
+from pyramid_vllm.spec import max_chunk, request_policies, required_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -74,7 +74,7 @@ class PyramidScheduler(AsyncScheduler):
         num_layers = check_kv_cache_config(kv_cache_config)
         register_spec(vllm_config)
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        policies = RequestPolicies(required_policy(vllm_config), num_layers)
+        policies = request_policies(required_policy(vllm_config), num_layers)
         self.kv_rule = policies.rule
         self.tier_lengths = TierLengths(policies, max_chunk(vllm_config), self.requests)
         self.tier_managers = [

@@ -20,8 +20,8 @@ from pyramid_vllm.attention.cpu import (
 from pyramid_vllm.checks import check_engine
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
-from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
-from pyramid_vllm.spec import TierAttentionSpec, length_rule
+from pyramid_vllm.policy import KVPolicyError, LengthRule
+from pyramid_vllm.spec import TierAttentionSpec, length_rule, request_policies
 from pyramid_vllm.worker.groups import CacheGroup, GroupQueries, compress_groups
 from pyramid_vllm.worker.layer import TieredLayer
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
@@ -120,7 +120,7 @@ class PyramidCPUWorker(CPUWorker):
         }
         names = [name for group in tiered.values() for name in group.layer_names]
         names.sort(key=extract_layer_index)
-        policies = RequestPolicies(self.kv_policy, len(names))
+        policies = request_policies(self.kv_policy, len(names))
         rule = policies.rule
         (block_size,) = {g.kv_cache_spec.block_size for g in tiered.values()}
         shape = self._group_queries_shape()

@@ -1,0 +1,379 @@
+"""Soak test: minutes of more load than stock vLLM sustains, with aborted requests.
+
+Two servers, one after the other, stock vLLM first: each binds its threads to the same
+cores. Stock is asked first what it sustains, by clients that each send one request at a
+time. Then both get the same requests at the same times, ``--rate-factor`` times as many
+a second, in the same KV bytes: ``--minutes`` each, and then for as long as the queue
+lasts. Prefix caching is as by default: on in stock vLLM, off with a policy.
+"""
+
+import asyncio
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import aiohttp
+import typer
+from rich.console import Console
+from rich.table import Table
+from soak_load import (
+    MAX_MODEL_LEN,
+    Client,
+    LoadRequest,
+    draw_requests,
+    follow_running,
+    metrics,
+    pages_leaked,
+    send_all,
+    sustained_rate,
+)
+
+from pyramid_vllm.cli.model import make_model
+from pyramid_vllm.cli.provenance import provenance
+from pyramid_vllm.cli.sizes import format_bytes
+from pyramid_vllm.model_shape import ModelShape
+from pyramid_vllm.policy import num_pages
+
+MODEL_NAME = "model"
+BLOCK_SIZE = 32
+MAX_NUM_SEQS = 64
+#: Shorter than most prompts, so that these come in chunks.
+MAX_CHUNK = 256
+START_UP_S = 300
+
+#: Bound of the wait for the last requests, and its part in the time of arrivals.
+DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
+
+#: Shortest time in which stock's requests are counted, and the clients that keep it
+#: busy, for every stock sequence that the memory holds.
+CALIBRATION_S, CLIENTS_PER_SEQUENCE = 45.0, 3
+
+
+@dataclass
+class Figures:
+    """What became of one side's requests."""
+
+    num_sent: int
+    num_finished: int
+    num_aborted: int
+    """Connections closed by us."""
+    num_errors: int
+    num_pages_leaked: int | None
+    """Pages in use with no request left; None: the server did not say."""
+    max_num_running: int
+    """Most sequences in any sample."""
+    num_preemptions: int | None
+    num_pages: int
+    requests_per_s: float
+    """Finished ones, from the first arrival to the last end."""
+    tokens_per_s: float
+    """Prompt and output tokens of finished requests."""
+    seconds: float
+    errors: dict[str, int]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every request ended as it should and left nothing behind."""
+        ended = self.num_finished + self.num_aborted + self.num_errors
+        return (
+            self.num_sent == ended
+            and self.num_errors == 0
+            and self.num_pages_leaked == 0
+        )
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the server answers.
+
+    Raises:
+        RuntimeError: it ended, or takes too long.
+    """
+    deadline = time.monotonic() + START_UP_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5)
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+        else:
+            return
+    raise RuntimeError(f"the server did not start; exit status {process.poll()}")
+
+
+@contextmanager
+def serve(model: str, arguments: list[str], log: Path) -> Iterator[str]:
+    """A server of its own process group, on loopback; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [str(vllm), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--disable-uvicorn-access-log", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_NO_USAGE_STATS": "1"},
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(url, process)
+        yield url
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        with suppress(ProcessLookupError):  # all of it has ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def session(url: str) -> aiohttp.ClientSession:
+    """Connections without number or end."""
+    return aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+    )
+
+
+async def calibrate(
+    url: str, requests: Iterator[LoadRequest], num_clients: int, seconds: float
+) -> float:
+    """Requests a second that the server sustains."""
+    async with session(url) as connection:
+        return await sustained_rate(Client(connection), requests, num_clients, seconds)
+
+
+async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures:
+    """Put the load on a server."""
+    async with session(url) as connection:
+        await pages_leaked(connection)  # what came before has ended
+        before = await metrics(connection)
+        client, samples = Client(connection), [0.0]
+        sampler = asyncio.create_task(follow_running(connection, samples))
+        seconds = await send_all(client, requests, drain_s)
+        sampler.cancel()
+        leaked = await pages_leaked(connection)
+        try:
+            after = await metrics(connection)
+            preemptions = after["num_preemptions_total"]
+            num_preemptions = int(preemptions - before["num_preemptions_total"])
+        except (aiohttp.ClientError, OSError, KeyError):
+            num_preemptions = None
+    return Figures(
+        num_sent=client.num_sent,
+        num_finished=client.num_finished,
+        num_aborted=client.num_aborted,
+        num_errors=client.errors.total(),
+        num_pages_leaked=leaked,
+        max_num_running=int(max(samples)),
+        num_preemptions=num_preemptions,
+        num_pages=int(before["num_pages"]),
+        requests_per_s=client.num_finished / seconds,
+        tokens_per_s=client.num_tokens / seconds,
+        seconds=seconds,
+        errors=dict(client.errors),
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides share."""
+
+    model: str
+    minutes: float
+    rate_factor: float
+    abort_share: float
+    stock_sequences: int
+    seed: int
+    vocab_size: int
+    kv_bytes: int
+
+    def arguments(self) -> list[str]:
+        """Options of `vllm serve`."""
+        options = {
+            "served-model-name": MODEL_NAME,
+            "dtype": "float32",
+            "block-size": BLOCK_SIZE,
+            "max-model-len": MAX_MODEL_LEN,
+            "max-num-seqs": MAX_NUM_SEQS,
+            "max-num-batched-tokens": MAX_CHUNK,
+            "kv-cache-memory-bytes": self.kv_bytes,
+            "seed": self.seed,
+        }
+        pairs = (("--" + name, str(value)) for name, value in options.items())
+        return ["--enforce-eager", *(word for pair in pairs for word in pair)]
+
+    def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
+        """Requests of this load."""
+        return draw_requests(seed, rate, seconds, self.vocab_size, self.abort_share)
+
+
+def run_sides(
+    settings: Settings, policy: str, logs: Path, console: Console
+) -> tuple[dict[str, Figures], float]:
+    """Both sides' figures, and what stock sustains.
+
+    Raises:
+        RuntimeError: a server did not start, or did not sustain anything.
+    """
+    seconds, sustained = settings.minutes * 60, 0.0
+    requests: list[LoadRequest] = []
+    sides = {}
+    for name in ("stock", "policy"):
+        extra = ["--kv-policy", policy] if name == "policy" else []
+        console.print(f"{name}: starting")
+        log = logs / f"{name}.log"
+        with serve(settings.model, settings.arguments() + extra, log) as url:
+            if name == "stock":
+                sustained = asyncio.run(
+                    calibrate(
+                        url,
+                        settings.requests(settings.seed + 1, 1.0, math.inf),
+                        CLIENTS_PER_SEQUENCE * settings.stock_sequences,
+                        max(CALIBRATION_S, seconds / 4),
+                    )
+                )
+                rate = settings.rate_factor * sustained
+                console.print(f"stock sustains {sustained:.3f} requests/s")
+                requests = list(settings.requests(settings.seed, rate, seconds))
+            console.print(
+                f"{name}: {len(requests)} requests in {settings.minutes:g} minutes"
+            )
+            drain_s = DRAIN_S + DRAIN_FACTOR * seconds
+            sides[name] = asyncio.run(soak(url, requests, drain_s))
+    return sides, sustained
+
+
+def known(count: int | None) -> str:
+    """A count, where the server was there to give it."""
+    return "unknown" if count is None else str(count)
+
+
+def table(sides: dict[str, Figures], policy: str) -> Table:
+    """Figures as people read them."""
+    made = Table()
+    made.add_column("")
+    for name in sides:
+        made.add_column("stock vLLM" if name == "stock" else policy, justify="right")
+    rows: list[tuple[str, Callable[[Figures], str]]] = [
+        ("requests sent", lambda side: f"{side.num_sent}"),
+        ("finished", lambda side: f"{side.num_finished}"),
+        ("aborted by us", lambda side: f"{side.num_aborted}"),
+        ("errors", lambda side: f"{side.num_errors}"),
+        ("pages leaked", lambda side: known(side.num_pages_leaked)),
+        ("  of", lambda side: f"{side.num_pages}"),
+        ("most sequences at once", lambda side: f"{side.max_num_running}"),
+        ("preemptions", lambda side: known(side.num_preemptions)),
+        ("finished requests/s", lambda side: f"{side.requests_per_s:.3f}"),
+        ("their tokens/s, prompt and output", lambda side: f"{side.tokens_per_s:.1f}"),
+        ("seconds to the last end", lambda side: f"{side.seconds:.0f}"),
+    ]
+    for label, cell in rows:
+        made.add_row(label, *(cell(side) for side in sides.values()))
+    return made
+
+
+def report(
+    settings: Settings, sides: dict[str, Figures], policy: str, sustained: float
+) -> dict[str, Any]:
+    """The result, as JSON can hold it: the policy's figures, stock's below them."""
+    from vllm.platforms import current_platform
+
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    root = Path(__file__).parent
+    commit = subprocess.run(describe, cwd=root, capture_output=True, text=True)
+    figures = asdict(sides["policy"]) | {"stock": asdict(sides["stock"])}
+    conditions = {
+        "policy": policy,
+        "settings": asdict(settings),
+        "order": "one after the other, stock first",
+        "stock_sustained_requests_per_s": sustained,
+        "sent_requests_per_s": settings.rate_factor * sustained,
+        "commit": commit.stdout.strip() or None,
+        "device": current_platform.get_device_name(),
+    }
+    return figures | conditions | provenance(settings.seed)
+
+
+def make_settings(model: str, stock_sequences: int, **options: Any) -> Settings:
+    """Settings with the memory of ``stock_sequences`` longest sequences."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    shape = ModelShape.of(config, "float32")
+    (pages,) = num_pages((MAX_MODEL_LEN,), BLOCK_SIZE)
+    tokens = (pages * stock_sequences + 1) * BLOCK_SIZE  # one page is the null page
+    return Settings(
+        model=model,
+        stock_sequences=stock_sequences,
+        vocab_size=config.get_text_config().vocab_size,
+        kv_bytes=tokens * shape.token_bytes * shape.num_layers,
+        **options,
+    )
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="Of arrivals, on each side.")] = 5.0,
+    model: Annotated[str | None, typer.Option()] = None,
+    policy: Annotated[str, typer.Option()] = "pyramid",
+    seed: Annotated[int, typer.Option()] = 0,
+    stock_sequences: Annotated[
+        int, typer.Option(min=1, help="KV memory, in stock's longest sequences.")
+    ] = 4,
+    rate_factor: Annotated[
+        float, typer.Option(help="Requests a second, in those that stock sustains.")
+    ] = 1.5,
+    abort_share: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.15,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Overload both servers; exit status 1 for an error or a leaked page."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end first
+    settings = make_settings(
+        model or str(make_model()),
+        stock_sequences,
+        minutes=minutes,
+        rate_factor=rate_factor,
+        abort_share=abort_share,
+        seed=seed,
+    )
+    console, logs = Console(), Path(tempfile.mkdtemp(prefix="pyramid-soak-"))
+    console.print(f"{format_bytes(settings.kv_bytes)} of KV memory")
+    is_sound = False
+    try:
+        sides, sustained = run_sides(settings, policy, logs, console)
+        console.print(table(sides, policy))
+        if json_file is not None:
+            result = report(settings, sides, policy, sustained)
+            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        is_sound = sides["policy"].is_sound
+        for side in sides.values():
+            for error, count in side.errors.items():
+                console.print(f"{count} x {error}", markup=False)
+    except RuntimeError as error:
+        console.print(f"failed: {error}", markup=False)
+    finally:
+        if is_sound:
+            shutil.rmtree(logs)
+        else:
+            console.print(f"the servers' logs: {logs}", soft_wrap=True)
+    raise typer.Exit(0 if is_sound else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,219 @@
+"""A worker without a model: pages hold numbers that say which token lies there.
+
+It runs steps as the V1 runner does, with the package's own code for the rows of block
+tables, and checks at every read that a request finds its own tokens and no other's.
+"""
+
+import random
+import zlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyramid_vllm.plan import PLAN_ATTRIBUTE, GroupWindow, PromptWindow, StepPlan
+from pyramid_vllm.scheduler import PyramidScheduler
+from pyramid_vllm.worker.rows import truncate_rows
+
+Tokens = npt.NDArray[np.int64]
+_MAX_REQS = 64
+
+
+class _Table:
+    """A block table of one group, by the names of vLLM's."""
+
+    def __init__(self, block_size: int, max_blocks: int) -> None:
+        self.block_size = block_size
+        rows = np.zeros((_MAX_REQS, max_blocks), dtype=np.int32)
+        self.block_table = SimpleNamespace(np=rows)
+        self.num_blocks_per_row = np.zeros(_MAX_REQS, dtype=np.int32)
+
+    def append(self, row: int, block_ids: list[int]) -> None:
+        start = self.num_blocks_per_row[row]
+        self.block_table.np[row, start : start + len(block_ids)] = block_ids
+        self.num_blocks_per_row[row] += len(block_ids)
+
+    def pages(self, row: int) -> npt.NDArray[np.int32]:
+        return self.block_table.np[row, : self.num_blocks_per_row[row]]
+
+
+class _Request:
+    """What the worker knows of a request."""
+
+    def __init__(self, num_tiers: int, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.held: list[Tokens] = [np.empty(0, dtype=np.int64)] * num_tiers
+        """What each tier must find in its pages."""
+        self.evicted = False
+        self.block_ids: list[list[int]] = []
+
+
+class PageWorker:
+    """Runs scheduler outputs in order.
+
+    Args:
+        scheduler: whose pools and tiers it mirrors.
+        rng: chooses which tokens stay.
+    """
+
+    def __init__(self, scheduler: PyramidScheduler, rng: random.Random) -> None:
+        config = scheduler.kv_cache_config
+        self._rng = np.random.default_rng(rng.getrandbits(32))
+        self._managers = scheduler.tier_managers
+        self._tier_of_group = {
+            manager.kv_cache_group_id: manager.kv_cache_spec.tier
+            for manager in self._managers
+        }
+        block_size = self._managers[0].block_size
+        max_blocks = -(-scheduler.max_model_len // block_size) + 1
+        self._memory = np.zeros((config.num_blocks, block_size), dtype=np.int64)
+        self.input_batch = SimpleNamespace(
+            req_id_to_index={},
+            block_table=[_Table(block_size, max_blocks) for _ in self._tier_of_group],
+        )
+        self.requests: dict[str, _Request] = {}
+        self._free_rows = list(range(_MAX_REQS))
+        self.num_shared_reads = 0
+
+    def run(self, output: Any) -> None:
+        """One step: rows, keys of the step's tokens, compaction."""
+        plan: StepPlan = getattr(output, PLAN_ATTRIBUTE)
+        for req_id in plan.released:
+            self._forget(req_id)
+        for new in output.scheduled_new_reqs:
+            self._add(new.req_id, list(new.prompt_token_ids), new.block_ids)
+        cached = output.scheduled_cached_reqs
+        for i, req_id in enumerate(cached.req_ids):
+            if req_id in cached.resumed_req_ids:
+                tokens = cached.all_token_ids[req_id]
+                self._add(req_id, list(tokens), cached.new_block_ids[i])
+            elif cached.new_block_ids[i] is not None:
+                self._append(req_id, cached.new_block_ids[i])
+        starts = {
+            new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs
+        }
+        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for group_id, tier in self._tier_of_group.items():
+            self._run_tier(output, plan, starts, group_id, tier)
+        for group in plan.groups:
+            for group_id, tier in self._tier_of_group.items():
+                self._compress(group, group_id, tier)
+        for req_id in plan.cache_lengths:
+            self.requests[req_id].evicted = True
+        truncate_rows(self, self._tier_of_group, plan)
+        for req_id, row in self.input_batch.req_id_to_index.items():
+            for group_id, ids in enumerate(self.requests[req_id].block_ids):
+                table = self.input_batch.block_table[group_id]
+                assert table.pages(row).tolist() == ids
+
+    def _add(self, req_id: str, tokens: list[int], block_ids: Any) -> None:
+        self._forget(req_id)
+        self.requests[req_id] = _Request(len(self._tier_of_group), tokens)
+        self.input_batch.req_id_to_index[req_id] = self._free_rows.pop()
+        self.requests[req_id].block_ids = [[] for _ in block_ids]
+        self._append(req_id, block_ids)
+
+    def _append(self, req_id: str, block_ids: Any) -> None:
+        row = self.input_batch.req_id_to_index[req_id]
+        for group_id, ids in enumerate(block_ids):
+            self.input_batch.block_table[group_id].append(row, ids)
+            self.requests[req_id].block_ids[group_id].extend(ids)
+
+    def _forget(self, req_id: str) -> None:
+        self.requests.pop(req_id, None)
+        row = self.input_batch.req_id_to_index.pop(req_id, None)
+        if row is not None:
+            for table in self.input_batch.block_table:
+                table.num_blocks_per_row[row] = 0
+            self._free_rows.append(row)
+
+    def _names(self, req_id: str, tier: int, start: int, end: int) -> Tokens:
+        """Numbers of tokens: equal where stock vLLM's keys and values are."""
+        request = self.requests[req_id]
+        request.tokens += [7] * (end - len(request.tokens))  # what tests sample
+        if request.evicted:  # of nobody else's context
+            prefix = zlib.crc32(f"{req_id} {self._rng.random()}".encode())
+            return prefix * 4096 + np.arange(start, end) + 1
+        known = np.array(request.tokens[:end], dtype=np.int64)
+        mixed = np.cumsum(known * 1000003 + np.arange(end) * 7919 + 17 + tier)
+        return mixed[start:] * 31 + 1
+
+    def _run_tier(
+        self,
+        output: Any,
+        plan: StepPlan,
+        starts: dict[str, int],
+        group_id: int,
+        tier: int,
+    ) -> None:
+        windows = {window.req_id: window for window in plan.windows}
+        evicted = dict(
+            zip(plan.req_ids, plan.num_evicted[:, tier].tolist(), strict=True)
+        )
+        for req_id, num_new in output.num_scheduled_tokens.items():
+            start, request = starts[req_id], self.requests[req_id]
+            if not len(request.held[tier]) and start:  # pages of the prefix cache
+                request.held[tier] = self._names(req_id, tier, 0, start)
+                self.num_shared_reads += 1
+            num_held = len(request.held[tier])
+            assert num_held == start - evicted[req_id], (req_id, tier, "count")
+            names = self._names(req_id, tier, start, start + num_new)
+            window = windows.get(req_id)
+            if window is not None and window.num_rows is not None:
+                rows = self._rng.choice(num_new, window.num_rows[tier], replace=False)
+                names = names[np.sort(rows)]
+            request.held[tier] = np.concatenate((request.held[tier], names))
+            self._write(req_id, group_id, num_held, names)
+        for req_id in output.num_scheduled_tokens:  # attention: all writes are done
+            held = self.requests[req_id].held[tier]
+            found = self._read(req_id, group_id, len(held))
+            assert np.array_equal(found, held), (req_id, tier, "another's tokens")
+        for window in plan.windows:
+            self._compact(window, group_id, tier)
+
+    def _slots(self, req_id: str, group_id: int, start: int, end: int) -> Any:
+        row = self.input_batch.req_id_to_index[req_id]
+        table = self.input_batch.block_table[group_id]
+        places, pages = np.arange(start, end), table.pages(row)
+        assert end <= len(pages) * table.block_size, (req_id, "no page for a token")
+        return pages[places // table.block_size], places % table.block_size
+
+    def _read(self, req_id: str, group_id: int, end: int) -> Tokens:
+        return self._memory[self._slots(req_id, group_id, 0, end)]
+
+    def _write(self, req_id: str, group_id: int, start: int, names: Tokens) -> None:
+        slots = self._slots(req_id, group_id, start, start + len(names))
+        self._memory[slots] = names
+
+    def _compact(self, window: PromptWindow, group_id: int, tier: int) -> None:
+        if window.num_kept is None:
+            return
+        request = self.requests[window.req_id]
+        held, num_kept = request.held[tier], window.num_kept[tier]
+        if num_kept == len(held):
+            return
+        kept = held[np.sort(self._rng.choice(len(held), num_kept, replace=False))]
+        request.held[tier] = kept
+        pages = None if window.pages is None else window.pages[tier]
+        if pages is None:
+            self._write(window.req_id, group_id, 0, kept)
+            return
+        block_size = self._memory.shape[1]
+        places = np.arange(num_kept)
+        slots = np.array(pages)[places // block_size], places % block_size
+        self._memory[slots] = kept
+
+    def _compress(self, group: GroupWindow, group_id: int, tier: int) -> None:
+        request = self.requests[group.req_id]
+        held, start = request.held[tier], group.starts[tier]
+        chosen = self._rng.choice(group.group, group.group_kept[tier], replace=False)
+        request.held[tier] = np.concatenate(
+            (
+                held[:start],
+                held[start : start + group.group][np.sort(chosen)],
+                held[start + group.group :],
+            )
+        )
+        assert len(request.held[tier]) == group.num_kept[tier]
+        self._write(group.req_id, group_id, start, request.held[tier][start:])
