@@ -25,7 +25,7 @@ def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
     policy = required_policy(vllm_config)
     _check_device(vllm_config)
     _check_parallel(vllm_config)
-    _check_features(vllm_config)
+    _check_features(vllm_config, policy)
     if policy.prune_from is not None and vllm_config.lora_config is not None:
         raise _refuse(
             f"prune_from={policy.prune_from} and enable_lora",
@@ -84,11 +84,24 @@ def _check_parallel(vllm_config: VllmConfig) -> None:
         raise _refuse("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", 0, "valid is 1")
 
 
-def _check_features(vllm_config: VllmConfig) -> None:
+def _check_speculation(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
+    if vllm_config.speculative_config is None:
+        return
+    method = vllm_config.speculative_config.method
+    if method != "ngram":
+        raise _refuse("speculative_config", method, "valid are 'ngram' and none")
+    if policy.generation:
+        group = policy.exceed_length_to_compress
+        raise _refuse(
+            "speculative_config with exceed_length_to_compress",
+            group,
+            "drafts are not confirmed when groups are compressed; valid is none",
+        )
+
+
+def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     cache = vllm_config.cache_config
-    if vllm_config.speculative_config is not None:
-        method = vllm_config.speculative_config.method
-        raise _refuse("speculative_config", method, "valid is none")
+    _check_speculation(vllm_config, policy)
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         raise _refuse("kv_transfer_config", connector, "valid is none")
@@ -111,8 +124,12 @@ def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:
         raise _refuse("hybrid model", model.model, "valid are pure attention models")
     if model.is_encoder_decoder:
         raise _refuse("encoder-decoder model", model.model, "valid are decoders")
-    if model.is_multimodal_model:
-        raise _refuse("multimodal model", model.model, "valid are text models")
+    if model.is_mm_prefix_lm:
+        raise _refuse(
+            "attention in both directions to images",
+            model.model,
+            "valid are causal models, and limit_mm_per_prompt 0 for every modality",
+        )
     num_layers = 0
     if not model.is_attention_free:
         num_layers = num_full_attention_layers(model.hf_text_config)

@@ -4,7 +4,7 @@ Two servers, one after the other, stock vLLM first: each binds its threads to th
 cores. Stock is asked first what it sustains, by clients that each send one request at a
 time. Then both get the same requests at the same times, ``--rate-factor`` times as many
 a second, in the same KV bytes: ``--minutes`` each, and then for as long as the queue
-lasts. Prefix caching is as by default: on in stock vLLM, off with a policy.
+lasts. Prefix caching is whatever each side has by default.
 """
 
 import asyncio

@@ -79,6 +79,22 @@ class PageWorker:
     def run(self, output: Any) -> None:
         """One step: rows, keys of the step's tokens, compaction."""
         plan: StepPlan = getattr(output, PLAN_ATTRIBUTE)
+        starts = self._update_rows(output, plan)
+        for group_id, tier in self._tier_of_group.items():
+            self._run_tier(output, plan, starts, group_id, tier)
+        for group in plan.groups:
+            for group_id, tier in self._tier_of_group.items():
+                self._compress(group, group_id, tier)
+        for req_id in plan.cache_lengths:
+            self.requests[req_id].evicted = True
+        truncate_rows(self, self._tier_of_group, plan)
+        for req_id, row in self.input_batch.req_id_to_index.items():
+            for group_id, ids in enumerate(self.requests[req_id].block_ids):
+                table = self.input_batch.block_table[group_id]
+                assert table.pages(row).tolist() == ids
+
+    def _update_rows(self, output: Any, plan: StepPlan) -> dict[str, int]:
+        """Take the step's requests and pages in; computed tokens of each before it."""
         for req_id in plan.released:
             self._forget(req_id)
         for new in output.scheduled_new_reqs:
@@ -93,19 +109,9 @@ class PageWorker:
         starts = {
             new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs
         }
-        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for group_id, tier in self._tier_of_group.items():
-            self._run_tier(output, plan, starts, group_id, tier)
-        for group in plan.groups:
-            for group_id, tier in self._tier_of_group.items():
-                self._compress(group, group_id, tier)
-        for req_id in plan.cache_lengths:
-            self.requests[req_id].evicted = True
-        truncate_rows(self, self._tier_of_group, plan)
-        for req_id, row in self.input_batch.req_id_to_index.items():
-            for group_id, ids in enumerate(self.requests[req_id].block_ids):
-                table = self.input_batch.block_table[group_id]
-                assert table.pages(row).tolist() == ids
+        return starts | dict(
+            zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        )
 
     def _add(self, req_id: str, tokens: list[int], block_ids: Any) -> None:
         self._forget(req_id)

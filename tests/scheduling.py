@@ -13,6 +13,7 @@ from vllm.v1.core.kv_cache_utils import (
     get_request_block_hasher,
     init_none_hash,
 )
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -63,6 +64,32 @@ def scheduler_from(config: Any, num_blocks: int) -> PyramidScheduler:
     kv_config = get_kv_cache_config_from_groups(config, groups, num_blocks * page_bytes)
     config.cache_config.num_gpu_blocks = kv_config.num_blocks
     return PyramidScheduler(
+        config, kv_config, StructuredOutputManager(config), block_size=BLOCK_SIZE
+    )
+
+
+def make_stock_scheduler(model: str, num_blocks: int, **settings: Any) -> Any:
+    """vLLM's own scheduler over ``num_blocks`` pages of all layers."""
+    arguments = EngineArgs(
+        model=model,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        block_size=BLOCK_SIZE,
+        enable_prefix_caching=False,
+        **settings,
+    )
+    config = arguments.create_engine_config()
+    config.cache_config.kv_cache_layout = "LBNHC"
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.float32
+    )
+    num_layers = config.model_config.hf_text_config.num_hidden_layers
+    names = [f"model.layers.{layer}.self_attn.attn" for layer in range(num_layers)]
+    num_bytes = num_blocks * num_layers * spec.page_size_bytes
+    groups = [KVCacheGroupSpec(names, spec)]
+    kv_config = get_kv_cache_config_from_groups(config, groups, num_bytes)
+    config.cache_config.num_gpu_blocks = kv_config.num_blocks
+    return AsyncScheduler(
         config, kv_config, StructuredOutputManager(config), block_size=BLOCK_SIZE
     )
 

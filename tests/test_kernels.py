@@ -249,3 +249,44 @@ def test_a_group_is_closed_up(num_groups: int) -> None:
                         assert torch.equal(cache[block, head, slot % 4], moved)
             for block in set(range(12)) - touched:
                 assert torch.equal(cache[block], old[block])
+
+
+@pytest.mark.parametrize("num_queries", [1, 16])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_sinks_share_in_the_attention(num_queries: int, cap: float) -> None:
+    """As if each head saw one more key, of that logit: its share is nobody's."""
+    torch.manual_seed(0)
+    query, key = torch.randn(num_queries, 6, 8), torch.randn(50, 2, 8)
+    sinks = torch.tensor([0.0, 3.0, -2.0, 1.0, 6.0, -torch.inf])
+    logits = torch.einsum("qhgd,khd->hgqk", query.unflatten(1, (2, 3)), key).double()
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    future = torch.ones(num_queries, 50, dtype=torch.bool).triu(50 - num_queries + 1)
+    logits = logits.masked_fill(future, -torch.inf)
+    column = sinks.double().view(2, 3, 1, 1).expand(2, 3, num_queries, 1)
+    dense = torch.cat((logits, column), -1).softmax(-1)[..., :-1]
+    weights = torch.linspace(1, 1.5, num_queries).double()
+    window = torch.einsum("hgqk,q->hk", dense, weights / weights.sum()) / 3
+    seen = torch.arange(50 - num_queries, 50)[:, None] + 1
+    votes = (dense * seen >= 1).double().sum((1, 2)) / 3
+    for scores, expected in (
+        (window_scores(query, key, 1.0, 1.5, cap, sinks), window),
+        (accumulated_scores(query, key, 1.0, cap, sinks), dense.sum(2).mean(1)),
+        (vote_scores(query, key, 1.0, cap, sinks), votes),
+        (
+            group_scores(
+                query.expand(2, -1, -1, -1),
+                key.expand(2, -1, -1, -1),
+                torch.tensor([50, 50]),
+                torch.tensor([num_queries] * 2),
+                torch.tensor([10, 10]),
+                20,
+                1.0,
+                1.5,
+                cap,
+                torch.stack((torch.full_like(sinks, -torch.inf), sinks)),
+            )[1],
+            window[:, 10:30],
+        ),
+    ):
+        torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)

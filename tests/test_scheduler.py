@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import pytest
+from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.plan import StepPlan
 from pyramid_vllm.policy import num_pages
@@ -124,6 +125,30 @@ def test_a_replay_ends_a_chunk_at_the_prompts_end(tiny_llama: str) -> None:
     assert request.num_output_tokens == 50
 
 
+@pytest.mark.parametrize("change", [{"prune_from": 0}, {"evict": "chunk"}])
+def test_a_replay_cuts_a_prompt_as_at_first(
+    tiny_llama: str, change: dict[str, Any]
+) -> None:
+    """Where what is kept depends on the cut, which other requests had a part in."""
+    scheduler = make_scheduler(
+        tiny_llama, 300, SMALL | change, max_num_batched_tokens=100
+    )
+    driver, ends = Driver(scheduler), []
+    for name, prompt in (("a", 30), ("b", 260)):
+        scheduler.add_request(make_request(name, prompt, 40))
+    request = scheduler.requests["b"]
+    while request.num_output_tokens < 3:
+        driver.step()
+        ends.append(request.num_computed_tokens)
+    assert ends[:3] == [70, 169, 260], "one row of each step is the other's"
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    for end in ends[:3]:
+        driver.step()
+        assert request.num_computed_tokens == end
+    driver.run()
+
+
 @pytest.mark.parametrize("evict", ["prompt_end", "chunk"])
 def test_two_steps_in_flight(
     tiny_llama: str, evict: str, monkeypatch: pytest.MonkeyPatch
@@ -214,8 +239,6 @@ def test_random_schedules_lose_no_page(tiny_llama: str, seed: int, depth: int) -
             arrived += 1
         driver.step()
         if scheduler.requests and rng.random() < 0.1:
-            from vllm.v1.request import RequestStatus
-
             victim = rng.choice(list(scheduler.requests))
             scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
             scheduler.check_integrity()

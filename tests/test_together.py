@@ -504,12 +504,6 @@ def test_urgent_requests_preempt_others(
     assert tokens_of(outputs) == [alone[3], alone[1]] * 5
 
 
-@pytest.mark.xfail(
-    raises=RuntimeError,
-    strict=False,
-    reason="the replay is cut at the prompt's end, and vLLM's runner takes back a "
-    "random number by an offset that CPU generators do not have",
-)
 def test_seeded_samples_survive_a_replay(engines: OneEngine) -> None:
     """A preempted request goes on with the random numbers that it had."""
     llm = engines.get(kv_policy=PLAIN)

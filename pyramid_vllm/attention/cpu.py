@@ -143,15 +143,16 @@ class PyramidCPUAttentionImpl(CPUAttentionBackendImpl):
             tier_layer.after_attention(query, attn_metadata.block_table)
         return output
 
-    def check_scorable(self) -> None:
-        """Refuse attention whose scores are not a function of queries and keys alone.
+    def check_movable(self) -> None:
+        """Refuse attention that depends on a token's place in the cache.
 
         Raises:
             KVPolicyError: names the feature.
         """
-        for name in ("alibi_slopes", "sinks"):
-            if getattr(self, name) is not None:
-                raise KVPolicyError(f"kv_policy does not support attention with {name}")
+        if self.alibi_slopes is not None:
+            raise KVPolicyError(
+                "kv_policy does not support attention with alibi_slopes"
+            )
 
 
 class PyramidCPUAttentionBackend(CPUAttentionBackend):

@@ -13,6 +13,7 @@ def group_scores(
     scale: float,
     distance_weight: float,
     logits_soft_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that the newest generated tokens pay to a group of older ones.
 
@@ -31,12 +32,17 @@ def group_scores(
         distance_weight: weight of the newest query; weights rise linearly from 1 with
             the oldest.
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+        sink_logits: ``[num_batch, num_heads]``, what else shares in each head's
+            attention.
 
     Returns:
         ``[num_batch, num_kv_heads, group]``, float32.
     """
     logits = _visible_logits(query, key, num_held, scale, logits_soft_cap)
     normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+    if sink_logits is not None:
+        shares = sink_logits.view(*logits.shape[:3], 1, 1)
+        normalizer = torch.logaddexp(normalizer, shares)
     columns = starts[:, None] + torch.arange(group, device=key.device)
     columns = columns[:, None, None, None].expand(*logits.shape[:4], group)
     probabilities = (logits.gather(-1, columns) - normalizer).exp().mean(dim=2)

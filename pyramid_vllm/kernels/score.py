@@ -10,7 +10,11 @@ _MAX_ELEMENTS = 1 << 21
 
 
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float,
+    sink_logits: torch.Tensor | None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Attention probabilities of the newest tokens, some queries at a time.
 
@@ -20,6 +24,7 @@ def _attention(
             ``num_queries`` of them belong to the queries.
         scale: factor of the attention logits.
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+        sink_logits: ``[num_heads]``, what else shares in each head's attention.
 
     Yields:
         The first query's place, and float32 probabilities
@@ -43,7 +48,12 @@ def _attention(
             logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
         future = torch.ones(count, count, dtype=torch.bool, device=key.device).triu(1)
         logits[..., seen - count :].masked_fill_(future, float("-inf"))
-        yield start, torch.softmax(logits, dim=-1)
+        if sink_logits is None:
+            yield start, torch.softmax(logits, dim=-1)
+            continue
+        shares = sink_logits.float().view(num_kv_heads, heads, 1, 1)
+        normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+        yield start, logits.sub_(torch.logaddexp(normalizer, shares)).exp_()
 
 
 def window_scores(
@@ -52,6 +62,7 @@ def window_scores(
     scale: float,
     distance_weight: float,
     logits_soft_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that the newest tokens pay to every cached token.
 
@@ -68,21 +79,26 @@ def window_scores(
         distance_weight: weight of the newest query; weights rise linearly from 1 with
             the oldest.
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+        sink_logits: ``[num_heads]``, what else shares in each head's attention.
 
     Returns:
-        ``[num_kv_heads, num_tokens]``, float32; each row sums to 1.
+        ``[num_kv_heads, num_tokens]``, float32; each row sums to 1 without sinks.
     """
     weights = torch.linspace(1.0, distance_weight, len(query), device=key.device)
     weights = weights / weights.sum()
     scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
-    for start, part in _attention(query, key, scale, logits_soft_cap):
+    for start, part in _attention(query, key, scale, logits_soft_cap, sink_logits):
         share = weights[start : start + part.shape[2]]
         scores[:, : part.shape[3]] += torch.matmul(share, part).mean(dim=1)
     return scores
 
 
 def accumulated_scores(
-    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float = 0.0
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that every cached token has got from the given queries.
 
@@ -95,18 +111,24 @@ def accumulated_scores(
         key: ``[num_tokens, num_kv_heads, head_size]``, oldest first.
         scale: factor of the attention logits.
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+        sink_logits: ``[num_heads]``, what else shares in each head's attention.
 
     Returns:
-        ``[num_kv_heads, num_tokens]``, float32; each row sums to ``num_queries``.
+        ``[num_kv_heads, num_tokens]``, float32; each row sums to ``num_queries``, if
+        there are no sinks.
     """
     scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
-    for _, part in _attention(query, key, scale, logits_soft_cap):
+    for _, part in _attention(query, key, scale, logits_soft_cap, sink_logits):
         scores[:, : part.shape[3]] += part.sum(dim=2).mean(dim=1)
     return scores
 
 
 def vote_scores(
-    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float = 0.0
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Votes that every cached token gets from the newest ones.
 
@@ -119,13 +141,14 @@ def vote_scores(
         key: ``[num_tokens, num_kv_heads, head_size]``, oldest first.
         scale: factor of the attention logits.
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+        sink_logits: ``[num_heads]``, what else shares in each head's attention.
 
     Returns:
         ``[num_kv_heads, num_tokens]``, float32, in votes.
     """
     num_queries, num_tokens = len(query), len(key)
     scores = key.new_zeros((key.shape[1], num_tokens), dtype=torch.float32)
-    for start, part in _attention(query, key, scale, logits_soft_cap):
+    for start, part in _attention(query, key, scale, logits_soft_cap, sink_logits):
         first = num_tokens - num_queries + start + 1
         seen = torch.arange(first, first + part.shape[2], device=key.device)
         votes = (part * seen[:, None] >= 1.0).float().sum(dim=2).mean(dim=1)

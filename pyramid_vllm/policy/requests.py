@@ -103,8 +103,6 @@ class RequestPolicies:
     def _is_served(self, config: PolicyConfig) -> bool:
         """Whether the engine's tiers and buffers serve a preset as it is."""
         server, num_layers = self.server, self.layout.num_layers
-        if config.needs_queries and not server.needs_queries:
-            return False  # the model's attention was not checked for scores
         if config.generation and config.needs_queries:
             held = server.gen_queries if server.generation else None
             if config.gen_queries != held:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,7 +18,7 @@ from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import TierBlockManager, register_spec
 from pyramid_vllm.scheduler.integrity import check_pool
-from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
+from pyramid_vllm.scheduler.lengths import TierLengths, can_share, needs_all_rows
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
 from pyramid_vllm.spec import max_chunk, request_policies, required_policy
@@ -88,6 +89,8 @@ class PyramidScheduler(AsyncScheduler):
         self.tier_managers[0].reserve = self._reserve
         self.kv_counters = PolicyCounters()
         self._last_log = -_LOG_INTERVAL_S
+        self._chunk_ends: WeakKeyDictionary[Request, list[int]] = WeakKeyDictionary()
+        """Where prompts were cut whose eviction depends on it, for their replay."""
         self._refused: list[tuple[int, EngineCoreOutput]] = []
         """Requests that cannot be served, by client: they end with the next step."""
         self.kv_report = KVReport(vllm_config, kv_cache_config, self.kv_rule)
@@ -199,6 +202,7 @@ class PyramidScheduler(AsyncScheduler):
             before = request.num_computed_tokens - num_scheduled
             if before < request.num_prompt_tokens:
                 num_prompt_tokens += num_scheduled
+                self._note_chunk_end(request)
                 window = prompt_window(self.tier_lengths, request, before)
                 if window is not None:
                     windows.append(self._with_pages(window))
@@ -219,6 +223,14 @@ class PyramidScheduler(AsyncScheduler):
         self._free_evicted(plan)
         self._count(plan)
         return output
+
+    def _note_chunk_end(self, request: Request) -> None:
+        """Remember where a chunk ended, if what is evicted depends on it."""
+        if can_share(self.tier_lengths.rule_of(request)):
+            return
+        ends = self._chunk_ends.setdefault(request, [])
+        if not ends or request.num_computed_tokens > ends[-1]:
+            ends.append(request.num_computed_tokens)
 
     def _with_pages(self, window: PromptWindow) -> PromptWindow:
         """The window with pages to gather into, where its prompt's are shared."""
@@ -269,8 +281,9 @@ class PyramidScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """Also end a chunk where tokens are to be evicted: at the prompt's end, and
-        behind it wherever a group of generated tokens is compressed.
+        """Also end a chunk where tokens are to be evicted: at the prompt's end, before
+        it where a chunk ended at first if that matters, and behind it wherever a group
+        of generated tokens is compressed.
 
         Only the replay of a preempted request would go past these: its outputs must
         see what they saw at first.
@@ -286,7 +299,10 @@ class PyramidScheduler(AsyncScheduler):
             if rule.prunes and needs_all_rows(request):
                 most = self.tier_lengths.max_unpruned_chunk
                 num_new_tokens = min(num_new_tokens, most)
-            return min(num_new_tokens, to_prompt_end)
+            ends = self._chunk_ends.get(request, ())
+            behind = (end for end in ends if end > num_computed_tokens)
+            to_chunk_end = next(behind, request.num_prompt_tokens) - num_computed_tokens
+            return min(num_new_tokens, to_prompt_end, to_chunk_end)
         if num_new_tokens > 1 and rule.config.generation:
             return to_next_group(rule, request, num_computed_tokens, num_new_tokens)
         return num_new_tokens

@@ -22,6 +22,7 @@ from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
 from pyramid_vllm.policy import KVPolicyError, LengthRule
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, request_policies
+from pyramid_vllm.worker.generators import make_rewindable
 from pyramid_vllm.worker.groups import CacheGroup, GroupQueries, compress_groups
 from pyramid_vllm.worker.layer import TieredLayer
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
@@ -47,6 +48,8 @@ class PyramidCPUWorker(CPUWorker):
         self.tier_layers: list[TieredLayer] = []
         self.tier_state: WorkerState | None = None
         self._cache_groups: list[CacheGroup] = []
+        self._has_failed = False
+        """Since a step raised: its pages are freed, but rows still point to them."""
 
     def determine_available_memory(self) -> int:
         """Memory for the KV cache: stock vLLM's less the policy's own buffer.
@@ -184,8 +187,7 @@ class PyramidCPUWorker(CPUWorker):
         impl = layer.impl
         assert isinstance(impl, PyramidCPUAttentionImpl)
         assert self.tier_state is not None
-        if self.kv_policy.needs_queries:
-            impl.check_scorable()
+        impl.check_movable()
         tiers = rule.layout.tier_of_layer
         impl.tier_layer = TieredLayer(
             index=index,
@@ -197,6 +199,8 @@ class PyramidCPUWorker(CPUWorker):
             ),
             scale=impl.scale,
             logits_soft_cap=impl.logits_soft_cap,
+            # The weights themselves, for they may be loaded anew.
+            sink_logits=None if impl.sinks is None else impl.sinks.detach(),
             cache=cpu_views(layer.kv_cache),
             state=self.tier_state,
         )
@@ -206,8 +210,17 @@ class PyramidCPUWorker(CPUWorker):
         """Run one step by its plan.
 
         Raises:
-            RuntimeError: the step has no plan, or a layer did not do its part.
+            RuntimeError: the step has no plan, a layer did not do its part, or an
+                earlier step raised.
         """
+        if self._has_failed:
+            raise RuntimeError("KV policy: an earlier step failed; restart the engine")
+        self._has_failed = True
+        output = self._run_plan(scheduler_output)
+        self._has_failed = False
+        return output
+
+    def _run_plan(self, scheduler_output: SchedulerOutput) -> Any:
         plan: StepPlan | None = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
         if plan is None:
             raise RuntimeError(
@@ -219,6 +232,7 @@ class PyramidCPUWorker(CPUWorker):
         state.begin(plan)
         with state.pruning(plan):
             output = super().execute_model(scheduler_output)
+        make_rewindable(self.model_runner)
         if plan.groups:
             compress_groups(
                 plan,

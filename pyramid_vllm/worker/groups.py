@@ -283,10 +283,23 @@ def _scores(
         due.layers[0].scale,
         config.distance_weight,
         due.layers[0].logits_soft_cap,
+        _sink_logits(due),
     )
     if config.selection == "layer":
         scores = over_heads(scores, True)
     return scores.view(num_layers, num_requests, *scores.shape[1:])
+
+
+def _sink_logits(due: _Due) -> torch.Tensor | None:
+    """``[num_layers * num_requests, num_heads]``, float32; None without sinks."""
+    sinks = [layer.sink_logits for layer in due.layers]
+    given = next((logits for logits in sinks if logits is not None), None)
+    if given is None:
+        return None
+    # Minus infinity gets no attention.
+    none = torch.full_like(given, float("-inf"))
+    rows = torch.stack([none if logits is None else logits for logits in sinks])
+    return rows.float().repeat_interleave(due.starts.shape[1], dim=0)
 
 
 def _gather_keys(due: _Due) -> torch.Tensor:

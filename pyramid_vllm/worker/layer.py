@@ -50,6 +50,7 @@ class TieredLayer:
             chooses.
         scale: factor of its attention logits.
         logits_soft_cap: its soft cap, 0 for none.
+        sink_logits: ``[num_heads]``, of its attention sinks; None if it has none.
         cache: its paged keys and values.
         state: what the worker's layers share.
     """
@@ -61,6 +62,7 @@ class TieredLayer:
         prunes_next: bool,
         scale: float,
         logits_soft_cap: float,
+        sink_logits: torch.Tensor | None,
         cache: KVViews,
         state: WorkerState,
     ) -> None:
@@ -68,6 +70,7 @@ class TieredLayer:
         self.tier = tier
         self.scale = scale
         self.logits_soft_cap = logits_soft_cap
+        self.sink_logits = sink_logits
         self.cache = cache
         self._prunes_next = prunes_next
         self._state = state
@@ -165,7 +168,12 @@ class TieredLayer:
         config: PolicyConfig,
     ) -> torch.Tensor:
         inputs = ScoreInputs(
-            newest, key, self.scale, self.logits_soft_cap, window.num_recent
+            newest,
+            key,
+            self.scale,
+            self.logits_soft_cap,
+            self.sink_logits,
+            window.num_recent,
         )
         scores = SCORERS[config.scorer](inputs, config)
         if config.scored_queries is Queries.ALL:

@@ -16,6 +16,9 @@ from pyramid_vllm.policy import KVPolicyError
 from pyramid_vllm.worker.step import BatchRows, WindowRows
 
 _LOOP = ("positions", "hidden_states", "residual")
+#: What a stack of layers may be called with: nothing else has a row for each token.
+#: ``t_cond`` is Mistral's, one for all of them.
+_STACK = {*_LOOP, "input_ids", "intermediate_tensors", "inputs_embeds", "t_cond"}
 
 
 def decoder_layers(model: nn.Module, attention: list[str]) -> list[nn.Module]:
@@ -27,11 +30,11 @@ def decoder_layers(model: nn.Module, attention: list[str]) -> list[nn.Module]:
 
     Raises:
         KVPolicyError: the model does not call its layers as
-            ``layer(positions, hidden_states, residual)``.
+            ``layer(positions, hidden_states, residual)``, or adds to their rows.
     """
     layers = []
     for name in attention:
-        match = re.match(r".*?\.\d+(?=\.)", name)
+        match = re.match(r"(.*?)\.\w+\.\d+(?=\.)", name)
         try:
             layer = model.get_submodule(match.group() if match else "")
         except AttributeError:
@@ -43,8 +46,25 @@ def decoder_layers(model: nn.Module, attention: list[str]) -> list[nn.Module]:
                 f"{type(layer).__name__} is called with ({', '.join(names)}), "
                 f"valid are models that call layer({', '.join(_LOOP)})"
             )
+        assert match is not None
+        _check_stack(model, model.get_submodule(match.group(1)))
         layers.append(layer)
     return layers
+
+
+def _check_stack(model: nn.Module, stack: nn.Module) -> None:
+    parameters = inspect.signature(stack.forward).parameters.values()
+    others = [
+        parameter.name
+        for parameter in parameters
+        if parameter.name not in _STACK and parameter.kind != parameter.VAR_KEYWORD
+    ]
+    if others:
+        # For instance Qwen3-VL's features of images, which the first layers add.
+        raise KVPolicyError(
+            f"kv_policy does not support prune_from with {type(model).__name__}: "
+            f"its layers take {', '.join(others)} by row; valid is prune_from none"
+        )
 
 
 class RowPruner:
@@ -131,7 +151,7 @@ class RowPruner:
                 values["positions"] = self._positions
             return
         positions = values["positions"] if self._positions is None else self._positions
-        values["positions"] = self._positions = positions[kept]
+        values["positions"] = self._positions = positions[..., kept]
         values["hidden_states"] = values["hidden_states"][kept]
         if values["residual"] is not None:
             values["residual"] = values["residual"][kept]

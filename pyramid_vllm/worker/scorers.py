@@ -24,8 +24,15 @@ class ScoreInputs(NamedTuple):
     """``[num_tokens, num_kv_heads, head_size]``, oldest first."""
     scale: float
     logits_soft_cap: float
+    sink_logits: torch.Tensor | None
+    """``[num_heads]``: see ``window_scores``."""
     num_recent: int
     """Newest tokens that stay whatever their score."""
+
+    @property
+    def softmax(self) -> tuple[float, torch.Tensor | None]:
+        """What attention is, but for queries, keys and scale."""
+        return self.logits_soft_cap, self.sink_logits
 
 
 class Scorer(Protocol):
@@ -37,9 +44,9 @@ class Scorer(Protocol):
 
 def attention(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
     """Attention paid by the newest tokens: see ``window_scores`` and ``pooled``."""
-    query, key, scale, logits_soft_cap, num_recent = inputs
+    query, key, scale, _, _, num_recent = inputs
     assert query is not None
-    scores = window_scores(query, key, scale, config.distance_weight, logits_soft_cap)
+    scores = window_scores(query, key, scale, config.distance_weight, *inputs.softmax)
     if config.pooling == "none":
         return scores
     return pooled(scores, num_recent, config.pooling, config.pool_kernel)
@@ -48,15 +55,13 @@ def attention(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
 def accumulated(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
     """Attention paid by the chunk's tokens: see ``accumulated_scores``."""
     assert inputs.query is not None
-    return accumulated_scores(
-        inputs.query, inputs.key, inputs.scale, inputs.logits_soft_cap
-    )
+    return accumulated_scores(inputs.query, inputs.key, inputs.scale, *inputs.softmax)
 
 
 def votes(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
     """Votes of the newest tokens: see ``vote_scores``."""
     assert inputs.query is not None
-    return vote_scores(inputs.query, inputs.key, inputs.scale, inputs.logits_soft_cap)
+    return vote_scores(inputs.query, inputs.key, inputs.scale, *inputs.softmax)
 
 
 def key_norm(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
