@@ -28,7 +28,7 @@ def make_requests(seed: int) -> list[tuple[list[int], int]]:
     rng = random.Random(seed)
     lengths = [rng.randint(20, 160) for _ in range(NUM_REQUESTS)]
     return [
-        (COMMON[: rng.choice([0, 64, 240])] + own, rng.randint(20, 90))
+        (COMMON[: rng.choice([0, 64, 240])] + own, rng.randint(40, 140))
         for own in random_prompts(lengths, seed=seed)
     ]
 
@@ -73,7 +73,7 @@ def run_together(
     [
         ({}, {"enable_prefix_caching": True}),
         ({"selection": "head"}, {"scheduling_policy": "priority"}),
-        ({"recent": 8, "exceed_length_to_compress": 8}, {"kv_cache_mib": 2.3}),
+        ({"recent": 8, "exceed_length_to_compress": 8}, {"kv_cache_mib": 2.2}),
         (
             {"recent": 8, "prune_from": 0, "exceed_length_to_compress": 8},
             {"kv_cache_mib": 2.5},
