@@ -28,8 +28,8 @@ def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
     _check_features(vllm_config, policy)
     if policy.prune_from is not None and vllm_config.lora_config is not None:
         raise _refuse(
-            f"prune_from={policy.prune_from} and enable_lora",
-            True,
+            "enable_lora with prune_from",
+            policy.prune_from,
             "adapters are chosen by row; valid is prune_from none or enable_lora False",
         )
     _check_model(vllm_config.model_config, policy)
@@ -105,6 +105,10 @@ def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         raise _refuse("kv_transfer_config", connector, "valid is none")
+    unit = cache.prefix_match_unit
+    if cache.enable_prefix_caching and unit not in (None, cache.block_size):
+        valid = f"valid is block_size, {cache.block_size}: whole pages are shared"
+        raise _refuse("prefix_match_unit", unit, valid)
     if cache.kv_sharing_fast_prefill:
         raise _refuse("kv_sharing_fast_prefill", True, "valid is False")
     if cache.cache_dtype.startswith(("fp8", "int", "nvfp4", "turbo", "ultra")):

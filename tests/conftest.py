@@ -4,7 +4,9 @@ import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+# Beside other workers one thread each: more wait for each other longer than they work.
+_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator

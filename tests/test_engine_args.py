@@ -60,7 +60,7 @@ def test_every_way_in_chooses_our_classes(
     assert config.scheduler_config.scheduler_cls == SCHEDULER_CLS
     assert config.parallel_config.worker_cls == WORKER_CLS
     assert config.additional_config["kv_policy"]["name"] == "pyramid"
-    assert config.cache_config.enable_prefix_caching is False
+    assert config.cache_config.enable_prefix_caching is True
 
 
 @pytest.mark.parametrize("policy", [None, "none"])
@@ -127,15 +127,17 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["'retention' is 2", "less than or equal to 1"],
     ),
     ({"kv_policy_config": {"tiers": 7}}, ["'tiers' is 7", "1 to 6"]),
-    ({"enable_prefix_caching": True}, ["enable_prefix_caching=True", "valid is False"]),
     ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "valid is 1"]),
     (
         {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
         ["decode_context_parallel_size=2", "valid is 1"],
     ),
     (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        ["speculative_config='ngram'", "valid is none"],
+        {
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+            "kv_policy_config": {"exceed_length_to_compress": 8},
+        },
+        ["exceed_length_to_compress=8", "valid is none"],
     ),
     (
         {
@@ -238,19 +240,6 @@ def test_unsupported_vllm_versions_are_refused(
     assert ">=0.32" in str(error.value)
     assert "<0.34" in str(error.value)
     engine_config(config_only)
-
-
-def test_prefix_caching_by_default_is_switched_off_with_one_line(
-    config_only: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pyramid_vllm import engine_args
-
-    lines: list[str] = []
-    monkeypatch.setattr(engine_args.logger, "info", lambda line, *_: lines.append(line))
-    engine_config(config_only, kv_policy="pyramid")
-    assert [line for line in lines if "prefix caching" in line] == [
-        "KV policy: prefix caching is on by default and is switched off"
-    ]
 
 
 def test_refusal_comes_before_the_weights(config_only: str) -> None:

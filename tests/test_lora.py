@@ -133,5 +133,5 @@ def test_keeping_everything_is_stock(
 
 
 def test_pruning_with_adapters_is_refused(tiny_llama: str) -> None:
-    with pytest.raises(KVPolicyError, match="prune_from=0 and enable_lora=True"):
+    with pytest.raises(KVPolicyError, match="enable_lora with prune_from=0"):
         make_llm(tiny_llama, kv_policy=POLICY | {"prune_from": 0}, enable_lora=True)

@@ -135,7 +135,7 @@ def test_scores_of_one_head_are_reduced_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_windows_without_metadata_are_an_error() -> None:
     step = TierStep(32, None)
-    window = PromptWindow("a", 10, 2, False, (5,), 2)
+    window = PromptWindow("a", "pyramid", 10, 2, False, (5,), 2)
     step.begin(
         StepPlan(
             req_ids=("a",),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -132,7 +132,55 @@ def test_the_start_up_log_says_what_the_policy_means(server: Server) -> None:
     assert "tokens a layer" in kept
     (memory,) = server.lines("KV bytes for such a request")
     assert "against" in memory
-    assert len(server.lines("prefix caching is on by default")) == 1
+    assert not server.lines("prefix caching is switched off")
+
+
+def test_a_request_may_ask_for_a_policy(client: OpenAI) -> None:
+    """In ``vllm_xargs``; an impossible wish is a 400 that lists the valid ones."""
+
+    def ask(**wish: object) -> str:
+        answer = client.chat.completions.create(
+            model="smollm2",
+            messages=[{"role": "user", "content": QUESTION}],
+            max_tokens=24,
+            temperature=0,
+            extra_body={"vllm_xargs": wish},
+        )
+        return answer.choices[0].message.content or ""
+
+    assert ask(kv_policy="none") == ask(kv_retention=1.0)
+    assert ask(kv_policy="none") != ask(kv_retention=0.2), "retention is not heard"
+    for wish, words in (
+        ({"kv_policy": "pyramyd"}, ["'pyramyd'", "none, pyramid, snapkv"]),
+        ({"kv_retention": 1.5}, ["1.5", "less than or equal to 1"]),
+    ):
+        with pytest.raises(BadRequestError) as error:
+            ask(**wish)
+        for word in words:
+            assert word in str(error.value)
+    assert ask()
+
+
+def test_hits_are_in_vllms_own_metrics(client: OpenAI, server: Server) -> None:
+    """A prompt that was compacted before is hit."""
+
+    def hits() -> float:
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        lines = [x for x in text.splitlines() if x.startswith("vllm:prefix_cache_hits")]
+        return sum(float(line.split()[-1]) for line in lines if "_total" in line)
+
+    request = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Once more. " + QUESTION}],
+        "max_tokens": 4,
+        "temperature": 0,
+    }
+    first = client.chat.completions.create(**request)  # type: ignore[call-overload]
+    before = hits()
+    again = client.chat.completions.create(**request)  # type: ignore[call-overload]
+    assert hits() >= before + 256
+    assert again.choices[0].message.content == first.choices[0].message.content
 
 
 def test_help_lists_the_flags_in_a_group() -> None:

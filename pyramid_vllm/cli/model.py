@@ -39,6 +39,8 @@ def make_model(force: bool = False) -> Path:
         gguf = _download(Path(scratch))
         folder = Path(scratch) / _NAME
         _convert(gguf, folder)
+        if target.is_dir() and not force:  # another process was faster
+            return target
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
     return target
