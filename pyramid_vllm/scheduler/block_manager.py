@@ -90,8 +90,8 @@ class TierBlockManager(FullAttentionManager):
         if apply_admission_cap and self.reserve is not None:
             num_free = self.block_pool.get_num_free_blocks()
             num_blocks += self.reserve.num_pages(request, num_free)
-        if self.enable_caching:
-            num_target = self._num_target(request_id, num_tokens_main_model)
+        num_target = self._num_target(request_id, num_tokens_main_model)
+        if num_target:
             held = self.req_to_blocks.get(request_id)
             shared = (
                 sum(block.ref_cnt > 1 for block in held)
@@ -105,6 +105,8 @@ class TierBlockManager(FullAttentionManager):
     def _num_target(self, request_id: str, num_tokens: int) -> int:
         """Pages of what the tier keeps, if a step up to ``num_tokens`` tokens gathers
         it from pages that others may read; else 0."""
+        if not self.enable_caching:
+            return 0
         num_kept = self.lengths.kept_of_prompt(request_id, num_tokens)
         return 0 if num_kept is None else cdiv(num_kept[self._tier], self.block_size)
 
@@ -114,10 +116,9 @@ class TierBlockManager(FullAttentionManager):
         """Pages for ``num_tokens`` positions, less the evicted and pruned ones."""
         num_slots = self.lengths.slots(request_id, num_tokens, self._tier)
         new = super().allocate_new_blocks(request_id, num_slots, num_tokens_main_model)
-        if self.enable_caching:
-            num_target = self._num_target(request_id, num_tokens_main_model)
-            if num_target > 0:
-                self._secure(request_id, num_target)
+        num_target = self._num_target(request_id, num_tokens_main_model)
+        if num_target:
+            self._secure(request_id, num_target)
         return new
 
     def _secure(self, request_id: str, num_target: int) -> None:
@@ -137,6 +138,8 @@ class TierBlockManager(FullAttentionManager):
     ) -> None:
         """Offer full pages to other requests, but those that will be written."""
         num_tokens = self.lengths.num_shareable(request, num_tokens)
+        if not num_tokens:
+            return
         compaction = self._compactions.get(request.request_id)
         if compaction is not None and compaction.in_place:
             num_tokens = min(num_tokens, compaction.in_place[0] * self.block_size)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
@@ -17,8 +16,10 @@ from pyramid_vllm.plan import PLAN_ATTRIBUTE, PromptWindow, StepPlan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import TierBlockManager, register_spec
+from pyramid_vllm.scheduler.counters import PolicyCounters
 from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.lengths import TierLengths, can_share, needs_all_rows
+from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
 from pyramid_vllm.spec import max_chunk, request_policies, required_policy
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -34,28 +36,6 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _LOG_INTERVAL_S = 30.0
-
-
-@dataclass
-class PolicyCounters:
-    """What the policy has done since start-up."""
-
-    num_compactions: int = 0
-    """Times that a request was compacted."""
-    num_evicted_tokens: int = 0
-    """Evicted and pruned tokens, summed over layers."""
-    num_pages_freed: int = 0
-    """Pages that evictions gave back to the block pool."""
-    max_num_running: int = 0
-    """Most sequences running at once."""
-    num_groups: int = 0
-    """Groups of generated tokens that were compressed."""
-    num_unpruned_requests: int = 0
-    """Requests whose output needs every row of the prompt, in a policy that prunes."""
-    num_refused_requests: int = 0
-    """Requests that could not be served, and ended with an error."""
-    num_capped_outputs: int = 0
-    """Requests that may end where the whole pool does, before their own limit."""
 
 
 class PyramidScheduler(AsyncScheduler):
@@ -91,8 +71,7 @@ class PyramidScheduler(AsyncScheduler):
         self._last_log = -_LOG_INTERVAL_S
         self._chunk_ends: WeakKeyDictionary[Request, list[int]] = WeakKeyDictionary()
         """Where prompts were cut whose eviction depends on it, for their replay."""
-        self._refused: list[tuple[int, EngineCoreOutput]] = []
-        """Requests that cannot be served, by client: they end with the next step."""
+        self._refusals = Refusals()
         self.kv_report = KVReport(vllm_config, kv_cache_config, self.kv_rule)
         self.tier_lengths.max_unpruned_chunk = self.kv_report.max_unpruned_chunk(
             self.tier_lengths.max_chunk
@@ -166,27 +145,18 @@ class PyramidScheduler(AsyncScheduler):
         request.sampling_params, request.resumable = None, False
         super().add_request(request)
         self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-        output = EngineCoreOutput(
-            request_id=request.request_id,
-            new_token_ids=[],
-            finish_reason=request.get_finished_reason(),
-            events=request.take_events(),
-            trace_headers=request.trace_headers,
-        )
-        self._refused.append((request.client_index, output))
+        self._refusals.add(request)
 
     def has_requests(self) -> bool:
         """Whether a step has anything to do, a refusal to be told included."""
-        return bool(self._refused) or super().has_requests()
+        return bool(self._refusals) or super().has_requests()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take a step's tokens; tell clients of refused requests."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        refused, self._refused = self._refused, []
-        for client, output in refused:
-            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+        self._refusals.tell(outputs)
         return outputs
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
