@@ -52,11 +52,12 @@ def test_sliding_window_layers_keep_theirs(mixed_model: str) -> None:
     stock = make_llm(mixed_model)
     expected = [g.tokens for g in generate(stock, PROMPTS, 24)]
     close(stock)
-    for retention in (1.0, 0.4):
+    for retention, caching in ((1.0, False), (0.4, False), (1.0, True), (0.4, True)):
         llm = make_llm(
             mixed_model,
             kv_policy="pyramid",
             kv_policy_config=POLICY | {"retention": retention},
+            enable_prefix_caching=caching,
         )
         scheduler = scheduler_of(llm)
         specs = [g.kv_cache_spec for g in scheduler.kv_cache_config.kv_cache_groups]
@@ -64,12 +65,16 @@ def test_sliding_window_layers_keep_theirs(mixed_model: str) -> None:
         assert sorted(tiers) == [0, 1]
         assert len(specs) > 2
         together = [g.tokens for g in generate(llm, PROMPTS, 24)]
+        if caching:  # the second time from the cache
+            again = [g.tokens for g in generate(llm, PROMPTS, 24)]
+            assert again == together
         if retention == 1.0:
             assert together == expected
         else:
             alone = [generate(llm, [prompt], 24)[0].tokens for prompt in PROMPTS]
             assert together == alone
-            assert scheduler.kv_counters.num_compactions == 6
+            assert scheduler.kv_counters.num_compactions == 6 + 3 * caching
+            scheduler.check_integrity()
         close(llm)
 
 
