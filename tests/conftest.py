@@ -4,9 +4,12 @@ import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Beside other workers one thread each: more wait for each other longer than they work.
-_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
-os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread each: more would wait for each other longer than they work. Not a
+    # default, for workers inherit what the process that starts them has set.
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator

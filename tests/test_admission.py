@@ -127,6 +127,18 @@ def test_the_reserve_trades_sequences_for_preemptions(tiny_llama: str) -> None:
     assert running[0] > running[-1]
 
 
+@pytest.mark.parametrize("tiers", [1, 2, 3, 6])
+def test_a_short_limit_is_kept_to(tiny_llama: str, tiers: int) -> None:
+    """Outputs of up to twice the reserve are never preempted for their growth."""
+    load = loads()["prompts"]
+    policy = POLICY | {"tiers": tiers}
+    for sequences in (4, 8, 12):
+        num_blocks = int(sequences * load.mean_pages) * tiers
+        result = run(make_scheduler(tiny_llama, num_blocks, policy, **SETTINGS), load)
+        assert result.num_preemptions == 0
+        assert result.max_num_running > sequences
+
+
 def test_a_request_alone_needs_no_reserve(tiny_llama: str) -> None:
     """Else one that fills the pool would wait for ever."""
     scheduler = make_scheduler(

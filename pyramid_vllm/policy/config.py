@@ -117,9 +117,9 @@ class PolicyConfig(BaseModel):
     """Newest generated tokens whose queries score a group."""
 
     growth_reserve: NonNegativeInt | Literal["all"] = 64
-    """Generated tokens, at most those that it may still generate, that each running
-    sequence is left pages for when another one is admitted. An engine's setting:
-    that of a single request's policy is not read."""
+    """Generated tokens that each running sequence is left pages for when another one
+    is admitted; all that it may still generate, where that is at most twice as much.
+    An engine's setting: that of a single request's policy is not read."""
 
     @field_validator("scorer")
     @classmethod

@@ -25,8 +25,8 @@ class GrowthReserve:
     meanwhile; and what is left of it, beside those that run, when all have grown.
 
     Args:
-        growth: tokens that each sequence is given to generate, at most what it may
-            still generate; None: all of these.
+        growth: tokens that each sequence is given to generate, but all that it may
+            still generate where that is at most twice as much; None: always all.
         max_model_len: longest sequence.
         max_chunk: most prompt tokens of a step.
         lengths: what requests hold.
@@ -91,10 +91,12 @@ class GrowthReserve:
 
     def _held_later(self, request: Request) -> Lengths:
         """What a request holds once it has generated what it is given."""
-        if self._growth is None:
-            return self._held(request, self._max_model_len)
         start = max(request.num_prompt_tokens, request.num_tokens)
-        return self._held(request, start + self._growth)
+        rest = request.num_prompt_tokens + request.max_tokens - start
+        # A short limit is kept to; a long one says little of the true length.
+        if self._growth is not None and rest > 2 * self._growth:
+            rest = self._growth
+        return self._held(request, start + rest)
 
     def _held(self, request: Request, num_tokens: int) -> Lengths:
         prompt = request.num_prompt_tokens
