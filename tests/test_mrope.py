@@ -10,11 +10,9 @@ import pytest
 
 SCRIPT = """
 import json, sys
-from tests.stubs import stand_in_for_torchvision
+from pathlib import Path
 
 if __name__ == "__main__":
-    stand_in_for_torchvision()
-    from pathlib import Path
     from tests.engines import (
         close, generate, make_llm, random_prompts, scheduler_of, worker_of
     )
@@ -47,17 +45,34 @@ if __name__ == "__main__":
 """
 
 
+#: vLLM looks at a model's class in another process, which needs the stand-in too.
+SITE = """
+from tests.stubs import stand_in_for_torchvision
+
+stand_in_for_torchvision()
+"""
+
+
 @pytest.mark.timeout(300)
 def test_text_under_mrope(tmp_path: Path) -> None:
     """Stock's tokens where all is kept; else those of each prompt alone."""
     script = tmp_path / "mrope.py"
     script.write_text(SCRIPT)
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SITE)
+    root = Path(__file__).resolve().parents[1]
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env=os.environ
+        | {
+            "PYTHONPATH": f"{site}{os.pathsep}{root}",
+            # Else what was once seen of the class would be read instead.
+            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+        },
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("@")]
     assert lines, result.stderr[-3000:]
