@@ -116,6 +116,27 @@ def drain(llm: Any) -> None:
         llm.llm_engine.step()
 
 
+def run_two_ahead(llm: Any) -> list[list[int]]:
+    """Run what is queued, each step planned before the one in front of it has run.
+
+    Returns:
+        Output tokens, in the order in which the requests were queued.
+    """
+    core = llm.llm_engine.engine_core.engine_core
+    scheduler, executor = core.scheduler, core.model_executor
+    requests, flying = list(scheduler.requests.values()), []
+    while scheduler.has_unfinished_requests() or flying:
+        if scheduler.has_unfinished_requests():
+            flying.append(scheduler.schedule())
+        if len(flying) == 2 or not scheduler.has_unfinished_requests():
+            output = flying.pop(0)
+            result = executor.execute_model(output)
+            result = executor.sample_tokens(None) if result is None else result
+            scheduler.update_from_output(output, result)
+            scheduler.check_integrity()
+    return [list(request.output_token_ids) for request in requests]
+
+
 def held_kv(llm: Any, req_id: str, layer: int) -> tuple[Any, Any]:
     """Keys and values that a layer holds of a request, oldest first.
 

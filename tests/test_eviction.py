@@ -16,6 +16,7 @@ from tests.engines import (
     held_kv,
     make_llm,
     random_prompts,
+    run_two_ahead,
     scheduler_of,
     start,
     worker_of,
@@ -302,24 +303,12 @@ def test_two_plans_ahead_of_the_worker(engine: Engine) -> None:
     """The worker runs plans in order; none needs an earlier step's output."""
     llm = engine(max_num_batched_tokens=256)
     expected = [g.tokens for g in generate(llm, PROMPTS[:4], 24)]
-    core = llm.llm_engine.engine_core.engine_core
-    scheduler, executor = core.scheduler, core.model_executor
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     for index, prompt in enumerate(PROMPTS[:4]):
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
-    requests, flying = list(scheduler.requests.values()), []
-    while scheduler.has_unfinished_requests() or flying:
-        if scheduler.has_unfinished_requests():
-            flying.append(scheduler.schedule())
-        if len(flying) == 2 or not scheduler.has_unfinished_requests():
-            output = flying.pop(0)
-            result = executor.execute_model(output)
-            result = executor.sample_tokens(None) if result is None else result
-            scheduler.update_from_output(output, result)
-            scheduler.check_integrity()
-    assert [list(request.output_token_ids) for request in requests] == expected
+    assert run_two_ahead(llm) == expected
 
 
 def test_a_layer_that_does_not_compact_stops_the_engine(engine: Engine) -> None:

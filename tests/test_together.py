@@ -22,6 +22,7 @@ from tests.engines import (
     MIB,
     generate,
     random_prompts,
+    run_two_ahead,
     scheduler_of,
 )
 from tests.one_engine import (
@@ -337,20 +338,8 @@ def test_two_plans_ahead_of_the_worker(llm: Any, alone: Tokens) -> None:
     """Where vLLM turns asynchronous scheduling off, this drives it by hand: a group is
     planned and a prompt pruned before the tokens in front of them are known."""
     assert not llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-    core = llm.llm_engine.engine_core.engine_core
-    scheduler, executor = core.scheduler, core.model_executor
     submit(llm, 0, PROMPTS)
-    requests, flying = list(scheduler.requests.values()), []
-    while scheduler.has_unfinished_requests() or flying:
-        if scheduler.has_unfinished_requests():
-            flying.append(scheduler.schedule())
-        if len(flying) == 2 or not scheduler.has_unfinished_requests():
-            output = flying.pop(0)
-            result = executor.execute_model(output)
-            result = executor.sample_tokens(None) if result is None else result
-            scheduler.update_from_output(output, result)
-            scheduler.check_integrity()
-    assert [list(request.output_token_ids) for request in requests] == alone
+    assert run_two_ahead(llm) == alone
     llm.llm_engine.abort_request([str(index) for index in range(len(PROMPTS))])
 
 

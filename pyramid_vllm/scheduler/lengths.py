@@ -135,20 +135,6 @@ class TierLengths:
             self._last_peak = key, lengths
         return self._last_peak[1]
 
-    def kept(self, request: RequestLengths, num_computed: int) -> Counts | None:
-        """Cache lengths once the step up to ``num_computed`` tokens is over, or None
-        where it evicts nothing."""
-        kept = self.rule_of(request).held_lengths(
-            request.num_prompt_tokens, num_computed
-        )
-        held = self.evicted(request.request_id)
-        if all(
-            num_computed - length == gone
-            for length, gone in zip(kept, held, strict=True)
-        ):
-            return None
-        return kept
-
     def advance(self, request: RequestLengths) -> Counts | None:
         """Evict what the rule says once a request's step is over.
 
@@ -159,12 +145,12 @@ class TierLengths:
             Cache lengths after the step, or None where nothing is evicted.
         """
         computed = request.num_computed_tokens
-        kept = self.kept(request, computed)
+        kept = self.rule_of(request).held_lengths(request.num_prompt_tokens, computed)
+        evicted = tuple(computed - length for length in kept)
         self._last_slots = None
-        if kept is not None:
-            self._evicted[request.request_id] = tuple(
-                computed - length for length in kept
-            )
+        if evicted == self.evicted(request.request_id):
+            return None
+        self._evicted[request.request_id] = evicted
         return kept
 
     # Prefix caching.
