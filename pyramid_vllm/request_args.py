@@ -24,7 +24,12 @@ from pyramid_vllm.policy import (
     RequestPolicies,
     asks_for_policy,
 )
-from pyramid_vllm.spec import configured_policy, max_chunk, request_policies
+from pyramid_vllm.spec import (
+    engine_policy,
+    max_chunk,
+    model_weights,
+    request_policies,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,12 +62,14 @@ class RequestCheck:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._config = vllm_config
-        policy = configured_policy(vllm_config.additional_config)
+        policy = engine_policy(vllm_config)
         self._policies: RequestPolicies | None = None
         if policy is not None:
             hf_config = vllm_config.model_config.hf_text_config
             num_layers = num_full_attention_layers(hf_config)
-            self._policies = request_policies(policy, num_layers)
+            self._policies = request_policies(
+                policy, num_layers, model_weights(vllm_config)
+            )
 
     def before(self, params: Any, resumable: bool) -> LengthRule | None:
         """Check a request as it comes in.

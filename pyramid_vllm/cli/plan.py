@@ -15,6 +15,7 @@ from pyramid_vllm.policy import (
     resolve_policy,
     tier_layout,
 )
+from pyramid_vllm.policy.tiers import runs
 
 
 @dataclass(frozen=True)
@@ -135,16 +136,15 @@ def _layers(plan: MemoryPlan) -> Table:
     )
     for column in ("layers", "tokens kept a layer", "of the prompt", "KV bytes"):
         table.add_column(column, justify="right")
-    layout, first = plan.memory.rule.layout, 0
-    for kept, size in zip(plan.kept, layout.sizes, strict=True):
+    layout = plan.memory.rule.layout
+    for kept, layers in zip(plan.kept, layout.layers, strict=True):
         pages = -(-(kept + plan.output_tokens) // plan.memory.block_size)
         table.add_row(
-            f"{first}-{first + size - 1}",
+            runs(layers),
             f"{kept:,}",
             f"{kept / plan.prompt_tokens:.1%}",
-            format_bytes(pages * plan.memory.layer_page_bytes * size),
+            format_bytes(pages * plan.memory.layer_page_bytes * len(layers)),
         )
-        first += size
     return table
 
 

@@ -10,6 +10,7 @@ from pyramid_vllm.policy.presets import (
     preset_names,
     resolve_policy,
 )
+from pyramid_vllm.policy.profiles import fitted, profile_weights
 from pyramid_vllm.policy.requests import (
     POLICY_ARG,
     RETENTION_ARG,
@@ -31,9 +32,11 @@ __all__ = [
     "RequestPolicies",
     "TierLayout",
     "asks_for_policy",
+    "fitted",
     "num_pages",
     "preset_dir",
     "preset_names",
+    "profile_weights",
     "resolve_policy",
     "tier_layout",
 ]

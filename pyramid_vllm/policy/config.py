@@ -8,6 +8,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -66,6 +67,11 @@ class PolicyConfig(BaseModel):
     steepness: float = Field(default=0.5, ge=0, le=1)
     """0 keeps equally much in every layer; 1 is the steepest fall that still meets
     ``retention``. Budget ``retention`` only."""
+    layer_weights: tuple[PositiveFloat, ...] | Literal["auto"] | None = None
+    """Share of each full-attention layer in what is kept, relative to the others',
+    in place of ``shape`` and ``steepness``; tiers are then of layers with like
+    weights. ``auto``: the measured ones, if the model has a profile. Budget
+    ``retention`` only."""
     prefill_decay_ratio: float | None = Field(default=None, ge=0, le=1)
     """What the last of the decays leaves; none: solved from ``retention``. Budget
     ``pyramidinfer`` only."""
@@ -128,7 +134,9 @@ class PolicyConfig(BaseModel):
             raise ValueError(f"valid scorers are {', '.join(sorted(SCORERS))}")
         return value
 
-    @field_validator("prune_from", "exceed_length_to_compress", mode="before")
+    @field_validator(
+        "prune_from", "exceed_length_to_compress", "layer_weights", mode="before"
+    )
     @classmethod
     def _none_by_name(cls, value: Any) -> Any:
         return None if value == "none" else value
@@ -165,6 +173,8 @@ class PolicyConfig(BaseModel):
             )
         if self.capacity is not None and self.budget != "arithmetic":
             raise ValueError("capacity is a setting of budget='arithmetic' alone")
+        if self.given_weights is not None and self.budget != "retention":
+            raise ValueError("layer_weights is a setting of budget='retention' alone")
         window = self.sinks + self.recent
         if self.capacity is not None and self.capacity < window:
             raise ValueError(
@@ -182,6 +192,11 @@ class PolicyConfig(BaseModel):
                 f"retention={self.retention}: the recent window is always kept"
             )
         return self
+
+    @property
+    def given_weights(self) -> tuple[float, ...] | None:
+        """``layer_weights``, where they are known."""
+        return None if self.layer_weights == "auto" else self.layer_weights
 
     @property
     def scored_queries(self) -> Queries:

@@ -15,11 +15,16 @@ NONE = "none"
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def preset_dir() -> Path:
-    """Folder of the preset files: inside the wheel, or beside a source checkout."""
+def config_dir(name: str) -> Path:
+    """A folder of shipped files: inside the wheel, or beside a source checkout."""
     package = Path(__file__).resolve().parents[1]
-    installed = package / "configs" / "policies"
-    return installed if installed.is_dir() else package.parent / "configs" / "policies"
+    installed = package / "configs" / name
+    return installed if installed.is_dir() else package.parent / "configs" / name
+
+
+def preset_dir() -> Path:
+    """Folder of the preset files."""
+    return config_dir("policies")
 
 
 def preset_names() -> list[str]:

@@ -8,6 +8,7 @@ from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
 from pyramid_vllm.policy.lengths import LengthRule
 from pyramid_vllm.policy.presets import NONE, preset_names, resolve_policy
+from pyramid_vllm.policy.profiles import Weights, fitted
 from pyramid_vllm.policy.tiers import TierLayout, tier_layout
 
 #: Keys of ``SamplingParams.extra_args``, over HTTP of ``vllm_xargs``.
@@ -33,10 +34,14 @@ class RequestPolicies:
     Args:
         server: the engine's policy, which requests without a wish get.
         num_layers: the model's full-attention layers.
+        weights: the model's measured layer weights, if it has a profile.
     """
 
-    def __init__(self, server: PolicyConfig, num_layers: int) -> None:
+    def __init__(
+        self, server: PolicyConfig, num_layers: int, weights: Weights | None = None
+    ) -> None:
         self.server = server
+        self._weights = weights
         self.layout = tier_layout(server, num_layers)
         self.rule = LengthRule(server, self.layout)
         """The engine's own counts."""
@@ -96,7 +101,9 @@ class RequestPolicies:
         valid = {NONE: KEEP_ALL}
         for name in preset_names():
             config = resolve_policy(name)
-            if config is not None and self._is_served(config):
+            assert config is not None
+            config = fitted(config, self._weights)
+            if self._is_served(config):
                 valid[name] = config
         return valid | {self.server.name: self.server}
 

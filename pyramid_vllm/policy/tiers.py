@@ -1,6 +1,7 @@
-"""Tiers: runs of consecutive full-attention layers that share one count."""
+"""Tiers: full-attention layers that share one count, runs by depth or by need."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
@@ -18,6 +19,8 @@ class TierLayout:
 
     num_layers: int
     num_tiers: int
+    order: tuple[int, ...] | None = None
+    """The layers as they are cut into tiers; none: by depth."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -25,10 +28,23 @@ class TierLayout:
         size, longer = divmod(self.num_layers, self.num_tiers)
         return tuple(size + (tier < longer) for tier in range(self.num_tiers))
 
-    @property
+    @cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """Each tier's layers, by depth."""
+        order = self.order or tuple(range(self.num_layers))
+        tiers, start = [], 0
+        for size in self.sizes:
+            tiers.append(tuple(sorted(order[start : start + size])))
+            start += size
+        return tuple(tiers)
+
+    @cached_property
     def tier_of_layer(self) -> tuple[int, ...]:
         """Tier of each layer."""
-        return tuple(tier for tier, size in enumerate(self.sizes) for _ in range(size))
+        tiers = {
+            layer: tier for tier, layers in enumerate(self.layers) for layer in layers
+        }
+        return tuple(tiers[layer] for layer in range(self.num_layers))
 
     @property
     def group_size(self) -> int:
@@ -47,6 +63,19 @@ class TierLayout:
         return self.group_size * sum(self.groups_per_tier) - self.num_layers
 
 
+def runs(layers: tuple[int, ...]) -> str:
+    """Ascending layers for people: ``0-3, 7``."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(
+        str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts
+    )
+
+
 def tier_layout(config: PolicyConfig, num_layers: int) -> TierLayout:
     """Cut a model's full-attention layers into the policy's tiers.
 
@@ -58,23 +87,40 @@ def tier_layout(config: PolicyConfig, num_layers: int) -> TierLayout:
             f"kv_policy '{config.name}' needs layers with full attention: "
             "this model has none"
         )
+    order = _order(config, num_layers)
     if config.tiers == "layers":
-        return TierLayout(num_layers, num_layers)
+        return TierLayout(num_layers, num_layers, order)
     if config.tiers == "auto":
-        return _auto_layout(num_layers)
+        return TierLayout(num_layers, _auto_tiers(num_layers), order)
     if config.tiers > num_layers:
         raise KVPolicyError(
             f"KV policy '{config.name}': setting 'tiers' is {config.tiers}: valid is "
             f"1 to {num_layers}, the model's full-attention layers, 'auto' or 'layers'"
         )
-    return TierLayout(num_layers, config.tiers)
+    return TierLayout(num_layers, config.tiers, order)
 
 
-def _auto_layout(num_layers: int) -> TierLayout:
+def _order(config: PolicyConfig, num_layers: int) -> tuple[int, ...] | None:
+    """Layers by falling weight, so that tiers are of layers with like needs."""
+    weights = config.given_weights
+    if weights is None:
+        return None
+    if len(weights) != num_layers:
+        raise KVPolicyError(
+            f"KV policy '{config.name}': setting 'layer_weights' has {len(weights)} "
+            f"numbers: valid is one for each of the model's {num_layers} layers with "
+            "full attention"
+        )
+    if config.prune_from is not None:
+        return None  # rows that a tier drops are gone for all deeper layers
+    return tuple(sorted(range(num_layers), key=lambda layer: -weights[layer]))
+
+
+def _auto_tiers(num_layers: int) -> int:
     """The fewest of 4 to 8 tiers among those that waste the least memory."""
     layouts = [
         TierLayout(num_layers, tiers) for tiers in _AUTO_TIERS if tiers <= num_layers
     ]
     if not layouts:
-        return TierLayout(num_layers, num_layers)
-    return min(layouts, key=lambda layout: layout.num_padding_layers)
+        return num_layers
+    return min(layouts, key=lambda layout: layout.num_padding_layers).num_tiers

@@ -22,7 +22,12 @@ from pyramid_vllm.scheduler.lengths import TierLengths, can_share, needs_all_row
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
-from pyramid_vllm.spec import max_chunk, request_policies, required_policy
+from pyramid_vllm.spec import (
+    max_chunk,
+    model_weights,
+    request_policies,
+    required_policy,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,7 +60,9 @@ class PyramidScheduler(AsyncScheduler):
         num_layers = check_kv_cache_config(kv_cache_config)
         register_spec(vllm_config)
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        policies = request_policies(required_policy(vllm_config), num_layers)
+        policies = request_policies(
+            required_policy(vllm_config), num_layers, model_weights(vllm_config)
+        )
         self.kv_rule = policies.rule
         self.tier_lengths = TierLengths(policies, max_chunk(vllm_config), self.requests)
         self.tier_managers = [

@@ -21,7 +21,12 @@ from pyramid_vllm.checks import check_engine
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
 from pyramid_vllm.policy import KVPolicyError, LengthRule
-from pyramid_vllm.spec import TierAttentionSpec, length_rule, request_policies
+from pyramid_vllm.spec import (
+    TierAttentionSpec,
+    length_rule,
+    model_weights,
+    request_policies,
+)
 from pyramid_vllm.worker.generators import make_rewindable
 from pyramid_vllm.worker.groups import CacheGroup, GroupQueries, compress_groups
 from pyramid_vllm.worker.layer import TieredLayer
@@ -123,7 +128,9 @@ class PyramidCPUWorker(CPUWorker):
         }
         names = [name for group in tiered.values() for name in group.layer_names]
         names.sort(key=extract_layer_index)
-        policies = request_policies(self.kv_policy, len(names))
+        policies = request_policies(
+            self.kv_policy, len(names), model_weights(self.vllm_config)
+        )
         rule = policies.rule
         (block_size,) = {g.kv_cache_spec.block_size for g in tiered.values()}
         shape = self._group_queries_shape()

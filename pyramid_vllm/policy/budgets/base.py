@@ -43,8 +43,7 @@ class Budget(ABC):
 
     def by_tier(self, layers: Sequence[int]) -> tuple[int, ...]:
         """The mean of each tier's layers, rounded down."""
-        counts, start = [], 0
-        for size in self.layout.sizes:
-            counts.append(sum(layers[start : start + size]) // size)
-            start += size
-        return tuple(counts)
+        return tuple(
+            sum(layers[layer] for layer in tier) // len(tier)
+            for tier in self.layout.layers
+        )

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pyramid_vllm.policy.budgets.base import UNIT, Budget, as_units
+from pyramid_vllm.policy.errors import KVPolicyError
+
+_BISECTIONS = 60
 
 
 def _profile(shape: str, layer: int, num_layers: int) -> float:
@@ -19,7 +22,7 @@ class RetentionBudget(Budget):
 
     Up to the length ``onset`` every tier keeps the floor: the sinks and the recent
     window, or ``min_context``. Past it a tier grows by a constant fraction of a token
-    for each token of the prompt, a smaller one in deeper tiers.
+    for each token of the prompt, a smaller one in later tiers.
     """
 
     @cached_property
@@ -28,6 +31,9 @@ class RetentionBudget(Budget):
         config, num_layers = self.config, self.layout.num_layers
         retention = as_units(config.retention)
         floor_growth = as_units(config.recent_ratio)
+        if config.given_weights is not None:
+            layers = map(as_units, self._weighted(config.given_weights))
+            return self._not_rising(self.by_tier(list(layers)))
         # No layer grows faster than the prompt, or slower than its recent window.
         spread = config.steepness * min(retention - floor_growth, UNIT - retention)
         return self.by_tier(
@@ -36,6 +42,41 @@ class RetentionBudget(Budget):
                 for layer in range(num_layers)
             ]
         )
+
+    def _weighted(self, weights: tuple[float, ...]) -> list[float]:
+        """The layers' growth by their weights, of mean ``retention``: none grows
+        faster than the prompt, or slower than its recent window."""
+        config, num_layers = self.config, self.layout.num_layers
+        low, high = 0.0, 1 / min(weights)
+        for _ in range(_BISECTIONS):
+            scale = (low + high) / 2
+            layers = [min(1.0, max(config.recent_ratio, scale * w)) for w in weights]
+            if sum(layers) > config.retention * num_layers:
+                high = scale
+            else:
+                low = scale
+        return layers
+
+    def _not_rising(self, growth: tuple[int, ...]) -> tuple[int, ...]:
+        """The same, where pruning allows it: pruned rows are gone for deeper tiers.
+
+        Raises:
+            KVPolicyError: a pruned tier would keep more than the one before it.
+        """
+        config, start = self.config, 0
+        if config.prune_from is None:
+            return growth
+        for before, after, size in zip(
+            growth, growth[1:], self.layout.sizes, strict=False
+        ):
+            start += size
+            if after > before and start >= config.prune_from:
+                raise KVPolicyError(
+                    f"KV policy '{config.name}': setting 'layer_weights' rises at "
+                    f"layer {start}: valid with prune_from={config.prune_from} are "
+                    "weights that do not rise from there on"
+                )
+        return growth
 
     @cached_property
     def onset(self) -> int:

@@ -1,0 +1,1 @@
+"""What a policy would cost, found out on a model of Hugging Face transformers."""

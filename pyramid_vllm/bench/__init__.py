@@ -1,0 +1,1 @@
+"""Stock vLLM against KV policies: the same requests in the same KV bytes."""

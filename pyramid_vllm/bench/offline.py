@@ -1,0 +1,49 @@
+"""All requests at once, through an engine whose scheduler is watched."""
+
+from collections.abc import Callable
+
+from pyramid_vllm.bench.figures import offline_figures
+from pyramid_vllm.bench.settings import BenchSettings, Side
+from pyramid_vllm.bench.store import RunResult
+from pyramid_vllm.bench.workload import Point, Workload
+from pyramid_vllm.cli.demo import measure
+from pyramid_vllm.cli.measure import MeasureTask
+
+
+def offline_task(
+    settings: BenchSettings, workload: Workload, point: Point, side: Side
+) -> MeasureTask:
+    """What one process runs."""
+    engine_args = {"enforce_eager": workload.is_cpu}
+    if not workload.has_tokenizer:
+        engine_args["skip_tokenizer_init"] = True
+    return MeasureTask(
+        model=settings.model,
+        prompts=workload.requests.prompts,
+        output_tokens=workload.requests.output_lengths,
+        kv_bytes=point.kv_bytes,
+        block_size=workload.block_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_policy=side.policy_json,
+        seed=settings.seed,
+        dtype=workload.dtype,
+        engine_args=engine_args | settings.engine_args,
+        warm_up=True,
+    )
+
+
+def run_offline(task: MeasureTask, advance: Callable[[int], None]) -> RunResult:
+    """Run a task in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    measured = measure(task, advance)
+    raw = {
+        "prompt_lengths": [len(prompt) for prompt in task.prompts],
+        "output_lengths": task.output_lengths,
+        "first_token_s": measured.first_token_s,
+        "finish_s": measured.finish_s,
+    }
+    return RunResult(offline_figures(task, measured), raw)

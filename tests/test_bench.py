@@ -1,0 +1,433 @@
+"""``pyramid-vllm bench``: requests, checks and summaries; runs of a tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
+
+from pyramid_vllm.bench.figures import (
+    check_activation,
+    offline_figures,
+    online_figures,
+)
+from pyramid_vllm.bench.plots import draw_ratios, save_plots
+from pyramid_vllm.bench.report import PointReport, format_ratio
+from pyramid_vllm.bench.requests import (
+    draw_lengths,
+    synthetic_prompts,
+    text_prompts,
+    windows,
+)
+from pyramid_vllm.bench.server import as_flags, parse_activation, parse_metrics
+from pyramid_vllm.bench.settings import (
+    KVMemory,
+    TokenRange,
+    parse_engine_args,
+    parse_sides,
+)
+from pyramid_vllm.bench.store import RunResult, RunStore, run_key
+from pyramid_vllm.bench.summary import memory_binds, ratios, summarize
+from pyramid_vllm.bench.workload import Point
+from pyramid_vllm.cli import app
+from pyramid_vllm.cli.measure import Measured, MeasureTask
+from pyramid_vllm.policy import KVPolicyError
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "140"})
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    all_special_ids = (0, 1)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [2 + ord(letter) % 50 for letter in text]
+
+
+# Options.
+
+
+def test_ranges_are_read() -> None:
+    assert TokenRange.parse("--x", "512", 1) == TokenRange(512, 512)
+    assert TokenRange.parse("--x", "512-2048", 1) == TokenRange(512, 2048)
+
+
+@pytest.mark.parametrize("text", ["", "many", "9-3", "1", "-4", "1-2-3"])
+def test_bad_ranges_are_named(text: str) -> None:
+    with pytest.raises(ValueError, match="valid is a number or a range"):
+        TokenRange.parse("--x", text, 2)
+
+
+def test_memory_is_bytes_or_stock_sequences() -> None:
+    assert KVMemory.parse("80MiB").resolve(10, 100) == 80 * 2**20
+    assert KVMemory.parse("4x").resolve(10, 100) == (40 + 1) * 100
+    assert KVMemory.parse("1.25x").resolve(10, 100) == (13 + 1) * 100
+    for text in ("x", "-1x", "0x", "infx", "nanx", "much"):
+        with pytest.raises(ValueError, match=f"--kv-memory is '{text}'"):
+            KVMemory.parse(text)
+
+
+def test_stock_is_always_a_side_and_names_differ() -> None:
+    policies = ["pyramid", '{"name": "pyramid", "retention": 0.3}', "none"]
+    sides = parse_sides(policies)
+    assert [side.name for side in sides] == ["none", "pyramid", "pyramid (2)"]
+    assert sides[0].policy_json is None
+    assert json.loads(sides[2].policy_json or "")["retention"] == 0.3
+    with pytest.raises(ValueError, match="given twice"):
+        parse_sides(["pyramid", "pyramid"])
+    with pytest.raises(ValueError, match="at least one policy"):
+        parse_sides(["none"])
+    with pytest.raises(KVPolicyError, match="valid policies are"):
+        parse_sides(["pyramyd"])
+
+
+def test_engine_args_with_an_option_of_their_own_are_named() -> None:
+    assert parse_engine_args('{"enforce_eager": false}') == {"enforce_eager": False}
+    for text, words in (
+        ("[1]", "valid is a JSON object"),
+        ("{", "not JSON"),
+        ('{"kv_cache_memory_bytes": 5}', "valid is --kv-memory"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_engine_args(text)
+
+
+def test_settings_become_flags() -> None:
+    settings = {"enforce_eager": True, "enable_x": False, "n": 3, "m": {"a": 1}}
+    assert as_flags(settings | {"none": None, "s": "text"}) == [
+        *("--enforce-eager", "--no-enable-x", "--n", "3", "--m", '{"a": 1}'),
+        *("--s", "text"),
+    ]
+
+
+# Requests.
+
+
+def test_the_same_seed_draws_the_same_requests() -> None:
+    prompt, output = TokenRange(5, 9), TokenRange(2, 4)
+    lengths, outputs = draw_lengths(500, prompt, output, 7)
+    assert (lengths, outputs) == draw_lengths(500, prompt, output, 7)
+    assert (lengths, outputs) != draw_lengths(500, prompt, output, 8)
+    assert set(lengths) == {5, 6, 7, 8, 9}
+    assert set(outputs) == {2, 3, 4}
+    prompts, source = synthetic_prompts(None, 64, lengths, 7)
+    assert prompts == synthetic_prompts(None, 64, lengths, 7)[0]
+    assert list(map(len, prompts)) == lengths
+    assert "500 of random token ids" in source
+
+
+def test_windows_follow_each_other() -> None:
+    assert windows(range(10), [3, 2, 4]) == [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
+    assert windows(range(10), [3, 7, 1]) == [[0, 1, 2], list(range(3, 10))]
+
+
+def test_where_real_text_ends_random_tokens_begin() -> None:
+    lengths = [300_000] * 3
+    prompts, source = synthetic_prompts(Letters(), 70, lengths, 0)
+    assert list(map(len, prompts)) == lengths
+    assert "of real text" in source
+    assert "of random token ids" in source
+    assert max(prompts[0]) < 52 <= max(prompts[-1])  # letters end at 51
+    assert min(prompts[-1]) == 2, "special tokens were drawn"
+
+
+def test_a_text_too_short_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefghij")
+    prompts, source = text_prompts(Letters(), file, [4, 6])
+    assert [len(prompt) for prompt in prompts] == [4, 6]
+    assert "text.txt" in source
+    with pytest.raises(ValueError, match="has 10 tokens, the prompts have 11"):
+        text_prompts(Letters(), file, [4, 7])
+
+
+# Figures.
+
+
+def measure_task(**changes: Any) -> MeasureTask:
+    settings: dict[str, Any] = {
+        "model": "m",
+        "prompts": [[1] * 10, [2] * 20],
+        "output_tokens": [3, 5],
+        "kv_bytes": 1,
+        "block_size": 32,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "kv_policy": None,
+        "seed": 0,
+    }
+    return MeasureTask(**(settings | changes))
+
+
+def test_latencies_of_a_batch_count_from_its_start() -> None:
+    measured = Measured(
+        first_token_s=[1.0, 2.0], finish_s=[2.0, 4.0], seconds=4.0, num_preemptions=3
+    )
+    figures = offline_figures(measure_task(), measured)
+    assert figures["ttft_p50_s"] == 1.5
+    assert figures["tpot_p50_s"] == 0.5  # (2 - 1) / 2 and (4 - 2) / 4
+    assert figures["e2e_p99_s"] == pytest.approx(np.percentile([2, 4], 99))
+    assert figures["requests_per_s"] == 0.5
+    assert figures["output_tokens_per_s"] == 2.0
+    assert figures["num_preemptions"] == 3
+
+
+def client_result(**changes: Any) -> dict[str, Any]:
+    """As ``vllm bench serve`` saves it."""
+    result = {
+        "num_prompts": 4,
+        "completed": 4,
+        "failed": 0,
+        "duration": 2.0,
+        "total_token_throughput": 100.0,
+        "output_throughput": 20.0,
+        "request_throughput": 2.0,
+        "errors": ["", "", "", ""],
+    }
+    for index, name in enumerate(("ttft", "tpot", "e2el")):
+        for p in (50, 95, 99):
+            result[f"p{p}_{name}_ms"] = 1000.0 * index + p
+    return result | changes
+
+
+def test_the_clients_report_is_read() -> None:
+    figures = online_figures(client_result(), {"num_preemptions": 1.0})
+    assert figures["ttft_p50_s"] == 0.05
+    assert figures["tpot_p95_s"] == 1.095
+    assert figures["e2e_p99_s"] == 2.099
+    assert figures["total_tokens_per_s"] == 100
+    assert figures["num_preemptions"] == 1
+
+
+def test_a_failed_request_ends_the_comparison() -> None:
+    failed = client_result(completed=3, failed=1, errors=["", "refused", "", ""])
+    with pytest.raises(RuntimeError, match="3 of 4 requests were answered: refused"):
+        online_figures(failed, {})
+    missing = client_result()
+    del missing["p95_e2el_ms"]
+    with pytest.raises(RuntimeError, match="no p95_e2el_ms"):
+        online_figures(missing, {})
+
+
+def test_a_servers_figures_are_read() -> None:
+    text = (
+        "# HELP vllm:num_preemptions_total\n"
+        'vllm:num_preemptions_total{engine="0",model_name="m x"} 3.0\n'
+        'vllm:num_preemptions_total{engine="1",model_name="m x"} 4.0\n'
+        "vllm:num_requests_running 2.0\n"
+        "other 5.0\n"
+    )
+    figures = {"num_preemptions_total": 7.0, "num_requests_running": 2.0}
+    assert parse_metrics(text) == figures
+    log = "a: 1 compactions, 8 pages freed, 3\nb: 12 compactions, 90 pages freed"
+    found = {"num_compactions_logged": 12, "num_pages_freed_logged": 90}
+    assert parse_activation(log) == found
+    assert parse_activation("") == dict.fromkeys(found, 0)
+
+
+def test_a_policy_that_does_nothing_is_refused() -> None:
+    idle = {"num_compactions": 0, "num_rows_scheduled": 9, "num_rows_computed": 9}
+    with pytest.raises(RuntimeError, match="policy 'p' keeps less"):
+        check_activation("p", idle)
+    with pytest.raises(RuntimeError, match="policy 'p' keeps less"):
+        check_activation("p", {"num_compactions_logged": 0})
+    check_activation("p", idle | {"num_compactions": 1})
+    check_activation("p", {"num_compactions_logged": 1})
+    check_activation("p", idle | {"num_rows_computed": 8.5})
+
+
+# Summaries.
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    found = summarize(
+        {
+            "none": [{"t": 1.0, "z": 0}, {"t": 10.0, "z": 0}, {"t": 2.0, "z": 0}],
+            "p": [{"t": 2.0, "z": 1}, {"t": 10.0, "z": 1}, {"t": 8.0, "z": 1}],
+        }
+    )
+    ratio = found["p"]["t"]["ratio"]
+    assert ratio["values"] == [2.0, 1.0, 4.0]
+    assert (ratio["median"], ratio["min"], ratio["max"]) == (2.0, 1.0, 4.0)
+    assert found["p"]["t"]["median"] == 8.0
+    assert found["p"]["z"]["ratio"] is None
+    assert ratios([1.0], [0.0]) is None
+    assert format_ratio(ratio) == "2.00 (1.00-4.00)"
+
+
+def test_memory_binds_where_stock_cannot_run_all_at_once() -> None:
+    all_ran = {"max_num_running": 4, "num_preemptions": 0}
+    assert not memory_binds(False, 4, [all_ran, all_ran])
+    assert memory_binds(False, 4, [all_ran, all_ran | {"max_num_running": 3}])
+    assert memory_binds(False, 4, [all_ran | {"num_preemptions": 1}])
+    assert not memory_binds(True, 4, [all_ran | {"max_num_running": 3}])
+
+
+def test_a_run_is_known_by_all_of_its_task(tmp_path: Path) -> None:
+    task = measure_task()
+    assert run_key(task, 0) == run_key(measure_task(), 0)
+    others = [
+        run_key(task, 1),
+        run_key(measure_task(kv_policy="{}"), 0),
+        run_key(measure_task(prompts=[[1] * 10, [2] * 19 + [3]]), 0),
+    ]
+    assert len({run_key(task, 0), *others}) == 4
+    store, result = RunStore(tmp_path / "runs"), RunResult({"t": 1.5}, {"raw": [1]})
+    assert not store.has("k")
+    store.save("k", {"side": "p"}, result)
+    assert store.has("k")
+    assert store.load("k") == result
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    keys = [f"{k}_p{p}_s" for k in ("ttft", "tpot", "e2e") for p in (50, 95, 99)]
+    stock = dict.fromkeys([*keys, "total_tokens_per_s", "max_num_running"], 1.0)
+    faster = [stock | {"total_tokens_per_s": rate} for rate in (1.5, 2.0)]
+    sides = summarize({"none": [stock, stock], "p": faster})
+    reports = [
+        PointReport(Point("1x", 2**20, None), True, sides),
+        PointReport(Point("4x", 2**22, None), False, sides),
+    ]
+    for file in save_plots(reports, tmp_path):
+        assert file.read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in tmp_path.iterdir()} == {"ratio.png", "latency.png"}
+
+
+@pytest.mark.parametrize(
+    ("points", "label", "num_lines"),
+    [
+        ([(1, None), (4, None)], "KV memory, MiB", 1),
+        ([(1, 0.5), (1, 2.0)], "requests/s", 1),
+        ([(1, 0.5), (4, 0.5), (1, 2.0), (4, 2.0)], "KV memory, MiB", 2),
+    ],
+)
+def test_ratios_are_drawn_over_what_varies(
+    points: list[tuple[int, float | None]], label: str, num_lines: int
+) -> None:
+    sides = summarize(
+        {
+            "none": [{"total_tokens_per_s": 2.0}] * 2,
+            "p": [{"total_tokens_per_s": 3.0}, {"total_tokens_per_s": 5.0}],
+        }
+    )
+    figure = Figure()
+    draw_ratios(
+        figure,
+        [PointReport(Point("", m * 2**20, rate), True, sides) for m, rate in points],
+    )
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == label
+    assert len(axes.containers) == num_lines
+    line, _, (bars,) = axes.containers[0]
+    assert set(line.get_ydata()) == {2.0}
+    (_, low), (_, high) = bars.get_segments()[0]
+    assert (low, high) == (1.5, 2.5)
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--kv-policy", "pyramyd"], "valid policies are"),
+        (["--workload", "batch"], "--workload is 'batch'"),
+        (["--prompt-tokens", "4-2"], "--prompt-tokens is '4-2'"),
+        (["--output-tokens", "1"], "--output-tokens is '1'"),
+        (["--kv-memory", "lots"], "--kv-memory is 'lots'"),
+        (["--kv-memory", "0.5x"], "valid is that or more"),
+        (["--kv-memory", "1KiB"], "valid is that or more"),
+        (["--kv-memory", "4x", "--kv-memory", "4x"], "points are given twice"),
+        (["--prompt-tokens", "4096"], "up to 4096"),
+        (["--dtype", "int3"], "--dtype is 'int3'"),
+        (["--request-rate", "2"], "needs --workload online"),
+        (["--workload", "online", "--request-rate", "-1"], "valid is above 0"),
+        (["--workload", "online"], "needs a tokenizer"),
+        (["--max-num-batched-tokens", "8"], "valid is --max-num-seqs"),
+        (["--engine-args", '{"no_such": 1}'], "'no_such'"),
+        (["--engine-args", '{"tensor_parallel_size": 2}'], "valid is 1, or"),
+        (["--text", __file__], "has no tokenizer"),
+        (["--kv-policy", '{"tiers": 7}'], "valid is 1 to 6"),
+    ],
+)
+def test_the_command_names_what_is_wrong(
+    tiny_llama: str, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    out = tmp_path / "out"
+    result = run("--model", tiny_llama, "--out", str(out), *arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert not out.exists(), "something ran before the options were checked"
+
+
+@pytest.mark.timeout(300)
+def test_a_sweep_shows_the_policy_and_is_resumed(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    policy: dict[str, Any] = {
+        "name": "mine",
+        "retention": 0.4,
+        "recent": 16,
+        "min_context": 64,
+    }
+    policy["prune_from"] = 0
+    arguments = (
+        *("--model", tiny_llama, "--kv-policy", json.dumps(policy)),
+        *("--num-prompts", "5", "--prompt-tokens", "180-220"),
+        *("--output-tokens", "4-6", "--kv-memory", "2x", "--repeats", "2"),
+        *("--max-num-seqs", "4", "--out", str(tmp_path)),
+    )
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "results.json").read_text())
+    (point,) = report["points"]
+    assert point["memory_binds"]
+    stock, side = point["sides"]["none"], point["sides"]["mine"]
+    for repeat in range(2):
+        for key in ("kv_bytes_per_request", "num_rows_computed"):
+            assert side[key]["ratio"]["values"][repeat] < 0.75, key
+        assert side["num_compactions"]["values"][repeat] == 5
+        assert side["num_pages_freed"]["values"][repeat] > 0
+        assert side["max_num_running"]["values"][repeat] > 2
+    assert stock["max_num_running"]["values"] == [2, 2]
+    assert stock["num_compactions"]["max"] == 0
+    order = [(entry["repeat"], entry["side"]) for entry in report["runs"]]
+    assert order == [(0, "none"), (0, "mine"), (1, "none"), (1, "mine")]
+    raw = report["runs"][1]["raw"]
+    assert all(180 <= length <= 220 for length in raw["prompt_lengths"])
+    tokens = sum(raw["prompt_lengths"]) + sum(raw["output_lengths"])
+    scheduled = report["runs"][0]["figures"]["num_rows_scheduled"]
+    # The last token of an output is sampled, never computed.
+    assert scheduled == tokens - 5
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*")}
+    assert len(times) == 4
+    again = run(*arguments)
+    assert "4 of 4 runs are finished" in again.stdout
+    assert times == {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*")}
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.timeout(1200)
+def test_a_server_under_load_shows_the_policy(real_model: str, tmp_path: Path) -> None:
+    result = run(
+        *("--model", real_model, "--kv-policy", "pyramid", "--workload", "online"),
+        *("--num-prompts", "3", "--prompt-tokens", "256", "--output-tokens", "8"),
+        *("--kv-memory", "4x", "--request-rate", "2", "--repeats", "1"),
+        *("--max-num-seqs", "4", "--out", str(tmp_path)),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "results.json").read_text())
+    (point,) = report["points"]
+    assert point["request_rate"] == 2
+    stock, side = point["sides"]["none"], point["sides"]["pyramid"]
+    assert side["num_compactions_logged"]["min"] > 0
+    assert stock["num_compactions_logged"]["max"] == 0
+    assert side["ttft_p99_s"]["min"] >= side["ttft_p50_s"]["min"] > 0
+    assert side["max_num_running"]["max"] >= 1
