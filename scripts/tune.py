@@ -26,6 +26,8 @@ from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
     PolicyConfig,
+    fitted,
+    profile_weights,
     resolve_policy,
     tier_layout,
 )
@@ -189,7 +191,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Print what each change of each setting costs, and the best policy found."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     policy = resolve_policy(kv_policy, kv_policy_config)
     if policy is None:
@@ -200,6 +202,8 @@ def main(
             valid = ", ".join([*SPACE, "prune_from"])
             raise typer.BadParameter(f"setting is '{name}': valid are {valid}")
     folder = model or str(make_model())
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    policy = fitted(policy, profile_weights(config))
     texts = [read_part(path, text_from, text_to) for path in text]
     on = prompts(
         AutoTokenizer.from_pretrained(folder),

@@ -11,7 +11,7 @@ from tests.scheduling import make_request, make_scheduler, make_stock_scheduler
 
 #: A page of our pool has a third of the layers.
 NUM_TIERS = 3
-POLICY: dict[str, Any] = {"base": "pyramid", "tiers": NUM_TIERS}
+POLICY: dict[str, Any] = {"base": "pyramid-by-depth", "tiers": NUM_TIERS}
 SETTINGS: dict[str, Any] = {
     "max_model_len": 2048,
     "max_num_seqs": 64,

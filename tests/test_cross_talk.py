@@ -92,7 +92,7 @@ def test_every_request_is_as_alone(
     memory = int(settings.pop("kv_cache_mib", 2.2) * MIB)
     llm = make_llm(
         tiny_llama,
-        kv_policy="pyramid",
+        kv_policy="pyramid-by-depth",
         kv_policy_config=POLICY | change,
         kv_cache_memory_bytes=memory,
         max_model_len=512,

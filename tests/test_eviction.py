@@ -40,7 +40,9 @@ def engine(tiny_llama: str) -> Iterator[Engine]:
     """Makes engines with a policy; closes them after the test."""
     made = []
 
-    def make(policy: str = "pyramid", config: Any = None, **settings: Any) -> Any:
+    def make(
+        policy: str = "pyramid-by-depth", config: Any = None, **settings: Any
+    ) -> Any:
         llm = make_llm(
             tiny_llama, kv_policy=policy, kv_policy_config=config or POLICY, **settings
         )

@@ -97,7 +97,7 @@ def test_sinks_share_in_the_scores(
         return kept
 
     monkeypatch.setattr(layer_module, "select_tokens", recording)
-    llm = make_llm(gpt_oss, kv_policy="pyramid", kv_policy_config=POLICY)
+    llm = make_llm(gpt_oss, kv_policy="pyramid-by-depth", kv_policy_config=POLICY)
     generate(llm, PROMPTS[:1], 2)
     close(llm)
     dense = GptOssForCausalLM.from_pretrained(
@@ -131,7 +131,9 @@ def check_policies(
 ) -> None:
     """Stock's tokens where all is kept; else those of each request alone."""
     for change in [{"retention": 1.0}, *changes]:
-        llm = make_llm(model, kv_policy="pyramid", kv_policy_config=POLICY | change)
+        llm = make_llm(
+            model, kv_policy="pyramid-by-depth", kv_policy_config=POLICY | change
+        )
         together = [g.tokens for g in generate(llm, PROMPTS, 24)]
         counters = scheduler_of(llm).kv_counters
         if change == {"retention": 1.0}:
@@ -230,7 +232,9 @@ def test_images_and_mrope(tmp_path: Path) -> None:
     close(stock)
     for change in ({"retention": 1.0}, {"evict": "chunk"}, {"prune_from": 0}):
         policy = POLICY | change
-        llm = make_llm(model, kv_policy="pyramid", kv_policy_config=policy, **settings)
+        llm = make_llm(
+            model, kv_policy="pyramid-by-depth", kv_policy_config=policy, **settings
+        )
         together = outputs(llm, requests)
         if "retention" in change:
             assert together == expected
@@ -317,4 +321,4 @@ def test_attention_in_both_directions_is_refused() -> None:
         model="gemma3",
     )
     with pytest.raises(KVPolicyError, match="both directions to images='gemma3'"):
-        _check_model(config, resolve_policy("pyramid"))  # type: ignore[arg-type]
+        _check_model(config, resolve_policy("pyramid-by-depth"))  # type: ignore[arg-type]

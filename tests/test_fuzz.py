@@ -21,7 +21,7 @@ from tests.scheduling import (
 )
 
 BASE: dict[str, Any] = {
-    "base": "pyramid",
+    "base": "pyramid-by-depth",
     "recent": 16,
     "min_context": 32,
     "tiers": 3,

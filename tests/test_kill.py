@@ -19,7 +19,7 @@ from openai import APIConnectionError, OpenAI, OpenAIError
 from tests.engines import close, make_llm, random_prompts, scheduler_of, worker_of
 from tests.test_serve import VLLM, environment, wait_until_healthy
 
-POLICY = ["--kv-policy", "pyramid"]
+POLICY = ["--kv-policy", "pyramid-by-depth"]
 POLICY += ["--kv-policy-config", '{"recent": 16, "min_context": 32}']
 NUM_LAYERS = 6
 LONG = 3000
@@ -227,7 +227,7 @@ def add_request(llm: Any, name: str, prompt: list[int]) -> None:
 @pytest.fixture
 def llm(tiny_llama: str) -> Iterator[Any]:
     policy = {"recent": 16, "min_context": 32}
-    made = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=policy)
+    made = make_llm(tiny_llama, kv_policy="pyramid-by-depth", kv_policy_config=policy)
     yield made
     close(made)
 

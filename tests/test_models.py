@@ -55,7 +55,7 @@ def test_sliding_window_layers_keep_theirs(mixed_model: str) -> None:
     for retention, caching in ((1.0, False), (0.4, False), (1.0, True), (0.4, True)):
         llm = make_llm(
             mixed_model,
-            kv_policy="pyramid",
+            kv_policy="pyramid-by-depth",
             kv_policy_config=POLICY | {"retention": retention},
             enable_prefix_caching=caching,
         )
@@ -85,7 +85,8 @@ from tests.engines import generate, make_llm, random_prompts
 if __name__ == "__main__":
     model, prompts, policy = json.load(sys.stdin)
     llm = make_llm(
-        model, tensor_parallel_size=2, kv_policy="pyramid", kv_policy_config=policy
+        model, tensor_parallel_size=2,
+        kv_policy="pyramid-by-depth", kv_policy_config=policy
     )
     print("@", json.dumps([g.tokens for g in generate(llm, prompts, 24)]), flush=True)
 """
@@ -96,7 +97,7 @@ def test_two_ranks_choose_what_one_does(tiny_llama: str, tmp_path: Path) -> None
     """Each rank has one of the two KV heads; scores are those of both. Rows that are
     pruned have to be the same, for ranks add theirs up."""
     policy = POLICY | {"recent": 8, "prune_from": 0, "exceed_length_to_compress": 4}
-    llm = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=policy)
+    llm = make_llm(tiny_llama, kv_policy="pyramid-by-depth", kv_policy_config=policy)
     expected = [g.tokens for g in generate(llm, PROMPTS, 24)]
     assert worker_of(llm).tier_state.counters.num_pruned_steps > 0
     assert scheduler_of(llm).kv_counters.num_groups > 0

@@ -34,7 +34,8 @@ if __name__ == "__main__":
         "all": {"retention": 1.0}, "evicted": {}, "pruned": {"prune_from": 0}
     }.items():
         llm = make_llm(
-            model, kv_policy="pyramid", kv_policy_config=policy | change, **settings
+            model, kv_policy="pyramid-by-depth",
+            kv_policy_config=policy | change, **settings
         )
         result[name] = tokens(llm, prompts)
         result[name + " alone"] = [tokens(llm, [prompt])[0] for prompt in prompts]

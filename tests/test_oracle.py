@@ -29,9 +29,16 @@ FAMILIES = {"llama": 6, "qwen2": 5, "qwen3": 8}
 
 #: Every preset, small enough for these prompts to evict, and what none of them has.
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "pyramid": ("pyramid", {"tiers": 3, "recent": 24, "min_context": 40}),
-    "pyramid-head-chunk": (
+    "pyramid": (
         "pyramid",
+        {"tiers": 3, "recent": 24, "queries": 40, "min_context": 40},
+    ),
+    "pyramid-by-depth": (
+        "pyramid-by-depth",
+        {"tiers": 3, "recent": 24, "min_context": 40},
+    ),
+    "pyramid-head-chunk": (
+        "pyramid-by-depth",
         {
             "tiers": "layers",
             "recent": 16,
@@ -41,7 +48,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "pyramid-pruned": (
-        "pyramid",
+        "pyramid-by-depth",
         {
             "tiers": 3,
             "retention": 0.4,
@@ -229,7 +236,7 @@ def test_the_oracle_sees_a_difference(tmp_path: Path) -> None:
     output = list(range(16))
     settings = {"tiers": 3, "recent": 16, "min_context": 24}
     a, b = (
-        Oracle(dense, resolve_policy("pyramid", settings | change)).run(
+        Oracle(dense, resolve_policy("pyramid-by-depth", settings | change)).run(
             prompt, [300], output
         )
         for change in ({}, {"distance_weight": 3.0})
@@ -243,7 +250,8 @@ def test_the_oracle_sees_a_difference(tmp_path: Path) -> None:
 
 REAL_POLICIES = [
     pytest.param(
-        name, marks=[] if name in ("pyramid", "pyramidinfer") else pytest.mark.slow
+        name,
+        marks=[] if name in ("pyramid", "pyramidinfer") else pytest.mark.slow,
     )
     for name in POLICIES
     if name not in SAME

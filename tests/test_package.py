@@ -37,7 +37,7 @@ def test_the_wheel_ships_the_presets(tmp_path: Path) -> None:
         "from pyramid_vllm.policy import preset_dir, preset_names, resolve_policy\n"
         "assert preset_dir().parent.parent.name == 'pyramid_vllm', preset_dir()\n"
         "print(*preset_names())\n"
-        "assert resolve_policy('pyramid').retention == 0.5"
+        "assert resolve_policy('pyramid').layer_weights == 'auto'"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

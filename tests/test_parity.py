@@ -44,7 +44,9 @@ def test_retention_one_is_stock(
 ) -> None:
     settings, expected = stock
     policy = {"retention": 1.0, "tiers": tiers, "evict": evict, "min_context": 0}
-    llm = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=policy, **settings)
+    llm = make_llm(
+        tiny_llama, kv_policy="pyramid-by-depth", kv_policy_config=policy, **settings
+    )
     try:
         assert_same(generate(llm, random_prompts(LENGTHS), NUM_TOKENS), expected)
         scheduler = scheduler_of(llm)
@@ -73,7 +75,7 @@ def test_eviction_changes_outputs(tiny_llama: str, stock: tuple[Any, Any]) -> No
     settings, expected = stock
     llm = make_llm(
         tiny_llama,
-        kv_policy="pyramid",
+        kv_policy="pyramid-by-depth",
         kv_policy_config={"retention": 0.3, "recent": 16, "min_context": 32},
         **settings,
     )

@@ -25,7 +25,12 @@ from tests.scheduling import (
 )
 
 POLICY = {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 3}
-SMALL: dict[str, Any] = {"base": "pyramid", "recent": 16, "min_context": 32, "tiers": 3}
+SMALL: dict[str, Any] = {
+    "base": "pyramid-by-depth",
+    "recent": 16,
+    "min_context": 32,
+    "tiers": 3,
+}
 
 COMMON = random_prompts([600], seed=1)[0]
 #: Prompts by how many tokens they share with the first one, and how many are new.
@@ -45,7 +50,9 @@ def engine(tiny_llama: str) -> Iterator[Engine]:
     """Makes engines with a policy, one at a time; closes the last one."""
     made: list[Any] = []
 
-    def make(config: dict[str, Any], policy: str = "pyramid", **settings: Any) -> Any:
+    def make(
+        config: dict[str, Any], policy: str = "pyramid-by-depth", **settings: Any
+    ) -> Any:
         while made:
             close(made.pop())
         made.append(
@@ -67,12 +74,12 @@ def num_hits(llm: Any) -> int:
 @pytest.mark.parametrize(
     ("policy", "config"),
     [
-        ("pyramid", POLICY),
-        ("pyramid", POLICY | {"selection": "head", "tiers": "layers"}),
+        ("pyramid-by-depth", POLICY),
+        ("pyramid-by-depth", POLICY | {"selection": "head", "tiers": "layers"}),
         ("streaming", POLICY),
         ("snapkv", {"tiers": 2}),
-        ("pyramid", POLICY | {"exceed_length_to_compress": 4, "recent": 8}),
-        ("pyramid", POLICY | {"retention": 1.0}),
+        ("pyramid-by-depth", POLICY | {"exceed_length_to_compress": 4, "recent": 8}),
+        ("pyramid-by-depth", POLICY | {"retention": 1.0}),
     ],
 )
 def test_hits_change_no_token(

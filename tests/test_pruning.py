@@ -164,7 +164,7 @@ def test_the_buffer_of_queries_is_taken_from_the_kv_memory(tiny_llama: str) -> N
     def num_blocks(**config: Any) -> int:
         llm = make_llm(
             tiny_llama,
-            kv_policy="pyramid",
+            kv_policy="pyramid-by-depth",
             kv_policy_config=PRUNED | config,
             max_num_seqs=16,
         )
@@ -306,7 +306,7 @@ def save_family(folder: Path, family: str, **settings: Any) -> str:
 def test_models_with_the_common_loop_are_pruned(tmp_path: Path, family: str) -> None:
     """The batch is as each request alone, and deeper layers compute fewer rows."""
     model = save_family(tmp_path, family, **FAMILIES[family])
-    llm = make_llm(model, kv_policy="pyramid", kv_policy_config=PRUNED)
+    llm = make_llm(model, kv_policy="pyramid-by-depth", kv_policy_config=PRUNED)
     counters = worker_of(llm).tier_state.counters
     prompts = random_prompts([300, 40, 129])
     together = generate(llm, prompts, 24)
@@ -335,8 +335,10 @@ def test_internlm2_has_the_common_loop(tmp_path: Path) -> None:
 def test_a_model_with_another_loop_is_refused_by_name(tmp_path: Path) -> None:
     model = save_family(tmp_path, "granite")
     with pytest.raises(KVPolicyError, match="prune_from with GraniteForCausalLM"):
-        make_llm(model, kv_policy="pyramid", kv_policy_config=PRUNED)
-    llm = make_llm(model, kv_policy="pyramid")  # without pruning it is supported
+        make_llm(model, kv_policy="pyramid-by-depth", kv_policy_config=PRUNED)
+    llm = make_llm(
+        model, kv_policy="pyramid-by-depth"
+    )  # without pruning it is supported
     close(llm)
 
 
@@ -348,13 +350,16 @@ def test_layers_without_full_attention_are_refused(tmp_path: Path) -> None:
         layer_types=["sliding_attention", "full_attention"] * 3,
     )
     with pytest.raises(KVPolicyError, match="no full attention"):
-        make_llm(model, kv_policy="pyramid", kv_policy_config=PRUNED)
+        make_llm(model, kv_policy="pyramid-by-depth", kv_policy_config=PRUNED)
 
 
 def test_lora_is_refused_with_pruning(tiny_llama: str) -> None:
     with pytest.raises(ValueError, match="enable_lora with prune_from="):
         make_llm(
-            tiny_llama, kv_policy="pyramid", kv_policy_config=PRUNED, enable_lora=True
+            tiny_llama,
+            kv_policy="pyramid-by-depth",
+            kv_policy_config=PRUNED,
+            enable_lora=True,
         )
 
 
@@ -366,7 +371,7 @@ def test_a_step_that_should_prune_and_does_not_stops_the_engine(
 ) -> None:
     from pyramid_vllm.worker.prune import RowPruner
 
-    llm = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=PRUNED)
+    llm = make_llm(tiny_llama, kv_policy="pyramid-by-depth", kv_policy_config=PRUNED)
     monkeypatch.setattr(RowPruner, "_enter", lambda *_: None)
     with pytest.raises(RuntimeError, match="rows, its plan has"):
         generate(llm, random_prompts([300]), 2)
@@ -382,7 +387,7 @@ def test_attention_reads_what_an_independent_mask_allows(
     model = save_tiny(tmp_path, "llama", 6)
     llm = make_llm(
         model,
-        kv_policy="pyramid",
+        kv_policy="pyramid-by-depth",
         kv_policy_config=PRUNED,
         max_num_batched_tokens=128,
         kv_cache_memory_bytes=3 * MIB,
@@ -448,12 +453,12 @@ def test_attention_reads_what_an_independent_mask_allows(
 def test_with_compilation_only_pruning_steps_run_uncompiled(tiny_llama: str) -> None:
     """Python's `forward` of the model runs in steps that prune, and in no other."""
     prompts = random_prompts([300, 40, 129])
-    eager = make_llm(tiny_llama, kv_policy="pyramid", kv_policy_config=PRUNED)
+    eager = make_llm(tiny_llama, kv_policy="pyramid-by-depth", kv_policy_config=PRUNED)
     expected = generate(eager, prompts, 24)
     close(eager)
     llm = make_llm(
         tiny_llama,
-        kv_policy="pyramid",
+        kv_policy="pyramid-by-depth",
         kv_policy_config=PRUNED,
         enforce_eager=False,
     )

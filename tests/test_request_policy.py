@@ -158,7 +158,7 @@ def test_an_impossible_wish_is_refused_and_harms_no_other(engine: Engine) -> Non
 def test_an_engine_without_a_policy_says_so(engine: Engine) -> None:
     stock = engine(None)
     with pytest.raises(KVPolicyError, match="runs without a KV policy, valid is 'none"):
-        ask(stock, PROMPTS[:1], [{"kv_policy": "pyramid"}])
+        ask(stock, PROMPTS[:1], [{"kv_policy": "pyramid-by-depth"}])
     assert ask(stock, PROMPTS[:1], [{"kv_policy": "none"}])
 
 

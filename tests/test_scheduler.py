@@ -19,7 +19,12 @@ from tests.scheduling import (
     make_scheduler,
 )
 
-SMALL: dict[str, Any] = {"base": "pyramid", "recent": 16, "min_context": 32, "tiers": 3}
+SMALL: dict[str, Any] = {
+    "base": "pyramid-by-depth",
+    "recent": 16,
+    "min_context": 32,
+    "tiers": 3,
+}
 
 
 def rule_pages(

@@ -93,7 +93,7 @@ def test_drafts_change_no_token(
     few_words: str, tmp_path: Path, change: dict[str, Any], caching: bool
 ) -> None:
     settings = {
-        "kv_policy": "pyramid",
+        "kv_policy": "pyramid-by-depth",
         "kv_policy_config": POLICY | change,
         "enable_prefix_caching": caching,
         "max_model_len": 800,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from pyramid_vllm.kernels import select_tokens
-from pyramid_vllm.policy import LengthRule, PolicyConfig
+from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries
 from pyramid_vllm.worker.scorers import SCORERS, ScoreInputs
 
 _ATTENTION = "pyramid_vllm_dense"
@@ -111,10 +111,17 @@ def choose(
         end: length of the prompt.
     """
     num_recent = rule.num_recent(end)
-    scores = layer_scores(cache, config, rule.num_queries(end), num_recent)
+    scores = layer_scores(cache, config, num_queries_read(rule, end), num_recent)
     if config.selection == "layer":
         scores = scores.mean(dim=0, keepdim=True)
     return select_tokens(scores, num_kept, config.sinks, num_recent)
+
+
+def num_queries_read(rule: LengthRule, num_tokens: int) -> int:
+    """Newest of a whole prompt's queries that the rule's scorer reads."""
+    if rule.config.scored_queries is Queries.ALL:
+        return num_tokens
+    return rule.num_queries(num_tokens)
 
 
 def layer_scores(

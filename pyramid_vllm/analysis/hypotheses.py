@@ -19,6 +19,7 @@ from pyramid_vllm.analysis.dense import (
     gathered,
     layer_before_pruning,
     layer_scores,
+    num_queries_read,
 )
 from pyramid_vllm.policy import LengthRule, PolicyConfig, tier_layout
 
@@ -57,7 +58,7 @@ class Continuation:
         self._model, self._target = model, list(target)
         self._index = torch.tensor(self._target)[:, None]
         num_queries = max(
-            num_queries, *(rule.num_queries(len(prompt)) for rule in rules), 1
+            num_queries, *(num_queries_read(rule, len(prompt)) for rule in rules), 1
         )
         hidden = {layer_before_pruning(rule) for rule in rules if rule.prunes}
         self.full = model.prefill(prompt, num_queries, sorted(hidden))
@@ -95,11 +96,13 @@ class Continuation:
         """
         model, full = self._model, self.full
         rule = LengthRule(config, tier_layout(config, model.num_layers))
-        least = config.sinks + rule.num_recent(full.num_tokens)
+        least = rule.budget.always(full.num_tokens)
         costs = np.zeros((len(ratios), model.num_layers, 2))
         for layer, cache in enumerate(full.layers):
             for i, ratio in enumerate(ratios):
                 num_kept = max(least, int(ratio * full.num_tokens))
+                if num_kept == full.num_tokens:
+                    continue  # nothing is cut
                 chosen = choose(cache, config, rule, num_kept, full.num_tokens)
                 layers = list(full.layers)
                 layers[layer] = gathered(cache, chosen)

@@ -37,7 +37,7 @@ from pyramid_vllm.quality.texts import read_part, windows
 #: Share of the tokens that a window chooses, when windows are compared.
 _SHARE = 0.2
 #: What a suggestion leaves every layer at least.
-_LEAST = 0.08
+_LEAST = 0.15
 _SEED = 0
 Prompt = tuple[Sequence[int], Sequence[int]]
 
@@ -73,7 +73,13 @@ class Found:
     @property
     def retention(self) -> float:
         """Mean share that the suggestion keeps."""
-        return self.settings.retention or self.policy.retention
+        return _retention(self.settings, self.policy)
+
+    @property
+    def rule(self) -> LengthRule:
+        """The policy's counts on this model."""
+        layers = self.model.num_hidden_layers
+        return LengthRule(self.policy, tier_layout(self.policy, layers))
 
     @property
     def shares(self) -> list[float]:
@@ -88,21 +94,34 @@ class Found:
     @property
     def suggested(self) -> PolicyConfig:
         """The policy with these shares."""
-        changes = {
-            "name": f"{self.policy.name}-suggested",
-            "budget": "retention",
-            "retention": self.retention,
-            "layer_weights": self.shares,
-        }
-        return validated(self.policy.model_dump() | changes, "suggested")
+        return _suggestion(self.policy, self.retention, self.shares)
 
     def compared(self) -> list[PolicyConfig]:
         """The suggestion, the policy as it is, and as it is for unknown models."""
         base = self.policy.model_copy(update={"retention": self.retention})
-        weights = profile_weights(self.model)
-        known = [fitted(base, weights)] if weights else []
+        known = fitted(base, profile_weights(self.model))
         flat = {"layer_weights": None, "name": f"{base.name}, no profile"}
-        return [self.suggested, *known, base.model_copy(update=flat)]
+        weighted = [known] if known.given_weights else []
+        return [self.suggested, *weighted, base.model_copy(update=flat)]
+
+
+def _retention(settings: AnalyzeSettings, policy: PolicyConfig) -> float:
+    return policy.retention if settings.retention is None else settings.retention
+
+
+def _suggestion(
+    policy: PolicyConfig, retention: float, weights: Sequence[float] | None
+) -> PolicyConfig:
+    changes = {
+        "name": f"{policy.name}-suggested",
+        "budget": "retention",
+        "retention": retention,
+        "layer_weights": weights,
+        # One tier has one count, whatever the weights.
+        "tiers": "auto" if policy.tiers == 1 else policy.tiers,
+        "capacity": None,
+    }
+    return validated(policy.model_dump() | changes, "suggested")
 
 
 def run_analysis(settings: AnalyzeSettings) -> None:
@@ -118,6 +137,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' chooses no tokens")
+    _suggestion(policy, _retention(settings, policy), None)  # fails early
     text, source = _text(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     parts: list[Prompt] = [
@@ -133,6 +153,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     needles = _needles(settings, tokenizer, text)
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
     found = Found(settings, config, policy)
+    found.rule.cache_lengths(settings.prompt_tokens)  # not every policy fits a model
     model, console = DenseModel(settings.model), Console()
     _measure(found, model, parts[::2], needles, console)
     _try_out(found, model, parts[1::2], console)
@@ -176,7 +197,7 @@ def _measure(
     for index, (prompt, target) in enumerate(
         track([*texts, *needles], description="each layer alone", console=console)
     ):
-        window = Continuation(model, prompt, target, num_queries=num_queries)
+        window = Continuation(model, prompt, target, [found.rule], num_queries)
         if index >= len(texts):
             # What the full cache does not find says nothing of what layers need.
             if window.is_certain:
@@ -230,7 +251,8 @@ def _write(found: Found, source: str, console: Console) -> None:
     identity = {name: getattr(found.model, name, None) for name in IDENTITY}
     _write_yaml(
         out / "policy.yaml",
-        found.suggested.model_dump(exclude_defaults=True, mode="json"),
+        # All of it: what a file leaves out comes from the preset ``pyramid``.
+        found.suggested.model_dump(mode="json"),
     )
     _write_yaml(
         out / "profile.yaml", {"model": identity, "layer_weights": found.shares}

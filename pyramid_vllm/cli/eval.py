@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
 from rich.console import Console
 
 from pyramid_vllm.cli import eval_options as options
+from pyramid_vllm.cli.failing import or_fail
 
 if TYPE_CHECKING:
     from pyramid_vllm.quality.evaluation import Outcome
@@ -45,10 +45,7 @@ def evaluate(
     """Compare policies with the full cache: losses, retrieval, GSM8K, memory."""
     given = dict(locals())
     del given["out"]
-    try:
-        run_eval(_settings(**given), out, Console())
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(error)
+    or_fail(lambda: run_eval(_settings(**given), out, Console()))
 
 
 def _settings(
@@ -99,12 +96,6 @@ def _retrieval_tasks(given: list[str]) -> tuple[str, ...]:
     return TASKS if "all" in given else _once(given, [])
 
 
-def _fail(error: Exception) -> NoReturn:
-    errors = Console(stderr=True)
-    errors.print(f"error: {error}", style="red", highlight=False, markup=False)
-    raise typer.Exit(2)
-
-
 def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
     """Evaluate, print the tables, write ``results.json`` and the pictures.
 
@@ -117,6 +108,7 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
 
     from pyramid_vllm.compat import check_vllm_version
     from pyramid_vllm.model_shape import ModelShape
+    from pyramid_vllm.policy import profile_weights
     from pyramid_vllm.quality.evaluation import Evaluation
     from pyramid_vllm.quality.plots import import_pyplot
     from pyramid_vllm.quality.report import summarize
@@ -124,10 +116,12 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
 
     check_vllm_version()
     import_pyplot()  # before hours of work, not after them
-    shape = ModelShape.of(AutoConfig.from_pretrained(settings.model))
-    sides = make_sides(settings, shape.num_layers)
+    config = AutoConfig.from_pretrained(settings.model)
+    num_layers = ModelShape.of(config).num_layers
+    weights = profile_weights(config.get_text_config())
+    sides = make_sides(settings, num_layers, weights)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    tasks = make_tasks(settings, tokenizer, _stop_ids(settings.model, tokenizer))
+    tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
     if settings.text is None:
         console.print("no text is given: only synthetic tasks and problem files run")
     outcomes = Evaluation(settings, sides, tasks, out, console).outcomes()
@@ -140,7 +134,7 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
     console.print(f"results are in {out}")
 
 
-def _stop_ids(model: str, tokenizer: Any) -> list[int]:
+def stop_ids(model: str, tokenizer: Any) -> list[int]:
     """Tokens that end an answer."""
     from transformers import GenerationConfig
 

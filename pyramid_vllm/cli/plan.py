@@ -12,6 +12,8 @@ from pyramid_vllm.policy import (
     LengthRule,
     MemoryModel,
     PolicyConfig,
+    fitted,
+    profile_weights,
     resolve_policy,
     tier_layout,
 )
@@ -94,7 +96,9 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
     policy = resolve_policy(request.kv_policy, request.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' has nothing to plan")
-    shape = ModelShape.of(AutoConfig.from_pretrained(request.model), request.dtype)
+    config = AutoConfig.from_pretrained(request.model)
+    shape = ModelShape.of(config, request.dtype)
+    policy = fitted(policy, profile_weights(config.get_text_config()))
     longest = request.max_model_len or shape.max_position
     if not request.output_tokens < longest:
         raise ValueError(

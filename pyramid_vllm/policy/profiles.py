@@ -57,8 +57,10 @@ def fitted(policy: PolicyConfig, weights: Weights | None) -> PolicyConfig:
 
     Args:
         policy: as it was asked for.
-        weights: from ``profile_weights``; None leaves ``shape`` and ``steepness``.
+        weights: from ``profile_weights``; None leaves ``shape`` and ``steepness``, as
+            do budgets that read no weights.
     """
     if policy.layer_weights != "auto":
         return policy
-    return policy.model_copy(update={"layer_weights": weights})
+    known = weights if policy.budget == "retention" else None
+    return policy.model_copy(update={"layer_weights": known})

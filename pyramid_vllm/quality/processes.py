@@ -28,13 +28,6 @@ def run_engine(
     Raises:
         RuntimeError: the process failed; the message ends with its last lines.
     """
-    environment = os.environ | {
-        # The child looks into its engine, which so has to be in its process.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Nothing is timed: on a busy machine, threads that spin take each other's turn.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
-    }
     num_results = 0
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
@@ -42,7 +35,7 @@ def run_engine(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment,
+            env=_environment(),
             text=True,
         )
         assert child.stdout is not None
@@ -65,6 +58,16 @@ def run_engine(
         if child.wait() != 0 or num_results != len(task.jobs):
             log.seek(0)
             raise RuntimeError(f"the engine failed:\n{log.read()[-4000:]}")
+
+
+def _environment() -> dict[str, str]:
+    defaults = {
+        # Nothing is timed: on a busy machine, threads that spin take each other's turn.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    }
+    # The child looks into its engine, which so has to be in its process.
+    return defaults | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def _send(child: "subprocess.Popen[str]", task: EngineTask) -> None:

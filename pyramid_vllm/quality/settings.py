@@ -9,8 +9,10 @@ from pyramid_vllm.policy import (
     LengthRule,
     PolicyConfig,
     RequestPolicies,
+    fitted,
     resolve_policy,
 )
+from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
 from pyramid_vllm.quality.gsm8k import read_problems
 from pyramid_vllm.quality.retrieval import TASKS, has_depth, make_samples
@@ -77,8 +79,15 @@ class Side:
         )
 
 
-def make_sides(settings: EvalSettings, num_layers: int) -> list[list[Side]]:
+def make_sides(
+    settings: EvalSettings, num_layers: int, weights: Weights | None = None
+) -> list[list[Side]]:
     """Sides by engine: the full cache, then each policy with its retentions.
+
+    Args:
+        settings: the options.
+        num_layers: the model's full-attention layers.
+        weights: its measured layer weights, if it has a profile.
 
     Raises:
         KVPolicyError: a policy or a retention of it is not valid.
@@ -89,10 +98,11 @@ def make_sides(settings: EvalSettings, num_layers: int) -> list[list[Side]]:
         config = resolve_policy(given)
         if config is None:
             continue  # the full cache, which always runs
+        config = fitted(config, weights)
         labels.append(config.name)
         count = labels.count(config.name)
         label = config.name if count == 1 else f"{config.name} ({count})"
-        policies = RequestPolicies(config, num_layers)
+        policies = RequestPolicies(config, num_layers, weights)
         engines.append(
             [
                 Side(label, config, retention, _rule(policies, retention))

@@ -111,7 +111,8 @@ class KVReport:
         )
         lines = [
             f"KV policy {config.name}: {self._retention()}, "
-            f"{layout.num_tiers} tiers of {_run(layout.sizes)} layers, "
+            f"{layout.num_tiers} tiers of {_run(layout.sizes)} layers by "
+            f"{'depth' if layout.order is None else 'weight'}, "
             f"scorer {config.scorer} per {config.selection}, evicts {peak}",
             f"KV policy {config.name}: of a prompt of {typical} tokens the tiers keep "
             f"{_run(kept)} tokens a layer",

@@ -19,8 +19,19 @@ class LayerCounts:
         tiers = num_layers if config.tiers == "layers" else config.tiers
         assert isinstance(tiers, int), "the oracle needs a number of tiers"
         size, longer = divmod(num_layers, tiers)
-        self.tier = [
-            tier for tier in range(tiers) for _ in range(size + (tier < longer))
+        by_rank = [tier for tier in range(tiers) for _ in range(size + (tier < longer))]
+        self.tier = [by_rank[rank] for rank in self._ranks()]
+
+    def _ranks(self) -> list[int]:
+        """Place of each layer among all, heaviest first; by depth without weights."""
+        weights = self.config.layer_weights
+        if weights is None or self.config.prune_from is not None:
+            return list(range(self.num_layers))
+        assert weights != "auto", "the oracle needs the model's weights"
+        pairs = list(enumerate(weights))
+        return [
+            sum(b > a or (b == a and j < i) for j, b in pairs)
+            for i, a in enumerate(weights)
         ]
 
     def recent(self, n: int) -> int:
@@ -59,24 +70,44 @@ class LayerCounts:
         if n < onset:
             floor = max(config.sinks + self.recent(n), config.min_context)
             return [min(n, floor)] * self.num_layers
-        spread = config.steepness * float(min(retention - ratio, 1 - retention))
-        slopes = [
-            round(
-                1e9
-                * (
-                    float(retention)
-                    + spread
-                    * (2 * self._fall(config.shape, (i + 0.5) / self.num_layers) - 1)
-                )
-            )
-            for i in range(self.num_layers)
-        ]
+        if config.layer_weights is None:
+            slopes = self._slopes_by_depth(float(retention), float(ratio))
+        else:
+            slopes = self._slopes_by_weight(retention, ratio)
         # The slope of a tier is rounded down once, in billionths.
         by_tier = self._by_tier(slopes)
         return [
             min(n, retention * onset + (n - onset) * Fraction(slope, 10**9))
             for slope in by_tier
         ]
+
+    def _slopes_by_depth(self, retention: float, ratio: float) -> list[int]:
+        config = self.config
+        spread = config.steepness * min(retention - ratio, 1 - retention)
+        falls = [
+            2 * self._fall(config.shape, (i + 0.5) / self.num_layers) - 1
+            for i in range(self.num_layers)
+        ]
+        return [round(1e9 * (retention + spread * fall)) for fall in falls]
+
+    def _slopes_by_weight(self, retention: Fraction, ratio: Fraction) -> list[int]:
+        """Weights times the one scale at which slopes, cut to ``ratio`` and 1, have
+        the mean ``retention``: the sum is a line between the scales that cut."""
+        weights = [Fraction(weight) for weight in self.config.layer_weights]
+        total = retention * self.num_layers
+
+        def slopes(scale: Fraction) -> list[Fraction]:
+            return [min(Fraction(1), max(ratio, scale * w)) for w in weights]
+
+        corners = sorted(
+            {Fraction(0), *(end / w for w in weights for end in (ratio, 1))}
+        )
+        high = next(corner for corner in corners if sum(slopes(corner)) >= total)
+        low = max((corner for corner in corners if corner < high), default=high)
+        below, above = sum(slopes(low)), sum(slopes(high))
+        share = (total - below) / (above - below) if above > below else 0
+        exact = slopes(low + share * (high - low))
+        return [round(10**9 * slope) for slope in exact]
 
     def _pyramidinfer(self, n: int) -> list[Any]:
         config = self.config

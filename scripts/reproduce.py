@@ -1,0 +1,176 @@
+"""Make the figures of docs/results.md and docs/results.json.
+
+Each step is a command that anybody can run by itself; all keep what is finished,
+so that a restart goes on where it stopped.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from goals import RETENTION, collect, eval_settings, load, side
+from results import write_results
+from rich.console import Console
+
+from pyramid_vllm.cli.model import make_model
+from pyramid_vllm.cli.provenance import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = 0
+#: The default as it is for a model without a profile.
+NO_PROFILE = '{"name": "pyramid-no-profile", "layer_weights": null}'
+PRESSES = ("snapkv", "pyramidkv", "streaming_llm")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command and where its results are."""
+
+    name: str
+    command: list[str]
+    result: Path
+
+
+def quality(
+    name: str, out: Path, text: Path, model: Path | None, options: list[str]
+) -> Step:
+    """Losses and needles of a model against the full cache."""
+    command = ["pyramid-vllm", "eval", "--text", str(text), *options]
+    command += ["--retrieval", "single_needle", "--samples", "1"]
+    command += ["--agreement-tokens", "32", "--seed", str(SEED)]
+    command += ["--kv-policy", "pyramid", "--kv-policy", NO_PROFILE]
+    if model is not None:
+        command += ["--model", str(model)]
+    folder = out / name
+    return Step(name, [*command, "--out", str(folder)], folder / "results.json")
+
+
+def bench(name: str, out: Path, options: list[str]) -> Step:
+    """Speed against stock vLLM."""
+    command = ["pyramid-vllm", "bench", "--seed", str(SEED), *options]
+    folder = out / name
+    return Step(name, [*command, "--out", str(folder)], folder / "results.json")
+
+
+def steps(out: Path, text: Path, second: Path | None) -> list[Step]:
+    """All steps but the peers, which need what the first one evaluates."""
+    lengths = ["--prompt-tokens", "2048", "--retrieval-tokens", "2048"]
+    lengths += ["--target-tokens", "128"]
+    small = [
+        *lengths,
+        "--windows",
+        "6",
+        "--depths",
+        "6",
+        "--kv-policy",
+        "pyramid-by-depth",
+    ]
+    for retention in (0.3, RETENTION, 0.6):
+        small += ["--retention", str(retention)]
+    found = [quality("quality", out, text, None, small)]
+    if second is not None:
+        options = [*lengths, "--windows", "3", "--depths", "4"]
+        options += ["--retention", str(RETENTION)]
+        found.append(quality("quality-second", out, text, second, options))
+    one = ["--num-prompts", "1", "--prompt-tokens", "2048", "--output-tokens", "128"]
+    found.append(bench("one-prompt", out, [*one, "--kv-memory", "2x"]))
+    batch = ["--num-prompts", "8", "--prompt-tokens", "1024", "--output-tokens", "256"]
+    for memory in ("2x", "4x", "12x"):
+        batch += ["--kv-memory", memory]
+    found.append(bench("batch", out, [*batch, "--repeats", "2"]))
+    return found
+
+
+def peers(out: Path, first: Step) -> Step:
+    """kvpress on the windows and needles of the first step, at the same share kept."""
+    from transformers import AutoTokenizer
+
+    from pyramid_vllm.cli.eval import stop_ids
+    from pyramid_vllm.quality.settings import make_tasks
+
+    found = load(first)
+    settings = eval_settings(found)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
+    by_kind = {task.kind: task for task in tasks}
+    ours = side(found)["continuation"]["summary"]["kept_share"]
+    task = {
+        "model": settings.model,
+        "presses": dict.fromkeys(PRESSES, round(ours, 4)),
+        "windows": [
+            {"prompt": request.prompt_ids, "target": request.forced}
+            for request in by_kind["continuation"].requests
+        ],
+        "samples": [
+            {"prompt": request.prompt_ids, "max_tokens": request.max_tokens}
+            for request in by_kind["retrieval"].requests
+        ],
+        "seed": SEED,
+    }
+    folder = out / "peers"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "input.json").write_text(json.dumps(task), encoding="utf-8")
+    venv = os.environ.get("PYRAMID_PEERS_VENV", ".venv-peers")
+    command = [str(ROOT / venv / "bin" / "python"), "scripts/peers/kvpress_eval.py"]
+    files = [str(folder / "input.json"), str(folder / "results.json")]
+    return Step("peers", [*command, *files], folder / "results.json")
+
+
+def run(step: Step, console: Console) -> None:
+    """Run a step's command.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    console.rule(step.name)
+    console.print(shlex.join(step.command), markup=False)
+    command = list(step.command)
+    if command[0] == "pyramid-vllm":
+        entry = "from pyramid_vllm.cli import app; app(prog_name='pyramid-vllm')"
+        command = [sys.executable, "-c", entry, *command[1:]]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise RuntimeError(f"step {step.name} failed")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def main(
+    text: Annotated[Path, typer.Option(help="Long prose, not tuned on.")],
+    second_model: Annotated[
+        Path | None, typer.Option(help="Folder of a model of another family.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Steps to run; the rest has to be there.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the steps.")] = Path("results"),
+    docs: Annotated[Path, typer.Option(help="Where the results go.")] = ROOT / "docs",
+) -> None:
+    """Run every step, then write results.json and results.md."""
+    console = Console()
+    out, text = out.resolve(), text.resolve()
+    make_model()
+    found = steps(out, text, second_model and second_model.resolve())
+    for step in found:
+        if not only or step.name in only:
+            run(step, console)
+    found.append(peers(out, found[0]))
+    if not only or "peers" in only:
+        run(found[-1], console)
+    origin = provenance(SEED) | {"commit": _commit(), "text": text.name}
+    done = {step.name: step for step in found if step.result.is_file()}
+    write_results(docs, collect(done), done, origin)
+    console.print(f"written: {docs / 'results.json'}, {docs / 'results.md'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
