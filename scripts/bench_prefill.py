@@ -34,7 +34,7 @@ def settings(num_layers: int, retentions: list[float]) -> dict[str, dict[str, An
     for retention in retentions:
         for layer in (0, num_layers // 3, num_layers // 2):
             policies[f"retention {retention:g} from {layer}"] = {
-                "kv_policy": "pyramid",
+                "kv_policy": "pyramid-by-depth",
                 "kv_policy_config": {"retention": retention, "prune_from": layer},
             }
     return policies

@@ -70,8 +70,8 @@ class PolicyConfig(BaseModel):
     layer_weights: tuple[PositiveFloat, ...] | Literal["auto"] | None = None
     """Share of each full-attention layer in what is kept, relative to the others',
     in place of ``shape`` and ``steepness``; tiers are then of layers with like
-    weights. ``auto``: the measured ones, if the model has a profile. Budget
-    ``retention`` only."""
+    weights. ``auto``: the measured ones, if the model has a profile and nothing is
+    pruned. Budget ``retention`` only."""
     prefill_decay_ratio: float | None = Field(default=None, ge=0, le=1)
     """What the last of the decays leaves; none: solved from ``retention``. Budget
     ``pyramidinfer`` only."""
