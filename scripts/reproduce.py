@@ -116,8 +116,7 @@ def peers(out: Path, first: Step) -> Step:
     folder = out / "peers"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "input.json").write_text(json.dumps(task), encoding="utf-8")
-    venv = os.environ.get("PYRAMID_PEERS_VENV", ".venv-peers")
-    command = [str(ROOT / venv / "bin" / "python"), "scripts/peers/kvpress_eval.py"]
+    command = [".venv-peers/bin/python", "scripts/peers/kvpress_eval.py"]
     files = [str(folder / "input.json"), str(folder / "results.json")]
     return Step("peers", [*command, *files], folder / "results.json")
 
@@ -134,7 +133,11 @@ def run(step: Step, console: Console) -> None:
     if command[0] == "pyramid-vllm":
         entry = "from pyramid_vllm.cli import app; app(prog_name='pyramid-vllm')"
         command = [sys.executable, "-c", entry, *command[1:]]
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+    else:
+        venv = os.environ.get("PYRAMID_PEERS_VENV", ".venv-peers")
+        python = ROOT / venv / "bin" / "python"
+        command = [str(python), str(ROOT / command[1]), *command[2:]]
+    if subprocess.run(command, check=False).returncode:
         raise RuntimeError(f"step {step.name} failed")
 
 
@@ -157,9 +160,8 @@ def main(
 ) -> None:
     """Run every step, then write results.json and results.md."""
     console = Console()
-    out, text = out.resolve(), text.resolve()
     make_model()
-    found = steps(out, text, second_model and second_model.resolve())
+    found = steps(out, text, second_model)
     for step in found:
         if not only or step.name in only:
             run(step, console)

@@ -25,7 +25,7 @@ from tests.oracle import Oracle
 NUM_LAYERS = 6
 FAMILIES = ("llama", "qwen2", "qwen3")
 NUM_PROMPT, NUM_TARGET = 260, 24
-#: Small enough for the prompt; ``pooling`` and the like as in the presets.
+#: Small enough for the prompt to lose tokens in every layer.
 SMALL = {"retention": 0.4, "tiers": 3, "sinks": 4, "recent": 16, "min_context": 24}
 POLICIES: dict[str, dict[str, Any]] = {
     "layer": {"steepness": 0.8},

@@ -135,11 +135,27 @@ def test_shares_are_in_proportion_until_a_layer_keeps_all() -> None:
     assert by_layer(rule, 1010) == [203, 403]
 
 
+def test_what_a_user_asks_for_goes_before_a_profile() -> None:
+    """A shape replaces the preset's weights; where prompts are pruned, tiers have to
+    follow depth."""
+    for change in ({"steepness": 0.5}, {"shape": "linear"}):
+        policy = resolve_policy("pyramid", change)
+        assert policy is not None
+        assert fitted(policy, (1.0, 2.0)).given_weights is None
+    both = resolve_policy("pyramid", {"steepness": 0.5, "layer_weights": [1, 2]})
+    assert both is not None
+    assert both.given_weights == (1.0, 2.0)
+    pruned = resolve_policy("pyramid", {"prune_from": 0})
+    assert pruned is not None
+    assert fitted(pruned, (1.0, 2.0)).layer_weights is None
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"layer_weights": [1, 0, 1]}, ["'layer_weights'", "greater than 0"]),
         ({"layer_weights": [1, -2]}, ["'layer_weights'", "greater than 0"]),
+        ({"layer_weights": [1, float("inf")]}, ["'layer_weights'", "finite"]),
         ({"layer_weights": "some"}, ["'layer_weights' is 'some'", "'auto'"]),
         (
             {"layer_weights": [1, 2], "budget": "arithmetic"},

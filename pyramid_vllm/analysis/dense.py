@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from pyramid_vllm.kernels import select_tokens
+from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries
 from pyramid_vllm.worker.scorers import SCORERS, ScoreInputs
 
@@ -197,11 +198,20 @@ class DenseModel:
 
     Args:
         folder: the model's folder or name.
+
+    Raises:
+        ValueError: some of its layers have no full attention.
     """
 
     def __init__(self, folder: str) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM
+        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        if num_full_attention_layers(config) != config.num_hidden_layers:
+            raise ValueError(
+                f"model is '{folder}': valid are models whose layers all have full "
+                "attention"
+            )
         AttentionInterface.register(_ATTENTION, _attend)
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=_ATTENTION

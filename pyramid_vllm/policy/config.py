@@ -1,14 +1,13 @@
 """The frozen, validated settings of a KV policy."""
 
 from enum import Enum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -46,6 +45,7 @@ ALIASES = {
 }
 
 Decay = Literal["cosine", "linear"]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PolicyConfig(BaseModel):
@@ -67,7 +67,7 @@ class PolicyConfig(BaseModel):
     steepness: float = Field(default=0.5, ge=0, le=1)
     """0 keeps equally much in every layer; 1 is the steepest fall that still meets
     ``retention``. Budget ``retention`` only."""
-    layer_weights: tuple[PositiveFloat, ...] | Literal["auto"] | None = None
+    layer_weights: tuple[Weight, ...] | Literal["auto"] | None = None
     """Share of each full-attention layer in what is kept, relative to the others',
     in place of ``shape`` and ``steepness``; tiers are then of layers with like
     weights. ``auto``: the measured ones, if the model has a profile and nothing is

@@ -109,6 +109,9 @@ def _over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     if "retention" in changes and "prefill_decay_ratio" not in changes:
         # A retention asked for is met: it replaces the decay that the base gives.
         settings.pop("prefill_decay_ratio", None)
+    if changes.keys() & {"shape", "steepness"} and "layer_weights" not in changes:
+        # Weights would hide the shape asked for.
+        settings.pop("layer_weights", None)
     return settings
 
 

@@ -58,9 +58,9 @@ def fitted(policy: PolicyConfig, weights: Weights | None) -> PolicyConfig:
     Args:
         policy: as it was asked for.
         weights: from ``profile_weights``; None leaves ``shape`` and ``steepness``, as
-            do budgets that read no weights.
+            do budgets that read no weights, and pruning, whose tiers follow depth.
     """
     if policy.layer_weights != "auto":
         return policy
-    known = weights if policy.budget == "retention" else None
-    return policy.model_copy(update={"layer_weights": known})
+    reads = policy.budget == "retention" and policy.prune_from is None
+    return policy.model_copy(update={"layer_weights": weights if reads else None})
