@@ -16,7 +16,7 @@ from pyramid_vllm.analysis.dense import DenseModel
 from pyramid_vllm.analysis.hypotheses import Continuation, crucial_overlap
 from pyramid_vllm.analysis.plots import plot_costs, plot_overlaps
 from pyramid_vllm.analysis.settings import WINDOW, AnalyzeSettings
-from pyramid_vllm.analysis.suggest import layer_shares
+from pyramid_vllm.analysis.suggest import layer_shares, not_rising
 from pyramid_vllm.analysis.tables import layer_table, trial_table
 from pyramid_vllm.bench.plots import check_plots
 from pyramid_vllm.cli.provenance import provenance
@@ -83,13 +83,16 @@ class Found:
 
     @property
     def shares(self) -> list[float]:
-        """What each layer should keep, as a share of its context."""
+        """What each layer should keep, as a share of its context: layers of a tier
+        keep equally much."""
         falling = self.settings.falling or self.policy.prune_from is not None
-        divergence = self.costs[..., 1]
-        shares = layer_shares(
-            self.settings.ratios, divergence, self.retention, _LEAST, falling
-        )
-        return [round(share, 4) for share in shares]
+        asked = (self.settings.ratios, self.costs[..., 1], self.retention, _LEAST)
+        shares = layer_shares(*asked)
+        if falling:
+            return [round(share, 4) for share in not_rising(shares)]
+        apart = _suggestion(self.policy, self.retention, shares)
+        tiers = tier_layout(apart, len(shares)).layers
+        return [round(share, 4) for share in layer_shares(*asked, tiers)]
 
     @property
     def suggested(self) -> PolicyConfig:

@@ -41,9 +41,10 @@ def layer_shares(
     costs: np.ndarray,
     retention: float,
     least: float,
-    falling: bool = False,
+    tiers: Sequence[Sequence[int]] | None = None,
 ) -> list[float]:
-    """Shares of mean ``retention`` that cost the least, if layers' costs add up.
+    """Shares of mean ``retention``, or just below, that cost the least, if layers' costs
+    add up.
 
     Shares grow step by step where a step saves most, which is optimal for convex
     costs.
@@ -53,20 +54,29 @@ def layer_shares(
         costs: ``[num_ratios, num_layers]``, what it costs to keep that much there.
         retention: mean share kept.
         least: what every layer keeps.
-        falling: whether deeper layers may not keep more.
+        tiers: layers that keep equally much; none: each its own share.
     """
+    num_layers = costs.shape[1]
+    tiers = tiers or [(layer,) for layer in range(num_layers)]
+    sizes = np.array([len(tier) for tier in tiers])
     curves = np.stack([convex(ratios, layer) for layer in costs.T])
-    gains = -np.diff(curves, axis=1)
-    taken = np.full(len(curves), round(least / _STEP))
-    while taken.mean() * _STEP < retention:
+    gains = np.stack([-np.diff(curves[list(tier)].mean(axis=0)) for tier in tiers])
+    taken = np.full(len(tiers), round(least / _STEP))
+    left = round(retention / _STEP * num_layers) - int(taken @ sizes)
+    while True:
+        fits = (sizes <= left) & (taken < gains.shape[1])
+        if not fits.any():
+            break
         steps = np.minimum(taken, gains.shape[1] - 1)
-        gain = gains[np.arange(len(curves)), steps]
-        gain = np.where(taken < gains.shape[1], gain, -np.inf)
-        # Of equal gains the least that is kept comes first, then the first layer.
+        gain = np.where(fits, gains[np.arange(len(tiers)), steps], -np.inf)
+        # Of equal gains the least that is kept comes first, then the first tier.
         best = np.lexsort((taken, -gain))[0]
         taken[best] += 1
-    shares = [float(share) for share in taken * _STEP]
-    return not_rising(shares) if falling else shares
+        left -= int(sizes[best])
+    shares = np.zeros(num_layers)
+    for tier, count in zip(tiers, taken, strict=True):
+        shares[list(tier)] = count * _STEP
+    return [float(share) for share in shares]
 
 
 def not_rising(values: Sequence[float]) -> list[float]:

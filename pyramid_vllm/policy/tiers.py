@@ -7,6 +7,8 @@ from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
 
 _AUTO_TIERS = range(4, 9)
+#: Layers of like need lie apart: more tiers tell them apart better, but cost time.
+_AUTO_TIERS_BY_WEIGHT = range(6, 3, -1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def tier_layout(config: PolicyConfig, num_layers: int) -> TierLayout:
     if config.tiers == "layers":
         return TierLayout(num_layers, num_layers, order)
     if config.tiers == "auto":
-        return TierLayout(num_layers, _auto_tiers(num_layers), order)
+        tried = _AUTO_TIERS if order is None else _AUTO_TIERS_BY_WEIGHT
+        return TierLayout(num_layers, _auto_tiers(num_layers, tried), order)
     if config.tiers > num_layers:
         raise KVPolicyError(
             f"KV policy '{config.name}': setting 'tiers' is {config.tiers}: valid is "
@@ -116,11 +119,9 @@ def _order(config: PolicyConfig, num_layers: int) -> tuple[int, ...] | None:
     return tuple(sorted(range(num_layers), key=lambda layer: -weights[layer]))
 
 
-def _auto_tiers(num_layers: int) -> int:
-    """The fewest of 4 to 8 tiers among those that waste the least memory."""
-    layouts = [
-        TierLayout(num_layers, tiers) for tiers in _AUTO_TIERS if tiers <= num_layers
-    ]
+def _auto_tiers(num_layers: int, tried: range) -> int:
+    """The first number of tiers among those that waste the least memory."""
+    layouts = [TierLayout(num_layers, tiers) for tiers in tried if tiers <= num_layers]
     if not layouts:
         return num_layers
     return min(layouts, key=lambda layout: layout.num_padding_layers).num_tiers

@@ -67,15 +67,14 @@ class LayerCounts:
             math.ceil(Fraction(config.sinks + config.recent) / (retention - ratio)),
             math.ceil(config.min_context / retention),
         )
-        if n < onset:
-            floor = max(config.sinks + self.recent(n), config.min_context)
-            return [min(n, floor)] * self.num_layers
-        if config.layer_weights is None:
-            slopes = self._slopes_by_depth(float(retention), float(ratio))
-        else:
-            slopes = self._slopes_by_weight(retention, ratio)
+        floor = min(n, max(config.sinks + self.recent(n), config.min_context))
         # The slope of a tier is rounded down once, in billionths.
-        by_tier = self._by_tier(slopes)
+        if config.layer_weights is not None:
+            by_tier = self._by_tier(self._slopes_by_weight(retention, ratio))
+            return [max(floor, n * Fraction(slope, 10**9)) for slope in by_tier]
+        if n < onset:
+            return [floor] * self.num_layers
+        by_tier = self._by_tier(self._slopes_by_depth(float(retention), float(ratio)))
         return [
             min(n, retention * onset + (n - onset) * Fraction(slope, 10**9))
             for slope in by_tier

@@ -23,6 +23,10 @@ class RetentionBudget(Budget):
     Up to the length ``onset`` every tier keeps the floor: the sinks and the recent
     window, or ``min_context``. Past it a tier grows by a constant fraction of a token
     for each token of the prompt, a smaller one in later tiers.
+
+    With ``layer_weights`` a tier keeps its fraction of the whole prompt, or the floor:
+    a layer that needs every token then has it. Where a floor is the larger, the mean is
+    above ``retention``.
     """
 
     @cached_property
@@ -94,6 +98,11 @@ class RetentionBudget(Budget):
 
     def cache_lengths(self, num_tokens: int) -> tuple[int, ...]:
         """See ``Budget``."""
+        if self.config.given_weights is not None:
+            floor = self.floor(num_tokens)
+            return tuple(
+                max(floor, num_tokens * growth // UNIT) for growth in self.growth
+            )
         past = num_tokens - self.onset
         if past < 0:
             return (self.floor(num_tokens),) * self.layout.num_tiers
