@@ -43,8 +43,7 @@ def layer_shares(
     least: float,
     tiers: Sequence[Sequence[int]] | None = None,
 ) -> list[float]:
-    """Shares of mean ``retention``, or just below, that cost the least, if layers' costs
-    add up.
+    """Shares of mean ``retention``, or just below, that cost least if costs add up.
 
     Shares grow step by step where a step saves most, which is optimal for convex
     costs.
