@@ -81,7 +81,7 @@ def steps(out: Path, text: Path, second: Path | None) -> list[Step]:
     one = ["--num-prompts", "1", "--prompt-tokens", "2048", "--output-tokens", "128"]
     found.append(bench("one-prompt", out, [*one, "--kv-memory", "2x"]))
     batch = ["--num-prompts", "8", "--prompt-tokens", "1024", "--output-tokens", "256"]
-    for memory in ("2x", "4x", "12x"):
+    for memory in ("4x", "12x"):
         batch += ["--kv-memory", memory]
     found.append(bench("batch", out, [*batch, "--repeats", "2"]))
     return found

@@ -98,7 +98,8 @@ class PolicyConfig(BaseModel):
     distance_weight: float = Field(default=1.2, ge=1)
     """Weight of the newest query in the scores; the oldest in the window has 1."""
     queries: PositiveInt | None = None
-    """Newest tokens whose queries score; none: those of the recent window."""
+    """Newest tokens whose queries score; none: those of the recent window, as at most
+    where prompts are pruned or evicted chunk by chunk."""
     pooling: Literal["none", "avg", "max"] = "none"
     """How neighbours before the recent window share their scores."""
     pool_kernel: PositiveInt = 5

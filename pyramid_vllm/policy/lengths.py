@@ -35,7 +35,12 @@ class LengthRule:
         """Newest of ``num_tokens`` prompt tokens whose queries score."""
         if not self.config.needs_queries:
             return 0
-        return min(num_tokens, self.config.queries or self.num_recent(num_tokens))
+        recent = self.num_recent(num_tokens)
+        queries = self.config.queries or recent
+        if self.config.prune_from is not None or self.config.evict == "chunk":
+            # Older tokens may have no row any more, or no key.
+            queries = min(queries, recent)
+        return min(num_tokens, queries)
 
     def cache_lengths(self, num_tokens: int) -> Counts:
         """Tokens of a prompt of ``num_tokens`` tokens that each tier keeps."""

@@ -186,6 +186,8 @@ class _Run:
             columns = layer.attention(len(layer.query)).sum(1)
             return [columns.view(heads, groups, -1).mean(1)]
         newest = min(config.queries or recent, after)
+        if config.prune_from is not None or config.evict == "chunk":
+            newest = min(newest, recent)  # of older ones rows or keys may be gone
         attention = layer.attention(newest)
         if config.scorer == "votes":
             # A query votes for keys with more than the average of what it sees.
