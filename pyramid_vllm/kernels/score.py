@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-#: Attention probabilities that are held at once, in elements: 8 MiB of float32.
-_MAX_ELEMENTS = 1 << 21
+#: Attention probabilities that are held at once, in elements: 2 MiB of float32 stay in
+#: a core's cache.
+_MAX_ELEMENTS = 1 << 19
 
 
 def _attention(
