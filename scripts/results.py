@@ -145,7 +145,23 @@ def _bench(name: str, results: Results) -> str:
                 ]
             )
     header = ["KV memory", "figure", "stock vLLM", DEFAULT, "ratio"]
-    return f"## Speed: {name}\n\n{table(header, rows)}"
+    return f"## Speed: {name}\n\n{table(header, rows)}{_ceiling(results)}"
+
+
+def _ceiling(results: Results) -> str:
+    """What memory without end would gain, where both kinds of points are there."""
+    speeds: dict[bool, float] = {}
+    for point in results["points"]:
+        speed = point["sides"]["none"]["total_tokens_per_s"]["median"]
+        binds = point["memory_binds"]
+        speeds[binds] = max(speed, speeds.get(binds, 0.0))
+    if len(speeds) < 2:
+        return ""
+    return (
+        "\nStock vLLM itself, with memory that does not bind, is "
+        f"{speeds[False] / speeds[True]:.2f} times as fast as with memory that does: "
+        "on this machine more sequences at once can gain no more than that.\n"
+    )
 
 
 def _binds(point: Results) -> str:
