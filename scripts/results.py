@@ -11,6 +11,7 @@ _INTRODUCTION = """# Results
 
 Made by `scripts/reproduce`; `docs/results.json` holds the same figures. Intervals are
 95% bootstrap intervals over windows or needles, and ranges over repeats for speeds.
+Finished steps are kept from run to run: the commit is that of the last run.
 """
 
 
