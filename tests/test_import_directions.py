@@ -16,6 +16,7 @@ FORBIDDEN = {
     "scheduler": ("torch", "pyramid_vllm.worker", "pyramid_vllm.attention"),
     "worker": ("pyramid_vllm.scheduler",),
     "attention": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
+    "analysis": ("vllm", "pyramid_vllm.scheduler", "pyramid_vllm.attention"),
     "spec.py": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
 }
 
