@@ -127,7 +127,7 @@ def test_a_streamed_completion_says_the_same(client: OpenAI) -> None:
 
 def test_the_start_up_log_says_what_the_policy_means(server: Server) -> None:
     (tiers,) = server.lines("KV policy pyramid: retention")
-    assert "5 tiers of 6 layers" in tiers
+    assert "6 tiers of 5 layers by weight" in tiers
     (kept,) = server.lines("of a prompt of 512 tokens")
     assert "tokens a layer" in kept
     (memory,) = server.lines("KV bytes for such a request")
@@ -179,7 +179,9 @@ def test_hits_are_in_vllms_own_metrics(client: OpenAI, server: Server) -> None:
     first = client.chat.completions.create(**request)  # type: ignore[call-overload]
     before = hits()
     again = client.chat.completions.create(**request)  # type: ignore[call-overload]
-    assert hits() >= before + 256
+    # All but the newest 256 tokens, whose queries score, and a part of a page.
+    assert first.usage is not None
+    assert hits() - before >= first.usage.prompt_tokens - 256 - 32 > 0
     assert again.choices[0].message.content == first.choices[0].message.content
 
 
