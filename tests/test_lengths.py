@@ -280,3 +280,15 @@ def test_memory_counts_whole_pages_of_every_tier() -> None:
     assert memory.request_bytes(200, 10) == pages * 2 * 100
     assert memory.stock_request_bytes(210) == 14 * 4 * 100
     assert memory.concurrency(100_000, 200, 10) > memory.stock_concurrency(100_000, 210)
+
+
+def test_queries_are_a_share_of_the_prompt() -> None:
+    """Never fewer than the recent window has, nor more than the setting says."""
+    settings = {"recent": 64, "queries": 256, "query_ratio": 0.125}
+    config = PolicyConfig(name="x", **settings)
+    rule = LengthRule(config, tier_layout(config, 4))
+    lengths = (10, 64, 400, 1000, 1024, 2048, 9000)
+    assert [rule.num_queries(n) for n in lengths] == [10, 64, 64, 125, 128, 256, 256]
+    pruned = config.model_copy(update={"prune_from": 0})
+    rule = LengthRule(pruned, tier_layout(pruned, 4))
+    assert [rule.num_queries(n) for n in lengths] == [10, 64, 64, 64, 64, 64, 64]

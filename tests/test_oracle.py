@@ -31,7 +31,13 @@ FAMILIES = {"llama": 6, "qwen2": 5, "qwen3": 8}
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "pyramid": (
         "pyramid",
-        {"tiers": 3, "recent": 24, "queries": 40, "min_context": 40},
+        {
+            "tiers": 3,
+            "recent": 24,
+            "queries": 40,
+            "query_ratio": 0.2,
+            "min_context": 40,
+        },
     ),
     "pyramid-by-depth": (
         "pyramid-by-depth",

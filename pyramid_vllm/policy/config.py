@@ -100,6 +100,9 @@ class PolicyConfig(BaseModel):
     queries: PositiveInt | None = None
     """Newest tokens whose queries score; none: those of the recent window, as at most
     where prompts are pruned or evicted chunk by chunk."""
+    query_ratio: float = Field(default=1.0, gt=0, le=1)
+    """Most queries that score, as a share of the prompt, for scoring takes time; those
+    of the recent window always do."""
     pooling: Literal["none", "avg", "max"] = "none"
     """How neighbours before the recent window share their scores."""
     pool_kernel: PositiveInt = 5

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pyramid_vllm.policy.budgets import Budget, make_budget
+from pyramid_vllm.policy.budgets.base import UNIT, as_units
 from pyramid_vllm.policy.budgets.pyramidinfer import decay
 from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.tiers import TierLayout
@@ -36,7 +37,8 @@ class LengthRule:
         if not self.config.needs_queries:
             return 0
         recent = self.num_recent(num_tokens)
-        queries = self.config.queries or recent
+        most = as_units(self.config.query_ratio) * num_tokens // UNIT
+        queries = min(self.config.queries or recent, max(recent, most))
         if self.config.prune_from is not None or self.config.evict == "chunk":
             # Older tokens may have no row any more, or no key.
             queries = min(queries, recent)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -185,7 +186,8 @@ class _Run:
         if config.scorer == "accumulated":
             columns = layer.attention(len(layer.query)).sum(1)
             return [columns.view(heads, groups, -1).mean(1)]
-        newest = min(config.queries or recent, after)
+        share = int(Fraction(str(config.query_ratio)) * after)
+        newest = min(config.queries or recent, max(recent, share), after)
         if config.prune_from is not None or config.evict == "chunk":
             newest = min(newest, recent)  # of older ones rows or keys may be gone
         attention = layer.attention(newest)
