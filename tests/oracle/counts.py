@@ -68,10 +68,19 @@ class LayerCounts:
             math.ceil(config.min_context / retention),
         )
         floor = min(n, max(config.sinks + self.recent(n), config.min_context))
-        # The slope of a tier is rounded down once, in billionths.
         if config.layer_weights is not None:
-            by_tier = self._by_tier(self._slopes_by_weight(retention, ratio))
-            return [max(floor, n * Fraction(slope, 10**9)) for slope in by_tier]
+            exact = self._slopes_by_weight(retention, ratio)
+            means = [
+                Fraction(
+                    sum(s for s, t in zip(exact, self.tier, strict=True) if t == tier)
+                )
+                / self.tier.count(tier)
+                for tier in self.tier
+            ]
+            # Rounded up, in billionths.
+            slopes = [Fraction(math.ceil(mean * 10**9), 10**9) for mean in means]
+            return [max(floor, n * slope) for slope in slopes]
+        # The slope of a tier is rounded down once, in billionths.
         if n < onset:
             return [floor] * self.num_layers
         by_tier = self._by_tier(self._slopes_by_depth(float(retention), float(ratio)))
@@ -89,7 +98,7 @@ class LayerCounts:
         ]
         return [round(1e9 * (retention + spread * fall)) for fall in falls]
 
-    def _slopes_by_weight(self, retention: Fraction, ratio: Fraction) -> list[int]:
+    def _slopes_by_weight(self, retention: Fraction, ratio: Fraction) -> list[Fraction]:
         """Weights times the one scale at which slopes, cut to ``ratio`` and 1, have
         the mean ``retention``: the sum is a line between the scales that cut."""
         weights = [Fraction(weight) for weight in self.config.layer_weights]
@@ -105,8 +114,7 @@ class LayerCounts:
         low = max((corner for corner in corners if corner < high), default=high)
         below, above = sum(slopes(low)), sum(slopes(high))
         share = (total - below) / (above - below) if above > below else 0
-        exact = slopes(low + share * (high - low))
-        return [round(10**9 * slope) for slope in exact]
+        return slopes(low + share * (high - low))
 
     def _pyramidinfer(self, n: int) -> list[Any]:
         config = self.config

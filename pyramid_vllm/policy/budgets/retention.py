@@ -36,8 +36,14 @@ class RetentionBudget(Budget):
         retention = as_units(config.retention)
         floor_growth = as_units(config.recent_ratio)
         if config.given_weights is not None:
-            layers = map(as_units, self._weighted(config.given_weights))
-            return self._not_rising(self.by_tier(list(layers)))
+            layers = self._weighted(config.given_weights)
+            means = [
+                sum(layers[layer] for layer in tier) / len(tier)
+                for tier in self.layout.layers
+            ]
+            # Rounded up, so that the mean is never short by a token and a fraction.
+            growth = tuple(min(UNIT, math.ceil(mean * UNIT)) for mean in means)
+            return self._not_rising(growth)
         # No layer grows faster than the prompt, or slower than its recent window.
         spread = config.steepness * min(retention - floor_growth, UNIT - retention)
         return self.by_tier(
@@ -59,7 +65,7 @@ class RetentionBudget(Budget):
                 high = scale
             else:
                 low = scale
-        return layers
+        return [min(1.0, max(config.recent_ratio, high * w)) for w in weights]
 
     def _not_rising(self, growth: tuple[int, ...]) -> tuple[int, ...]:
         """The same, where pruning allows it: pruned rows are gone for deeper tiers.
