@@ -34,8 +34,9 @@ from soak_load import (
     send_all,
     sustained_rate,
 )
-from soak_server import BLOCK_SIZE, Settings, serve
+from soak_server import BLOCK_SIZE, Settings
 
+from pyramid_vllm.bench.server import serve
 from pyramid_vllm.cli.model import make_model
 from pyramid_vllm.cli.provenance import provenance
 from pyramid_vllm.cli.sizes import format_bytes
