@@ -61,10 +61,15 @@ def _refuse(setting: str, value: object, valid: str) -> KVPolicyError:
 
 def _check_device(vllm_config: VllmConfig) -> None:
     device = vllm_config.device_config.device_type
-    if device != "cpu":
-        raise _refuse("device", device, "valid is 'cpu'")
-    if vllm_config.use_v2_model_runner:
-        raise _refuse("VLLM_USE_V2_MODEL_RUNNER", 1, "valid is 0, vLLM's V1 runner")
+    if device not in ("cpu", "cuda"):
+        raise _refuse("device", device, "valid are 'cpu' and 'cuda'")
+    if device == "cuda" and not vllm_config.use_v2_model_runner:
+        raise _refuse(
+            "vLLM's V1 model runner on device",
+            device,
+            "valid is the V2 runner: leave VLLM_USE_V2_MODEL_RUNNER unset, and see "
+            "vLLM's log for what this model or set-up has that the V2 runner has not",
+        )
 
 
 def _check_parallel(vllm_config: VllmConfig) -> None:
@@ -88,6 +93,10 @@ def _check_speculation(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     if vllm_config.speculative_config is None:
         return
     method = vllm_config.speculative_config.method
+    if vllm_config.use_v2_model_runner:
+        raise _refuse(
+            "speculative_config with vLLM's V2 model runner", method, "valid is none"
+        )
     if method != "ngram":
         raise _refuse("speculative_config", method, "valid are 'ngram' and none")
     if policy.generation:
@@ -111,12 +120,20 @@ def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
         raise _refuse("prefix_match_unit", unit, valid)
     if cache.kv_sharing_fast_prefill:
         raise _refuse("kv_sharing_fast_prefill", True, "valid is False")
-    if cache.cache_dtype.startswith(("fp8", "int", "nvfp4", "turbo", "ultra")):
-        raise _refuse("kv_cache_dtype", cache.cache_dtype, "valid is 'auto'")
+    _check_cache_dtype(cache.cache_dtype, vllm_config.use_v2_model_runner)
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise _refuse("disable_hybrid_kv_cache_manager", True, "valid is False")
     if vllm_config.attention_config.hisparse_config is not None:
         raise _refuse("hisparse_config", "set", "valid is none")
+
+
+def _check_cache_dtype(cache_dtype: str, is_v2: bool) -> None:
+    plain = ("auto", "float16", "bfloat16", "float32")
+    # Of one factor a layer: bytes are moved, scores are of the floats they stand for.
+    quantized = ("fp8", "fp8_e4m3", "fp8_e5m2") if is_v2 else ()
+    if cache_dtype not in (*plain, *quantized):
+        valid = ", ".join(repr(name) for name in (*plain, *quantized))
+        raise _refuse("kv_cache_dtype", cache_dtype, f"valid are {valid}")
 
 
 def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:

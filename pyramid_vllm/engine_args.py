@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER_CLS = "pyramid_vllm.scheduler.PyramidScheduler"
-WORKER_CLS = "pyramid_vllm.worker.PyramidCPUWorker"
+#: By vLLM's device; another one is refused by ``check_engine``.
+WORKER_CLS = {
+    "cpu": "pyramid_vllm.worker.PyramidCPUWorker",
+    "cuda": "pyramid_vllm.worker.PyramidGPUWorker",
+}
 _INSTALLED = "_pyramid_vllm_installed"
 
 
@@ -139,7 +143,7 @@ def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         check_vllm_version()
         _choose_class(self, "scheduler_cls", SCHEDULER_CLS, unset=(None,))
-        _choose_class(self, "worker_cls", WORKER_CLS, unset=("auto",))
+        _choose_class(self, "worker_cls", _worker_cls(), unset=("auto",))
         _switch_prefix_caching_off(self, policy)
         # Resolved here: a file's path may mean nothing on another node.
         self.additional_config = {
@@ -152,6 +156,18 @@ def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_engine_config
+
+
+def _worker_cls() -> str:
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    if device not in WORKER_CLS:
+        valid = ", ".join(repr(name) for name in WORKER_CLS)
+        raise KVPolicyError(
+            f"kv_policy does not support device={device!r}: valid are {valid}"
+        )
+    return WORKER_CLS[device]
 
 
 def _choose_class(

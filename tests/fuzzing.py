@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, GroupWindow, PromptWindow, StepPlan
 from pyramid_vllm.scheduler import PyramidScheduler
-from pyramid_vllm.worker.rows import truncate_rows
+from pyramid_vllm.worker.v1 import V1Runner
 
 Tokens = npt.NDArray[np.int64]
 _MAX_REQS = 64
@@ -87,7 +87,7 @@ class PageWorker:
                 self._compress(group, group_id, tier)
         for req_id in plan.cache_lengths:
             self.requests[req_id].evicted = True
-        truncate_rows(self, self._tier_of_group, plan)
+        V1Runner(self).truncate(self._tier_of_group, plan)
         for req_id, row in self.input_batch.req_id_to_index.items():
             for group_id, ids in enumerate(self.requests[req_id].block_ids):
                 table = self.input_batch.block_table[group_id]

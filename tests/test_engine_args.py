@@ -49,7 +49,7 @@ def config_only(tmp_path_factory: pytest.TempPathFactory) -> str:
         {
             "additional_config": {"kv_policy": "pyramid"},
             "scheduler_cls": SCHEDULER_CLS,
-            "worker_cls": WORKER_CLS,
+            "worker_cls": WORKER_CLS["cpu"],
         },
     ],
 )
@@ -58,7 +58,7 @@ def test_every_way_in_chooses_our_classes(
 ) -> None:
     config = engine_config(config_only, **settings)
     assert config.scheduler_config.scheduler_cls == SCHEDULER_CLS
-    assert config.parallel_config.worker_cls == WORKER_CLS
+    assert config.parallel_config.worker_cls == WORKER_CLS["cpu"]
     assert config.additional_config["kv_policy"]["name"] == "pyramid"
     assert config.cache_config.enable_prefix_caching is True
 

@@ -28,7 +28,11 @@ WriteKV = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Non
 
 
 def check_layout(
-    name: str, like: torch.Tensor, layout: KVLayout, write: WriteKV
+    name: str,
+    like: torch.Tensor,
+    layout: KVLayout,
+    write: WriteKV,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write known tokens through the backend's own operator and read them back.
 
@@ -37,24 +41,45 @@ def check_layout(
         like: a layer's cache; the check runs on a small one of its kind.
         layout: the views under test.
         write: the backend's operator, given the cache, keys, values and slots.
+        dtype: of keys and values where the cache quantizes them, without a factor.
 
     Raises:
         KVPolicyError: the tokens do not lie where the views say.
     """
     num_blocks = 3
-    cache = torch.zeros(num_blocks, *like.shape[1:], dtype=like.dtype)
+    cache = _small_cache(like, num_blocks)
     _, num_kv_heads, block_size, width = cache.shape
     generator = torch.Generator().manual_seed(0)
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:-3]
     shape = (2, len(slots), num_kv_heads, width // 2)
-    key, value = torch.randn(shape, generator=generator).to(like.dtype)
+    # Whole numbers that even eight-bit floats hold exactly.
+    numbers = torch.randint(-8, 9, shape, generator=generator)
+    key, value = numbers.to(like.device, dtype or like.dtype)
+    slots = slots.to(like.device)
     write(cache, key, value, slots)
     views, block, offset = layout(cache), slots // block_size, slots % block_size
     if not (
-        torch.equal(views.key[block, :, offset], key)
-        and torch.equal(views.value[block, :, offset], value)
+        torch.equal(views.key[block, :, offset].to(key.dtype), key)
+        and torch.equal(views.value[block, :, offset].to(key.dtype), value)
     ):
         raise KVPolicyError(
             f"kv_policy does not know the KV cache layout '{name}' for dtype "
             f"{like.dtype}, block_size={block_size}, head_size={width // 2}"
         )
+
+
+def _small_cache(like: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Zeros of a few blocks, whose dimensions lie in memory in the same order."""
+    shape = (num_blocks, *like.shape[1:])
+    order = sorted(range(len(shape)), key=like.stride, reverse=True)
+    in_order = like.new_zeros([shape[dim] for dim in order])
+    return in_order.permute([order.index(dim) for dim in range(len(shape))])
+
+
+def split_views(cache: torch.Tensor, head_size: int) -> KVViews:
+    """Views of a cache whose tokens have their key first, then their value.
+
+    vLLM's layout of all backends for GPUs: logically ``[num_blocks, num_kv_heads,
+    block_size, 2 * head_size]``, whatever the order in memory (NHD or HND).
+    """
+    return KVViews(cache[..., :head_size], cache[..., head_size:])

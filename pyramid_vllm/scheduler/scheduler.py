@@ -222,10 +222,10 @@ class PyramidScheduler(AsyncScheduler):
         return replace(window, pages=tuple(pages))
 
     def _get_local_prefix_cache_hit(
-        self, request: Request
+        self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Take no more from the prefix cache than leaves a prompt its own eviction."""
-        hit = super()._get_local_prefix_cache_hit(request)
+        hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         most = self.tier_lengths.max_shared(request)
         if most is None or hit[1] <= most:
             return hit

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from vllm.utils.math_utils import cdiv
 
@@ -19,133 +18,11 @@ from pyramid_vllm.kernels import (
 from pyramid_vllm.plan import GroupWindow, StepPlan
 from pyramid_vllm.policy import PolicyConfig
 from pyramid_vllm.worker.layer import TieredLayer, over_heads
-from pyramid_vllm.worker.step import BatchRows
+from pyramid_vllm.worker.query_slots import GroupQueries
+from pyramid_vllm.worker.step import Batch
 
 #: Keys that are gathered at once, in bytes of float32.
 _SCRATCH_BYTES = 1 << 26
-
-
-class GroupQueries:
-    """The newest queries of every generating request, in every layer.
-
-    One buffer for as many requests as run at once, counted against the KV memory. A
-    request has a slot of it; the query of position ``p`` lies at ``p % num_queries``.
-
-    Args:
-        num_layers: tiered layers of this worker.
-        max_num_seqs: most requests at once.
-        num_queries: queries of a request.
-        shape: ``(num_heads, head_size)``.
-        dtype: of the queries.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        max_num_seqs: int,
-        num_queries: int,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> None:
-        self.num_queries = num_queries
-        self.buffer = torch.zeros(
-            num_layers, max_num_seqs * num_queries, *shape, dtype=dtype
-        )
-        self._slot_of: dict[str, int] = {}
-        self._free = list(reversed(range(max_num_seqs)))
-        self._rows = torch.empty(0, dtype=torch.int64)
-        self._from_end = self._target = self._rows
-        self._step: BatchRows | None = None
-        self._sources: dict[int, torch.Tensor] = {}
-        """By tier: the rows of its queries that are kept, while ``_step`` runs."""
-
-    @staticmethod
-    def num_bytes(
-        num_layers: int,
-        max_num_seqs: int,
-        num_queries: int,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> int:
-        """Bytes of the buffer."""
-        elements = num_layers * max_num_seqs * num_queries * shape[0] * shape[1]
-        return elements * dtype.itemsize
-
-    def __len__(self) -> int:
-        """Requests that have a slot."""
-        return len(self._slot_of)
-
-    def release(self, req_ids: Iterable[str]) -> None:
-        """Free the slots of requests that finished or were preempted."""
-        for req_id in req_ids:
-            slot = self._slot_of.pop(req_id, None)
-            if slot is not None:
-                self._free.append(slot)
-
-    def _begin(self, step: BatchRows) -> None:
-        """Find the step's generated tokens, and a slot for each of their requests."""
-        self._step, self._sources = step, {}
-        rows, slots, ends, counts = [], [], [], []
-        for row, (req_id, end, generated, scheduled) in enumerate(step.progress()):
-            if generated <= 0:
-                continue
-            slot = self._slot_of.get(req_id)
-            if slot is None:
-                slot = self._slot_of[req_id] = self._free.pop()
-            rows.append(row)
-            slots.append(slot)
-            ends.append(end)
-            counts.append(min(scheduled, generated, self.num_queries))
-        count = torch.tensor(counts, dtype=torch.int64)
-        last = torch.tensor([ends, slots, rows], dtype=torch.int64)
-        end, slot, row = last.repeat_interleave(count, dim=1)
-        # In the order of the batch; 1 is a request's newest token, 2 the one before.
-        behind = count.cumsum(0).repeat_interleave(count)
-        self._rows, self._from_end = row, behind - torch.arange(len(row))
-        place = (end - self._from_end) % self.num_queries
-        self._target = slot * self.num_queries + place
-
-    def write(
-        self, layer: int, tier: int, query: torch.Tensor, step: BatchRows
-    ) -> None:
-        """Keep a layer's queries of this step's generated tokens.
-
-        Args:
-            layer: index of the layer.
-            tier: its tier.
-            query: ``[num_rows, num_heads, head_size]``.
-            step: this step's rows.
-        """
-        if step is not self._step:
-            self._begin(step)
-        if not len(self._target):
-            return
-        source = self._sources.get(tier)
-        if source is None:
-            source = step.starts[tier, 1:][self._rows] - self._from_end
-            self._sources[tier] = source
-        # Where every row is kept, they are so in the batch's order.
-        rows = query if len(source) == len(query) else query[source]
-        self.buffer[layer].index_copy_(0, self._target, rows)
-
-    def newest(
-        self, layers: Sequence[int], req_ids: Sequence[str], ends: Sequence[int]
-    ) -> torch.Tensor:
-        """Queries of some requests, newest last.
-
-        Args:
-            layers: indices of the layers.
-            req_ids: the requests.
-            ends: computed tokens of each.
-
-        Returns:
-            ``[num_layers, num_requests, num_queries, num_heads, head_size]``
-        """
-        slots = torch.tensor([self._slot_of[req_id] for req_id in req_ids])
-        oldest = torch.tensor(ends)[:, None]
-        place = (oldest + torch.arange(self.num_queries)) % self.num_queries
-        layer = torch.tensor(layers)[:, None, None]
-        return self.buffer[layer, slots[:, None] * self.num_queries + place]
 
 
 class CacheGroup(NamedTuple):
@@ -176,7 +53,7 @@ def compress_groups(
     policies: Mapping[str, PolicyConfig],
     cache_groups: Sequence[CacheGroup],
     queries: GroupQueries | None,
-    input_batch: Any,
+    batch: Batch,
 ) -> None:
     """Score and compact the plan's groups of generated tokens, after the forward pass.
 
@@ -185,11 +62,11 @@ def compress_groups(
         policies: by the names that the plan uses.
         cache_groups: this worker's layers.
         queries: where the layers keep their queries; None where none are read.
-        input_batch: the runner's batch.
+        batch: the runner's batch.
     """
     for name in {group.policy for group in plan.groups}:
         groups = [group for group in plan.groups if group.policy == name]
-        _compress(groups, policies[name], cache_groups, queries, input_batch)
+        _compress(groups, policies[name], cache_groups, queries, batch)
 
 
 def _compress(
@@ -197,11 +74,11 @@ def _compress(
     config: PolicyConfig,
     cache_groups: Sequence[CacheGroup],
     queries: GroupQueries | None,
-    input_batch: Any,
+    batch: Batch,
 ) -> None:
     """The same for requests of one policy, whose groups are equally long."""
     block_size = cache_groups[0].layers[0].cache.key.shape[2]
-    for due in _batches(groups, cache_groups, input_batch):
+    for due in _batches(groups, cache_groups, batch):
         scores = _scores(groups, config, due, queries)
         moves = group_moves(
             due.block_table,
@@ -217,10 +94,10 @@ def _compress(
 
 
 def _batches(
-    groups: Sequence[GroupWindow], cache_groups: Sequence[CacheGroup], input_batch: Any
+    groups: Sequence[GroupWindow], cache_groups: Sequence[CacheGroup], batch: Batch
 ) -> Iterator[_Due]:
     """Layers together, as long as their keys fit into the scratch memory."""
-    rows = [input_batch.req_id_to_index[group.req_id] for group in groups]
+    rows = [batch.row_of[group.req_id] for group in groups]
     size = groups[0].group
     longest = max(max(group.num_kept) for group in groups) + size
     first = cache_groups[0].layers[0].cache.key
@@ -229,8 +106,8 @@ def _batches(
     layers: list[TieredLayer] = []
     most = max(1, _SCRATCH_BYTES // (4 * len(rows) * num_blocks * first[0].numel()))
     for cache_group in cache_groups:
-        table = input_batch.block_table[cache_group.group_id].block_table.np
-        tables += [table[rows, :num_blocks]] * len(cache_group.layers)
+        table = batch.pages(cache_group.group_id)[rows, :num_blocks]
+        tables += [table] * len(cache_group.layers)
         tiers += [cache_group.tier] * len(cache_group.layers)
         layers += cache_group.layers
     starts, held, kept = (
@@ -241,7 +118,7 @@ def _batches(
             [group.group_kept for group in groups],
         )
     )
-    block_table = torch.from_numpy(np.stack(tables)).long()
+    block_table = torch.stack(tables).long()
     for i in range(0, len(layers), most):
         part = slice(i, i + most)
         yield _Due(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from vllm.utils.math_utils import cdiv
 
 from pyramid_vllm.kernels import compact, select_tokens
 from pyramid_vllm.policy import PolicyConfig, Queries
+from pyramid_vllm.worker.query_slots import GroupQueries
 from pyramid_vllm.worker.scorers import SCORERS, ScoreInputs
 
 if TYPE_CHECKING:
@@ -40,39 +42,41 @@ def over_heads(scores: torch.Tensor, by_rank: bool) -> torch.Tensor:
     return mean
 
 
+@dataclass(frozen=True)
+class LayerConstants:
+    """What one attention layer is, whatever runs its part of the policy."""
+
+    index: int
+    """Its place among the tiered layers, from 0."""
+    tier: int
+    prunes_next: bool
+    """Whether it is the last layer before another tier, whose rows it chooses."""
+    scale: float
+    """Factor of its attention logits."""
+    logits_soft_cap: float
+    """Its soft cap, 0 for none."""
+    sink_logits: torch.Tensor | None
+    """``[num_heads]``, of its attention sinks; None if it has none."""
+    cache: KVViews
+    """Its paged keys and values."""
+
+
 class TieredLayer:
     """Scores, selects, prunes and compacts in one layer, after its attention.
 
     Args:
-        index: the layer's place among the tiered ones, from 0.
-        tier: its tier.
-        prunes_next: whether it is the last layer before another tier, whose rows it
-            chooses.
-        scale: factor of its attention logits.
-        logits_soft_cap: its soft cap, 0 for none.
-        sink_logits: ``[num_heads]``, of its attention sinks; None if it has none.
-        cache: its paged keys and values.
+        constants: of the layer.
         state: what the worker's layers share.
     """
 
-    def __init__(
-        self,
-        index: int,
-        tier: int,
-        prunes_next: bool,
-        scale: float,
-        logits_soft_cap: float,
-        sink_logits: torch.Tensor | None,
-        cache: KVViews,
-        state: WorkerState,
-    ) -> None:
-        self.index = index
-        self.tier = tier
-        self.scale = scale
-        self.logits_soft_cap = logits_soft_cap
-        self.sink_logits = sink_logits
-        self.cache = cache
-        self._prunes_next = prunes_next
+    def __init__(self, constants: LayerConstants, state: WorkerState) -> None:
+        self.index = constants.index
+        self.tier = constants.tier
+        self.scale = constants.scale
+        self.logits_soft_cap = constants.logits_soft_cap
+        self.sink_logits = constants.sink_logits
+        self.cache = constants.cache
+        self._prunes_next = constants.prunes_next
         self._state = state
 
     @property
@@ -83,16 +87,20 @@ class TieredLayer:
             plan.num_prompt_tokens > 0 or self._state.group_queries is not None
         )
 
-    def after_attention(self, query: torch.Tensor, block_table: torch.Tensor) -> None:
+    def after_attention(
+        self, query: torch.Tensor, block_table: torch.Tensor | None
+    ) -> None:
         """Handle every window of the step.
 
         Args:
             query: ``[num_rows, num_heads, head_size]``, this layer's queries.
             block_table: ``[num_reqs, max_blocks]``, int32, the tier's pages.
         """
+        assert block_table is not None
         state = self._state
         state.counters.count(self.index, self.tier, len(query), state.step)
         if state.group_queries is not None:
+            assert isinstance(state.group_queries, GroupQueries)
             state.group_queries.write(self.index, self.tier, query, state.step.rows)
         windows = state.step.rows.windows
         if not windows:

@@ -151,12 +151,22 @@ class RowPruner:
                 values["positions"] = self._positions
             return
         positions = values["positions"] if self._positions is None else self._positions
-        values["positions"] = self._positions = positions[..., kept]
-        values["hidden_states"] = values["hidden_states"][kept]
+        values["positions"] = self._positions = positions.index_select(-1, kept)
+        values["hidden_states"] = self._gather(values["hidden_states"], kept)
         if values["residual"] is not None:
-            values["residual"] = values["residual"][kept]
+            values["residual"] = self._gather(values["residual"], kept)
         before = self._rows_of_batch
         self._rows_of_batch = kept if before is None else before[kept]
+
+    def _gather(self, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """``[num_kept, width]``: some rows, in order."""
+        return rows[kept]
+
+    def _place(self, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """``[num_rows, width]``: rows in their places among zeros."""
+        full = rows.new_zeros((self._num_rows, *rows.shape[1:]))
+        full[places] = rows
+        return full
 
     def _scatter(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
@@ -165,9 +175,7 @@ class RowPruner:
         rows = self._rows_of_batch
         if rows is None:
             raise RuntimeError("KV policy: a step that should prune dropped no row")
-        full = output.new_zeros((self._num_rows, *output.shape[1:]))
-        full[rows] = output
-        return full
+        return self._place(output, rows)
 
 
 def _run_uncompiled(module: nn.Module, args: Any) -> None:

@@ -15,8 +15,8 @@ from pyramid_vllm.worker.queries import AccumulatedScores, QueryWindows
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
     from pyramid_vllm.policy import PolicyConfig
-    from pyramid_vllm.worker.groups import GroupQueries
     from pyramid_vllm.worker.prune import RowPruner
+    from pyramid_vllm.worker.query_slots import QuerySlots
     from pyramid_vllm.worker.step import TierStep
 
 
@@ -62,7 +62,7 @@ class WorkerState:
     counters: RowCounters
     pruner: RowPruner | None
     """None: the policy prunes nothing."""
-    group_queries: GroupQueries | None
+    group_queries: QuerySlots | None
     """None: generated tokens are not scored."""
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)

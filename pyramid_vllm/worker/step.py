@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pyramid_vllm.plan import PromptWindow, StepPlan
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+class Batch(Protocol):
+    """The requests of the current step, in the order of the runner's rows."""
+
+    @property
+    def req_ids(self) -> Sequence[str]:
+        """By row."""
+
+    @property
+    def row_of(self) -> Mapping[str, int]:
+        """Row of each request."""
+
+    @property
+    def num_computed(self) -> npt.NDArray[np.int32]:
+        """``[num_reqs]`` or longer: computed tokens before this step."""
+
+    @property
+    def num_prompt(self) -> npt.NDArray[np.int32]:
+        """``[num_reqs]`` or longer: prompt tokens."""
+
+    def pages(self, group_id: int) -> torch.Tensor:
+        """``[num_reqs or more, max_blocks]``, int32: a cache group's block table."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +73,12 @@ class TierStep:
 
     Args:
         block_size: tokens of a page.
-        input_batch: the runner's batch, for the order of its rows.
+        batch: the runner's batch, for the order of its rows.
     """
 
-    def __init__(self, block_size: int, input_batch: Any) -> None:
+    def __init__(self, block_size: int, batch: Batch) -> None:
         self._block_size = block_size
-        self._input_batch = input_batch
+        self.batch = batch
         self._plan: StepPlan | None = None
         self._rows: BatchRows | None = None
         self.shared: dict[Hashable, Any] = {}
@@ -72,14 +97,19 @@ class TierStep:
         """End a step.
 
         Raises:
-            RuntimeError: a layer that should have compacted did not run.
+            RuntimeError: a layer that should have compacted did not run, or the
+                step ran with the lengths of stock vLLM.
         """
-        plan, self._plan, self._rows = self._plan, None, None
+        plan, rows, self._plan, self._rows = self._plan, self._rows, None, None
         self.shared.clear()
         if plan and plan.windows and self.num_layers_done != num_layers:
             raise RuntimeError(
                 f"KV policy: {self.num_layers_done} of {num_layers} layers compacted "
                 f"{[window.req_id for window in plan.windows]}"
+            )
+        if plan and plan.req_ids and rows is None:
+            raise RuntimeError(
+                f"KV policy: no metadata of {list(plan.req_ids)} was built by tier"
             )
 
     @property
@@ -110,7 +140,9 @@ class TierStep:
         if self._plan is None:
             return common
         if self._rows is None:
-            self._rows = BatchRows(self._plan, self._input_batch, common)
+            starts = common.query_start_loc_cpu[: len(self.batch.req_ids) + 1]
+            seq_lens = common.seq_lens[: len(starts) - 1]
+            self._rows = BatchRows(self._plan, self.batch, starts, seq_lens)
         rows = self._rows
         if not (rows.has_evicted[tier] or rows.is_pruned[tier]):
             return common
@@ -131,15 +163,21 @@ class TierStep:
 
 
 class BatchRows:
-    """Lengths, rows and positions of all tiers, computed once a step."""
+    """Lengths, rows and positions of all tiers, computed once a step.
+
+    Args:
+        plan: the step's plan.
+        batch: the runner's batch.
+        starts: ``[num_reqs + 1]``, int32, on CPU: first row of each request.
+        seq_lens: ``[num_reqs]``, int32, on CPU: computed tokens with this step's.
+    """
 
     def __init__(
-        self, plan: StepPlan, input_batch: Any, common: CommonAttentionMetadata
+        self, plan: StepPlan, batch: Batch, starts: torch.Tensor, seq_lens: torch.Tensor
     ) -> None:
-        self._input_batch = input_batch
-        self.row_of = input_batch.req_id_to_index
-        starts = common.query_start_loc_cpu
-        num_reqs, num_tiers = common.num_reqs, plan.num_evicted.shape[1]
+        self._batch = batch
+        self.row_of = batch.row_of
+        num_reqs, num_tiers = len(seq_lens), plan.num_evicted.shape[1]
         # [num_tiers, num_reqs]: kernels read a tier's lengths as contiguous memory.
         self.num_evicted = torch.zeros(num_tiers, num_reqs, dtype=torch.int32)
         self.has_evicted = [False] * num_tiers
@@ -155,7 +193,7 @@ class BatchRows:
             self._prune(plan, scheduled)
         self.total_rows: list[int] = self.starts[:, -1].tolist()
         """Rows that each tier computes, of all requests."""
-        self.seq_lens = common.seq_lens - self.num_evicted
+        self.seq_lens = seq_lens - self.num_evicted
         if plan.prunes:
             self.seq_lens -= scheduled - self.num_rows
         self._scheduled = scheduled
@@ -213,10 +251,10 @@ class BatchRows:
     def progress(self) -> Iterator[tuple[str, int, int, int]]:
         """Of each request: its name, computed tokens with this step's, generated ones
         among them, and tokens of this step."""
-        batch, scheduled = self._input_batch, self._scheduled.numpy()
+        batch, scheduled = self._batch, self._scheduled.numpy()
         count = len(scheduled)
-        ends = batch.num_computed_tokens_cpu[:count] + scheduled
-        generated = ends - batch.num_prompt_tokens[:count]
+        ends = batch.num_computed[:count] + scheduled
+        generated = ends - batch.num_prompt[:count]
         return zip(
             batch.req_ids,
             ends.tolist(),

@@ -1,0 +1,34 @@
+"""vLLM's ``FLASH_ATTN`` with a KV policy."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from pyramid_vllm.attention.device import DeviceImpl
+from pyramid_vllm.attention.tiered import TieredBuilder
+
+
+class PyramidFlashMetadataBuilder(TieredBuilder, FlashAttentionMetadataBuilder):
+    """Builds a tier's metadata from cache lengths; unbound, it is the stock builder."""
+
+
+class PyramidFlashImpl(DeviceImpl, FlashAttentionImpl):
+    """Runs stock attention, then the layer's compaction; unbound, it is stock."""
+
+
+class PyramidFlashBackend(FlashAttentionBackend):
+    """``FLASH_ATTN`` with a KV policy; keeps the stock name."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        """The attention implementation."""
+        return PyramidFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        """The metadata builder."""
+        return PyramidFlashMetadataBuilder

@@ -1,0 +1,125 @@
+"""``compact`` for all requests of a step, in one launch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from pyramid_vllm.kernels.compact import compact
+from pyramid_vllm.kernels.requests_triton import (
+    INTERPRETED,
+    PagedLayers,
+    Spans,
+    as_bytes,
+    kernel,
+    layer_pointer,
+    program_of,
+)
+
+
+@kernel
+def _compact_kernel(  # type: ignore[no-untyped-def]
+    keys, values, like, table, kept, row, num_held, num_kept, num_first, offset,
+    num_requests, sb, sh, st, sd, table_stride, kept_layer, kept_group,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    ALIGNMENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Move one head's keys or values of a request forward, oldest first.
+
+    A token never moves back, so that what a block writes over was moved by an earlier
+    block or lies in the block itself, which is read before it is written.
+    """
+    layer, request, head = program_of(num_requests, HEADS)
+    count = tl.load(num_kept + request)
+    if count >= tl.load(num_held + request):
+        return
+    if tl.program_id(1) == 0:
+        pages = layer_pointer(keys, layer, like, ALIGNMENT)
+    else:
+        pages = layer_pointer(values, layer, like, ALIGNMENT)
+    request_table = table + tl.load(row + request).to(tl.int64) * table_stride
+    sources = kept + layer * kept_layer + tl.load(offset + request)
+    sources += (head % GROUPS) * kept_group
+    dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # The first tokens stay where they are.
+    for start in range(tl.load(num_first + request), count, BLOCK_T):
+        target = start + tl.arange(0, BLOCK_T)
+        inside = target < count
+        source = tl.load(sources + target, mask=inside, other=0)
+        mask = inside[:, None] & (dims[None, :] < D)
+        block = tl.load(request_table + source // PAGE, mask=inside, other=0)
+        at = pages + block.to(tl.int64) * sb + head * sh + (source % PAGE) * st
+        moved = tl.load(at[:, None] + dims[None, :] * sd, mask=mask)
+        block = tl.load(request_table + target // PAGE, mask=inside, other=0)
+        to = pages + block.to(tl.int64) * sb + head * sh + (target % PAGE) * st
+        tl.debug_barrier()
+        tl.store(to[:, None] + dims[None, :] * sd, moved, mask=mask)
+
+
+def compact_pages(
+    keys: PagedLayers,
+    values: PagedLayers,
+    block_table: torch.Tensor,
+    spans: Spans,
+    kept: torch.Tensor,
+) -> None:
+    """Gather kept tokens into the first slots of their own pages, in place.
+
+    Safe for overlapping ranges. Bytes are moved as they are: quantized caches stay
+    exact.
+
+    Args:
+        keys: some layers' keys.
+        values: their values; shape, dtype and strides of the keys.
+        block_table: ``[num_rows, max_blocks]``, int32, rows contiguous.
+        spans: the requests; read are ``row``, ``num_held``, ``num_kept``,
+            ``num_first`` and ``offset``.
+        kept: ``[num_layers, 1 or num_kv_heads, num_scores]``, int32, from ``select``.
+
+    Raises:
+        ValueError: keys and values are laid out differently.
+    """
+    if keys.like.stride() != values.like.stride():
+        raise ValueError(
+            f"keys of strides {keys.like.stride()}: valid are those of the values, "
+            f"{values.like.stride()}"
+        )
+    heads, page, head_size = keys.like.shape[1:]
+    like = as_bytes(keys.like)
+    block_d = triton.next_power_of_2(head_size)
+    if not INTERPRETED:
+        # Parts of a head's vector multiply the programs that few requests have.
+        block_d = min(block_d, 64)
+    grid = (keys.num_layers * len(spans) * heads, 2, triton.cdiv(head_size, block_d))
+    _compact_kernel[grid](
+        keys.addresses, values.addresses, like, block_table, kept, spans.row,
+        spans.num_held, spans.num_kept, spans.num_first, spans.offset, len(spans),
+        *like.stride(), block_table.stride(0), *kept.stride()[:2], HEADS=heads,
+        GROUPS=kept.shape[1], D=head_size, PAGE=page,
+        ALIGNMENT=math.gcd(keys.alignment, values.alignment), BLOCK_D=block_d,
+        BLOCK_T=1024 if INTERPRETED else 128,
+    )  # fmt: skip
+
+
+def gather_into_pages(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_ids: torch.Tensor,
+    target_ids: torch.Tensor,
+    kept: torch.Tensor,
+) -> None:
+    """``compact`` for a request whose pages are shared, on any device.
+
+    Rare, so that it needs no kernel of its own; it is free of host synchronization.
+
+    Args:
+        key: ``[num_blocks, num_kv_heads, block_size, head_size]``, any strides.
+        value: the same shape, for the values.
+        block_ids: ``[num_request_blocks]``, int32, on the cache's device.
+        target_ids: ``[num_target_blocks]``, int32, on the cache's device.
+        kept: ``[1 or num_kv_heads, num_kept]``, int32, from ``select``.
+    """
+    compact(as_bytes(key), as_bytes(value), block_ids, target_ids, kept.long())

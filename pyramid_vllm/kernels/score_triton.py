@@ -1,0 +1,297 @@
+"""``window_scores`` and its kin for all requests of a step, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pyramid_vllm.kernels.norms_triton import score_key_norms
+from pyramid_vllm.kernels.pool_triton import pool_scores
+from pyramid_vllm.kernels.requests_triton import (
+    INTERPRETED,
+    PagedLayers,
+    Spans,
+    as_bytes,
+    as_float,
+    float_kind,
+    kernel,
+    layer_pointer,
+    load_keys,
+    program_of,
+)
+
+__all__ = [
+    "ACCUMULATED",
+    "ATTENTION",
+    "VOTES",
+    "pool_scores",
+    "score",
+    "score_key_norms",
+]
+
+#: What a token's score is of the attention that it gets.
+ATTENTION, ACCUMULATED, VOTES = range(3)
+
+
+@triton.jit
+def _queries(  # type: ignore[no-untyped-def]
+    query, start, ring_start, ring, places, heads, dims, inside, sr, sh, sd,
+    D: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """``[rows, dims]`` of the queries that are ``places`` behind the oldest one."""
+    row = start + (ring_start + places) % ring
+    at = query + row.to(tl.int64) * sr + heads * sh
+    mask = inside[:, None] & (dims[None, :] < D)
+    queries = tl.load(at[:, None] + dims[None, :] * sd, mask=mask, other=0)
+    return as_float(queries, KIND)
+
+
+@triton.jit
+def _logits(q, k, scale, soft_cap, DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    logits = tl.dot(q.to(DTYPE), k.to(DTYPE), input_precision="tf32x3") * scale
+    if SOFT_CAP:
+        # tanh, from what Triton has everywhere; beyond 20 it is 1.
+        capped = tl.minimum(logits / soft_cap, 20.0)
+        logits = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * capped) + 1.0))
+    return logits
+
+
+@kernel
+def _normalizer_kernel(  # type: ignore[no-untyped-def]
+    query, addresses, like, table, row, query_start, ring_start, num_queries, num_held,
+    out, layers, query_scale, key_scales, num_requests, ring, scale, soft_cap,
+    ql, qr, qh, qd, sb, sh, st, sd, table_stride, out_request, out_head, out_split,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr,
+    Q_KIND: tl.constexpr, K_KIND: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Log of the sum of exponentials, over the tokens of one split of the keys."""
+    layer, request, head = program_of(num_requests, HEADS)
+    count = tl.load(num_queries + request)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.program_id(1) * BLOCK_M >= count * GROUP:
+        return
+    held = tl.load(num_held + request)
+    place, dims = m // GROUP, tl.arange(0, BLOCK_D)
+    inside = place < count
+    pages = layer_pointer(addresses, layer, like, ALIGNMENT)
+    scale = scale * tl.load(query_scale) * _scale_of(key_scales, layer)
+    q = _queries(
+        query + tl.load(layers + layer) * ql, tl.load(query_start + request),
+        tl.load(ring_start + request), ring, place, head * GROUP + m % GROUP, dims,
+        inside, qr, qh, qd, D, Q_KIND,
+    )  # fmt: skip
+    request_table = table + tl.load(row + request).to(tl.int64) * table_stride
+    seen = held - count + place + 1
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    first = tl.program_id(2) * SPLIT
+    for start in range(first, tl.minimum(first + SPLIT, held), BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        k = load_keys(
+            pages, request_table, tokens, held, head, dims, sb, sh, st, sd, PAGE, D,
+            K_KIND,
+        )  # fmt: skip
+        logits = _logits(q, k, scale, soft_cap, DTYPE, SOFT_CAP)
+        logits = tl.where(tokens[None, :] < seen[:, None], logits, float("-inf"))
+        highest = tl.maximum(largest, tl.max(logits, 1))
+        # Rows that see no token yet must not take infinity from infinity.
+        finite = tl.where(highest == float("-inf"), 0.0, highest)
+        total = total * tl.exp(largest - finite)
+        total += tl.sum(tl.exp(logits - finite[:, None]), 1)
+        largest = highest
+    result = tl.where(total > 0.0, total, 1.0)
+    result = largest + tl.log(result)
+    at = out + (layer * num_requests + request) * out_request + head * out_head
+    tl.store(at + tl.program_id(2) * out_split + m, result, mask=inside)
+
+
+@triton.jit
+def _scale_of(scales, layer):  # type: ignore[no-untyped-def]
+    """A layer's factor of its quantized keys, behind its address."""
+    return tl.load(tl.load(scales + layer).to(tl.pointer_type(tl.float32)))
+
+
+@kernel
+def _score_kernel(  # type: ignore[no-untyped-def]
+    query, addresses, like, table, row, query_start, ring_start, num_queries, num_held,
+    column, num_columns, offset, normalizer, out, layers, query_scale, key_scales,
+    num_requests, ring, scale, soft_cap, distance_weight, ql, qr, qh, qd, sb, sh, st,
+    sd, table_stride, norm_request, norm_head, out_layer, out_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr, Q_KIND: tl.constexpr,
+    K_KIND: tl.constexpr, ALIGNMENT: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Scores of some tokens: the weighted sum of their columns of the attention."""
+    layer, request, head = program_of(num_requests, HEADS)
+    columns = tl.load(num_columns + request)
+    count = tl.load(num_queries + request)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if (tl.program_id(1) * BLOCK_N >= columns) | (count == 0):
+        return
+    held = tl.load(num_held + request)
+    tokens, dims = tl.load(column + request) + n, tl.arange(0, BLOCK_D)
+    pages = layer_pointer(addresses, layer, like, ALIGNMENT)
+    scale = scale * tl.load(query_scale) * _scale_of(key_scales, layer)
+    request_table = table + tl.load(row + request).to(tl.int64) * table_stride
+    k = load_keys(
+        pages, request_table, tokens, held, head, dims, sb, sh, st, sd, PAGE, D, K_KIND
+    )
+    start, ring_first = tl.load(query_start + request), tl.load(ring_start + request)
+    norms = normalizer + (layer * num_requests + request) * norm_request
+    # Weights rise from 1 to `distance_weight`; a single query has the oldest's.
+    slope = (distance_weight - 1.0) / tl.maximum(count - 1, 1)
+    mean = 1.0 + slope * (count - 1) / 2.0
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for begin in range(0, count * GROUP, BLOCK_M):
+        m = begin + tl.arange(0, BLOCK_M)
+        place = m // GROUP
+        inside = place < count
+        q = _queries(
+            query + tl.load(layers + layer) * ql, start, ring_first, ring, place,
+            head * GROUP + m % GROUP, dims, inside, qr, qh, qd, D, Q_KIND,
+        )  # fmt: skip
+        norm = tl.load(norms + head * norm_head + m, mask=inside, other=float("inf"))
+        logits = _logits(q, k, scale, soft_cap, DTYPE, SOFT_CAP)
+        seen = held - count + place + 1
+        share = tl.exp(logits - norm[:, None])
+        share = tl.where(tokens[None, :] < seen[:, None], share, 0.0)
+        if KIND == 2:
+            share = tl.where(share * seen[:, None] >= 1.0, 1.0, 0.0)
+        if KIND == 0:
+            share = share * ((1.0 + slope * place) / (count * mean))[:, None]
+        total += tl.sum(tl.where(inside[:, None], share, 0.0), 0)
+    at = out + layer * out_layer + head * out_head + tl.load(offset + request)
+    tl.store(at + n, total / GROUP, mask=n < columns)
+
+
+def score(
+    query: torch.Tensor,
+    query_layers: torch.Tensor,
+    keys: PagedLayers,
+    block_table: torch.Tensor,
+    spans: Spans,
+    out: torch.Tensor,
+    *,
+    max_queries: int,
+    max_tokens: int,
+    max_columns: int,
+    scale: float,
+    query_scale: torch.Tensor,
+    key_scales: torch.Tensor,
+    distance_weight: float = 1.0,
+    kind: int = ATTENTION,
+    logits_soft_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+    ring: int | None = None,
+) -> None:
+    """Score the cached tokens of some requests in some layers.
+
+    The same as ``window_scores`` (``ATTENTION``), ``accumulated_scores``
+    (``ACCUMULATED``) or ``vote_scores`` (``VOTES``), on paged keys, with an online
+    softmax: no attention matrix is ever stored.
+
+    Args:
+        query: ``[num_query_layers, num_rows, num_heads, head_size]``, any strides,
+            the keys' dtype or one that they are quantized from.
+        query_layers: ``[num_layers]``, int64: which of these belongs to each layer.
+        keys: the layers' keys.
+        block_table: ``[num_rows, max_blocks]``, int32, rows contiguous.
+        spans: the requests; read are ``row``, ``query_start``, ``ring_start``,
+            ``num_queries``, ``num_held``, ``column``, ``num_columns``, ``offset``.
+        out: ``[num_layers, num_kv_heads, num_scores]``, float32.
+        max_queries: most queries of a request.
+        max_tokens: most tokens held of a request.
+        max_columns: most scored tokens of a request.
+        scale: factor of the attention logits.
+        query_scale: ``[1]``, float32: factor of quantized queries, else 1.
+        key_scales: ``[num_layers]``, int64: address of each layer's float32 factor of
+            its quantized keys, else of 1.
+        distance_weight: weight of the newest query, see ``window_scores``.
+        kind: which score.
+        logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
+        sink_logits: ``[num_layers, num_heads]``, what else shares in the attention.
+        ring: rows of each request's ring of queries; None: its queries lie in order.
+    """
+    heads, page, head_size = keys.like.shape[1:]
+    num_requests, group = len(spans), query.shape[2] // heads
+    batch, rows = keys.num_layers * num_requests, max_queries * group
+    dtype = _dot_dtype(query.dtype, keys.like.dtype)
+    block_m, block_n = _sizes(head_size, dtype == tl.float32, rows)
+    split = _split(max_tokens, rows)
+    splits = triton.cdiv(max_tokens, split)
+    partial = torch.full(
+        (batch, heads, splits, rows), float("-inf"), device=query.device
+    )
+    common = {
+        "HEADS": heads, "GROUP": group, "D": head_size, "PAGE": page,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "DTYPE": dtype, "SOFT_CAP": bool(logits_soft_cap), "num_stages": 2,
+        "num_warps": 8 if dtype == tl.float32 else 4,
+        "Q_KIND": float_kind(query.dtype), "K_KIND": float_kind(keys.like.dtype),
+        "ALIGNMENT": keys.alignment,
+    }  # fmt: skip
+    ring_size = ring or 1 << 30
+    query, like = as_bytes(query), as_bytes(keys.like)
+    cap = logits_soft_cap or 1.0
+    _normalizer_kernel[(batch * heads, triton.cdiv(rows, block_m), splits)](
+        query, keys.addresses, like, block_table, spans.row, spans.query_start,
+        spans.ring_start, spans.num_queries, spans.num_held, partial, query_layers,
+        query_scale, key_scales, num_requests, ring_size, scale, cap, *query.stride(),
+        *like.stride(), block_table.stride(0), *partial.stride()[:3], SPLIT=split,
+        **common,
+    )  # fmt: skip
+    normalizer = _normalizer(partial, sink_logits, num_requests)
+    grid = (batch * heads, triton.cdiv(max_columns, block_n))
+    _score_kernel[grid](
+        query, keys.addresses, like, block_table, spans.row, spans.query_start,
+        spans.ring_start, spans.num_queries, spans.num_held, spans.column,
+        spans.num_columns, spans.offset, normalizer, out, query_layers, query_scale,
+        key_scales, num_requests, ring_size, scale, cap, distance_weight,
+        *query.stride(), *like.stride(), block_table.stride(0),
+        *normalizer.stride()[:2], *out.stride()[:2], KIND=kind, **common,
+    )  # fmt: skip
+
+
+def _normalizer(
+    partial: torch.Tensor, sink_logits: torch.Tensor | None, num_requests: int
+) -> torch.Tensor:
+    """``[num_batch, num_kv_heads, num_rows]`` from those of the splits."""
+    whole = torch.logsumexp(partial, dim=2)
+    if sink_logits is None:
+        return whole
+    batch, heads, rows = whole.shape
+    shares = sink_logits.float().repeat_interleave(num_requests, dim=0)
+    shares = shares.view(batch, heads, 1, -1)
+    by_head = whole.view(batch, heads, -1, shares.shape[-1])
+    return torch.logaddexp(by_head, shares).view(batch, heads, rows)
+
+
+def _sizes(head_size: int, wide: bool, rows: int) -> tuple[int, int]:
+    """Rows and tokens of a block: as many as a GPU's shared memory takes."""
+    if INTERPRETED:
+        return 128, 256
+    most = max(16, min(64, 8192 // (head_size * (2 if wide else 1))))
+    most = 1 << most.bit_length() - 1
+    return max(16, min(most, triton.next_power_of_2(rows))), most
+
+
+def _split(max_tokens: int, rows: int) -> int:
+    """Tokens of a split: they give few requests enough programs."""
+    if INTERPRETED:
+        return 1 << 30
+    return 512 if max_tokens * rows < 1 << 24 else 4096
+
+
+def _dot_dtype(query: torch.dtype, key: torch.dtype) -> tl.dtype:
+    """What queries and keys are multiplied in: it holds both exactly."""
+    if INTERPRETED:
+        return tl.float32
+    wide = {dtype for dtype in (query, key) if dtype.itemsize > 1}
+    if wide == {torch.float16}:
+        return tl.float16
+    return tl.bfloat16 if wide <= {torch.bfloat16} else tl.float32

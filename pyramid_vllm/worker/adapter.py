@@ -1,0 +1,37 @@
+"""What the policy asks of a model runner, whichever the engine chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pyramid_vllm.worker.step import Batch
+from pyramid_vllm.worker.v1 import V1Runner
+from pyramid_vllm.worker.v2 import V2Runner
+
+if TYPE_CHECKING:
+    from pyramid_vllm.plan import StepPlan
+
+
+class RunnerAdapter(Batch, Protocol):
+    """A model runner, as the worker uses it."""
+
+    def kernel_block_size(self, group_id: int) -> int:
+        """Tokens of the blocks that a group's kernels see."""
+
+    def attention_groups(self, group_id: int) -> Iterator[Any]:
+        """Layers of a cache group that share a builder."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before the runner's step."""
+
+    def after_forward(self) -> None:
+        """Between the forward pass and sampling."""
+
+    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> None:
+        """Cut the rows of compacted requests to the pages that they keep."""
+
+
+def adapter_of(runner: Any, is_v2: bool) -> RunnerAdapter:
+    """The adapter of a runner whose cache is allocated."""
+    return V2Runner(runner) if is_v2 else V1Runner(runner)

@@ -1,0 +1,1 @@
+"""The policy on a GPU: kernels for all requests of a step, nothing that waits."""

@@ -1,0 +1,133 @@
+"""The newest queries of generating requests on a GPU, inside captured graphs too."""
+
+from __future__ import annotations
+
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from pyramid_vllm.kernels.queries_triton import count_missing, store_queries
+from pyramid_vllm.kernels.requests_triton import Spans
+from pyramid_vllm.worker.query_slots import GeneratedRows, QueryShape, QuerySlots
+from pyramid_vllm.worker.step import BatchRows
+
+
+class DeviceGroupQueries(QuerySlots):
+    """The newest queries of every generating request, in every layer.
+
+    A replayed graph runs no Python: the copy of queries is part of the graph, and reads
+    each row's place from ``target``, which is the same memory at capture and at replay.
+    Every query carries its position, so that one that was not copied is noticed.
+
+    Args:
+        shape: of the buffer.
+        max_num_tokens: most rows of a step.
+        device: where the buffer lies.
+    """
+
+    def __init__(
+        self, shape: QueryShape, max_num_tokens: int, device: torch.device
+    ) -> None:
+        super().__init__(shape)
+        places = shape.max_num_seqs * shape.num_queries
+        self.buffer = torch.zeros(
+            shape.num_layers,
+            places,
+            shape.num_heads,
+            shape.head_size,
+            dtype=shape.dtype,
+            device=device,
+        )
+        self._tags = torch.full(
+            (shape.num_layers, places), -1, dtype=torch.int32, device=device
+        )
+        self._target = torch.full(
+            (max_num_tokens,), -1, dtype=torch.int32, device=device
+        )
+        self._position = torch.zeros_like(self._target)
+        self._missing = torch.zeros(1, dtype=torch.int32, device=device)
+        pin = device.type == "cuda"
+        self._missing_on_host = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
+        self._rows: BatchRows | None = None
+        self._generated: GeneratedRows | None = None
+        self._of_tier: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def begin_step(self, rows: BatchRows) -> None:
+        """Find a step's generated tokens, and a place for the query of each."""
+        self.check()
+        self._rows, self._of_tier = rows, {}
+        self._generated = self.generated(rows)
+        target, position = self._by_row(0)
+        count = len(target)
+        async_tensor_h2d(target, out=self._target[:count])
+        async_tensor_h2d(position, out=self._position[:count])
+
+    def end_step(self) -> None:
+        """Forget the step: a dummy batch may replay its graph."""
+        self._target.fill_(-1)
+        self._rows = self._generated = None
+
+    def check(self) -> None:
+        """Notice queries that were not copied, as soon as the device has told.
+
+        Raises:
+            RuntimeError: groups were scored with queries of other tokens.
+        """
+        missing = int(self._missing_on_host[0])
+        if missing:
+            raise RuntimeError(
+                f"KV policy: {missing} queries that score generated tokens were not "
+                "copied by the steps that computed them"
+            )
+
+    def _by_row(self, tier: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target and position of each of a tier's rows, int32, on the host."""
+        rows, generated = self._rows, self._generated
+        assert rows is not None
+        assert generated is not None
+        target = torch.full((rows.total_rows[tier],), -1, dtype=torch.int32)
+        position = torch.zeros_like(target)
+        source = rows.starts[tier, 1:][generated.row].long() - generated.from_end
+        target[source] = generated.target.int()
+        position[source] = generated.position.int()
+        return target, position
+
+    def write(
+        self, layer: int, tier: int, query: torch.Tensor, scale: torch.Tensor
+    ) -> None:
+        """Keep a layer's queries of this step's generated tokens.
+
+        Args:
+            layer: index of the layer.
+            tier: its tier.
+            query: ``[num_rows, num_heads, head_size]``.
+            scale: ``[1]``, float32: factor of quantized queries, else 1.
+        """
+        target, position = self._target, self._position
+        rows, generated = self._rows, self._generated
+        if generated is not None and not len(generated.row):
+            return
+        if rows is not None and rows.is_pruned[tier]:
+            if tier not in self._of_tier:
+                on_host = self._by_row(tier)
+                target, position = (
+                    async_tensor_h2d(part, device=query.device) for part in on_host
+                )
+                self._of_tier[tier] = target, position
+            target, position = self._of_tier[tier]
+        store_queries(
+            query, target, position, scale, self.buffer[layer], self._tags[layer]
+        )
+
+    def verify(self, layers: torch.Tensor, spans: Spans, first: torch.Tensor) -> None:
+        """Check that queries are those of the positions that are to score.
+
+        The result reaches the host while later steps run: ``check`` raises then.
+
+        Args:
+            layers: ``[num_layers]``, int64.
+            spans: the requests.
+            first: ``[num_requests]``, int32: position of the oldest query of each.
+        """
+        tags = self._tags[layers]
+        count_missing(tags, spans, first, self._missing, self.num_queries)
+        self._missing_on_host.copy_(self._missing, non_blocking=True)

@@ -1,0 +1,29 @@
+"""vLLM's GPU worker with a KV policy."""
+
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu_worker import Worker
+
+from pyramid_vllm.worker.tiered import TieredWorker
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class PyramidGPUWorker(TieredWorker, Worker):
+    """Runs the plan on a GPU, by vLLM's V2 runner."""
+
+    def own_bytes(self) -> int:
+        """Bytes of the policy's own buffers: queries, scores and kept indices."""
+        model, scheduler = self.model_config, self.scheduler_config
+        # One prompt as long as any, and as many short ones as a step computes.
+        tokens = model.max_model_len + scheduler.max_num_batched_tokens
+        heads = model.get_num_kv_heads(self.parallel_config)
+        # Scores, pooled scores and kept indices: four bytes each.
+        num_layers = model.get_num_layers(self.parallel_config)
+        scores = 3 * 4 * num_layers * heads * tokens
+        logger.info(
+            "KV policy %s: %s bytes of the KV memory hold scores of %d tokens",
+            self.kv_policy.name,
+            f"{scores:,}",
+            tokens,
+        )
+        return super().own_bytes() + scores

@@ -1,0 +1,109 @@
+"""Who does the layers' work: references on CPU, kernels on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from pyramid_vllm.attention.device import DeviceImpl
+from pyramid_vllm.worker.groups import CacheGroup, compress_groups
+from pyramid_vllm.worker.layer import LayerConstants, TieredLayer
+from pyramid_vllm.worker.prune import RowPruner
+from pyramid_vllm.worker.query_slots import GroupQueries, QueryShape, QuerySlots
+from pyramid_vllm.worker.step import TierStep
+
+if TYPE_CHECKING:
+    from pyramid_vllm.plan import StepPlan
+    from pyramid_vllm.worker.adapter import RunnerAdapter
+    from pyramid_vllm.worker.shared import WorkerState
+
+
+class ComputePath(Protocol):
+    """Builds what the worker's layers are made of, and ends their steps."""
+
+    def make_step(self, block_size: int, tier_of_group: Mapping[int, int]) -> TierStep:
+        """The current step."""
+
+    def make_queries(self, shape: QueryShape) -> QuerySlots:
+        """The newest queries of generating requests."""
+
+    def make_pruner(
+        self, model: nn.Module, layers: list[nn.Module], tiers: tuple[int, ...]
+    ) -> RowPruner:
+        """What narrows rows between tiers."""
+
+    def bind(
+        self,
+        group_id: int,
+        layers: Sequence[tuple[Any, LayerConstants]],
+        state: WorkerState,
+    ) -> list[Any]:
+        """The parts of one cache group's layers; given vLLM's layers."""
+
+    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+        """Compress groups of generated tokens, after the forward pass."""
+
+
+class ReferencePath:
+    """Torch, one window after the other: for CPU.
+
+    Args:
+        adapter: the runner.
+    """
+
+    def __init__(self, adapter: RunnerAdapter) -> None:
+        self._adapter = adapter
+        self._groups: list[CacheGroup] = []
+
+    def make_step(self, block_size: int, tier_of_group: Mapping[int, int]) -> TierStep:
+        """The current step."""
+        return TierStep(block_size, self._adapter)
+
+    def make_queries(self, shape: QueryShape) -> QuerySlots:
+        """The newest queries of generating requests."""
+        return GroupQueries(shape)
+
+    def make_pruner(
+        self, model: nn.Module, layers: list[nn.Module], tiers: tuple[int, ...]
+    ) -> RowPruner:
+        """What narrows rows between tiers."""
+        return RowPruner(model, layers, tiers)
+
+    def bind(
+        self,
+        group_id: int,
+        layers: Sequence[tuple[Any, LayerConstants]],
+        state: WorkerState,
+    ) -> list[Any]:
+        """The parts of one cache group's layers."""
+        bound = [TieredLayer(constants, state) for _, constants in layers]
+        self._groups.append(CacheGroup(group_id, bound[0].tier, bound))
+        return bound
+
+    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+        """Compress groups of generated tokens, after the forward pass."""
+        if plan.groups:
+            queries = state.group_queries
+            assert queries is None or isinstance(queries, GroupQueries)
+            compress_groups(plan, state.policies, self._groups, queries, self._adapter)
+
+
+def path_of(impl: Any, adapter: RunnerAdapter, runner: Any, policies: Any) -> Any:
+    """The path of an engine whose attention is ``impl``.
+
+    Args:
+        impl: a layer's wrapped attention.
+        adapter: the runner's adapter.
+        runner: vLLM's runner.
+        policies: by the names that plans use.
+    """
+    if not isinstance(impl, DeviceImpl):
+        return ReferencePath(adapter)
+    from pyramid_vllm.worker.device.path import DevicePath
+
+    return DevicePath(adapter, runner, policies)
+
+
+__all__ = ["ComputePath", "ReferencePath", "path_of"]

@@ -1,0 +1,308 @@
+"""What every worker with a KV policy does, whatever its device and runner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from pyramid_vllm.attention.registry import WRAPPED, register_backends
+from pyramid_vllm.attention.tiered import TieredBuilder, TieredImpl
+from pyramid_vllm.checks import check_engine
+from pyramid_vllm.model_shape import num_full_attention_layers
+from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
+from pyramid_vllm.policy import KVPolicyError, LengthRule
+from pyramid_vllm.spec import (
+    TierAttentionSpec,
+    length_rule,
+    model_weights,
+    request_policies,
+)
+from pyramid_vllm.worker.adapter import RunnerAdapter, adapter_of
+from pyramid_vllm.worker.layer import LayerConstants
+from pyramid_vllm.worker.path import ComputePath, path_of
+from pyramid_vllm.worker.prune import RowPruner, decoder_layers
+from pyramid_vllm.worker.query_slots import QueryShape
+from pyramid_vllm.worker.shared import RowCounters, WorkerState
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class TieredWorker:
+    """Mixed into a stock worker: runs the plan, by tier.
+
+    Lengths and slots by tier, compaction, shorter rows.
+    """
+
+    model_runner: Any
+    model_config: Any
+    parallel_config: Any
+    scheduler_config: Any
+    compilation_config: Any
+    vllm_config: VllmConfig
+    use_v2_model_runner: bool
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        self.kv_policy = check_engine(vllm_config)
+        register_backends()
+        stock: Any = super()
+        stock.__init__(vllm_config, *args, **kwargs)
+        self.tier_layers: list[Any] = []
+        self.tier_state: WorkerState | None = None
+        self.adapter: RunnerAdapter | None = None
+        self._path: ComputePath | None = None
+        self._tier_of_group: dict[int, int] = {}
+        self._is_warming_up = False
+        self._has_failed = False
+        """Since a step raised: its pages are freed, but rows still point to them."""
+
+    def init_device(self) -> None:
+        """Make the runner; its specs are those of tiers from now on."""
+        stock: Any = super()
+        stock.init_device()
+        # The runner's own: memory for graphs is estimated on them, past the worker.
+        runner = self.model_runner
+        stock_specs = runner.get_kv_cache_spec
+        runner.get_kv_cache_spec = lambda: self._tiered_specs(stock_specs())
+
+    def _tiered_specs(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+        """The runner's specs, those of full attention in tiers."""
+        names = [
+            name for name, spec in specs.items() if type(spec) is FullAttentionSpec
+        ]
+        names.sort(key=extract_layer_index)
+        expected = num_full_attention_layers(self.model_config.hf_text_config)
+        if len(names) != expected:
+            raise KVPolicyError(
+                f"kv_policy does not support this model: {len(names)} of its layers "
+                f"have full attention, its configuration says {expected}"
+            )
+        tiers = length_rule(self.kv_policy, len(names)).layout.tier_of_layer
+        for name, tier in zip(names, tiers, strict=True):
+            specs[name] = TierAttentionSpec.of(specs[name], tier, len(names))
+        return specs
+
+    def determine_available_memory(self) -> int:
+        """Memory for the KV cache: stock vLLM's less the policy's own buffers.
+
+        Raises:
+            KVPolicyError: the buffers leave no memory for the cache.
+        """
+        stock: Any = super()
+        available: int = stock.determine_available_memory()
+        num_bytes = self.own_bytes()
+        if num_bytes >= available:
+            raise KVPolicyError(
+                f"kv_policy '{self.kv_policy.name}' needs {num_bytes:,} bytes for the "
+                f"queries and scores of max_num_seqs={self.scheduler_config.max_num_seqs} "
+                f"sequences, of {available:,} for the whole KV cache: lower "
+                "max_num_seqs or gen_queries"
+            )
+        return available - num_bytes
+
+    def own_bytes(self) -> int:
+        """Bytes of the policy's own buffers."""
+        shape = self._query_shape()
+        if shape is None:
+            return 0
+        logger.info(
+            "KV policy %s: %s bytes of the KV memory hold the queries that score "
+            "generated tokens (%d layers, %d sequences, %d queries each)",
+            self.kv_policy.name,
+            f"{shape.num_bytes:,}",
+            *shape[:3],
+        )
+        return shape.num_bytes
+
+    def _query_shape(self) -> QueryShape | None:
+        """Queries of generated tokens; None where the policy needs none."""
+        if not (self.kv_policy.generation and self.kv_policy.needs_queries):
+            return None
+        model = self.model_config
+        return QueryShape(
+            num_full_attention_layers(model.hf_text_config),
+            self.scheduler_config.max_num_seqs,
+            self.kv_policy.gen_queries,
+            model.get_num_attention_heads(self.parallel_config),
+            model.get_head_size(),
+            model.dtype,
+        )
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the cache, then bind builders and layers to their tiers."""
+        stock: Any = super()
+        stock.initialize_from_config(kv_cache_config)
+        groups = self.model_runner.kv_cache_config.kv_cache_groups
+        tiered = {
+            group_id: group
+            for group_id, group in enumerate(groups)
+            if isinstance(group.kv_cache_spec, TierAttentionSpec)
+        }
+        self._tier_of_group = {
+            group_id: group.kv_cache_spec.tier for group_id, group in tiered.items()
+        }
+        names = [name for group in tiered.values() for name in group.layer_names]
+        names.sort(key=extract_layer_index)
+        (block_size,) = {g.kv_cache_spec.block_size for g in tiered.values()}
+        self.adapter = adapter_of(self.model_runner, self.use_v2_model_runner)
+        rule = self._make_state(names, block_size)
+        for group_id in tiered:
+            self._bind_group(group_id, names, rule)
+        self.tier_layers.sort(key=lambda layer: layer.index)
+        logger.info(
+            "KV policy %s: %d layers of this worker are tiered",
+            self.kv_policy.name,
+            len(self.tier_layers),
+        )
+
+    def _make_state(self, names: list[str], block_size: int) -> LengthRule:
+        """Build what the layers share; the engine's own rule."""
+        policies = request_policies(
+            self.kv_policy, len(names), model_weights(self.vllm_config)
+        )
+        adapter, rule = self.adapter, policies.rule
+        assert adapter is not None
+        path = path_of(self._impl(names[0]), adapter, self.model_runner, policies.valid)
+        shape = self._query_shape()
+        self._path = path
+        self.tier_state = WorkerState(
+            step=path.make_step(block_size, self._tier_of_group),
+            policies=policies.valid,
+            pruner=self._make_pruner(path, rule, names) if rule.prunes else None,
+            counters=RowCounters(len(names)),
+            group_queries=path.make_queries(shape) if shape else None,
+        )
+        return rule
+
+    def _make_pruner(
+        self, path: ComputePath, rule: LengthRule, names: list[str]
+    ) -> RowPruner:
+        groups = self.model_runner.kv_cache_config.kv_cache_groups
+        if not all(isinstance(g.kv_cache_spec, TierAttentionSpec) for g in groups):
+            raise KVPolicyError(
+                "kv_policy does not support prune_from with this model: some of its "
+                "layers have no full attention, and count positions by row"
+            )
+        model = self.model_runner.get_model()
+        layers = decoder_layers(model, names)
+        return path.make_pruner(model, layers, rule.layout.tier_of_layer)
+
+    def _impl(self, name: str) -> TieredImpl:
+        """A layer's wrapped attention.
+
+        Raises:
+            KVPolicyError: its backend is not one that we wrap.
+        """
+        impl = self.compilation_config.static_forward_context[name].impl
+        if not isinstance(impl, TieredImpl):
+            raise KVPolicyError(
+                f"kv_policy does not support attention by {type(impl).__name__}: valid "
+                f"are {', '.join(backend.name for backend in WRAPPED)}"
+            )
+        return impl
+
+    def _bind_group(self, group_id: int, names: list[str], rule: LengthRule) -> None:
+        state, adapter, path = self.tier_state, self.adapter, self._path
+        assert state is not None
+        assert adapter is not None
+        assert path is not None
+        groups = self.model_runner.kv_cache_config.kv_cache_groups
+        spec = groups[group_id].kv_cache_spec
+        kernel_block_size = adapter.kernel_block_size(group_id)
+        if kernel_block_size != spec.block_size:
+            raise KVPolicyError(
+                f"kv_policy does not support block_size={spec.block_size}: the kernels "
+                f"split it into blocks of {kernel_block_size}"
+            )
+        context = self.compilation_config.static_forward_context
+        members = []
+        for attn_group in adapter.attention_groups(group_id):
+            builder = attn_group.get_metadata_builder()
+            first = attn_group.layer_names[0]
+            impl = self._impl(first)
+            assert isinstance(builder, TieredBuilder)
+            builder.tiers, builder.tier = state.step, spec.tier
+            # One spec and one backend: what holds for a layer holds for the group.
+            impl.check_cache(context[first], builder)
+            members += attn_group.layer_names
+        members.sort(key=extract_layer_index)
+        layers = [(context[n], self._constants(n, names, rule)) for n in members]
+        bound = path.bind(group_id, layers, state)
+        for name, layer in zip(members, bound, strict=True):
+            self._impl(name).tier_layer = layer
+        self.tier_layers += bound
+
+    def _constants(
+        self, name: str, names: list[str], rule: LengthRule
+    ) -> LayerConstants:
+        impl, index = self._impl(name), names.index(name)
+        impl.check_movable()
+        tiers = rule.layout.tier_of_layer
+        layer = self.compilation_config.static_forward_context[name]
+        return LayerConstants(
+            index=index,
+            tier=tiers[index],
+            prunes_next=(
+                rule.prunes
+                and index + 1 < len(tiers)
+                and tiers[index + 1] > tiers[index]
+            ),
+            scale=impl.scale,
+            logits_soft_cap=impl.logits_soft_cap or 0.0,
+            # The weights themselves, for they may be loaded anew.
+            sink_logits=None if impl.sinks is None else impl.sinks.detach(),
+            cache=impl.cache_views(layer.kv_cache),
+        )
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up and capture; such steps carry no plan."""
+        stock: Any = super()
+        self._is_warming_up = True
+        times = stock.compile_or_warm_up_model()
+        self._is_warming_up = False
+        return times
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run one step by its plan.
+
+        Raises:
+            RuntimeError: the step has no plan, a layer did not do its part, or an
+                earlier step raised.
+        """
+        stock: Any = super()
+        if self._is_warming_up:
+            return stock.execute_model(scheduler_output)
+        if self._has_failed:
+            raise RuntimeError("KV policy: an earlier step failed; restart the engine")
+        self._has_failed = True
+        output = self._run_plan(scheduler_output, stock)
+        self._has_failed = False
+        return output
+
+    def _run_plan(self, scheduler_output: SchedulerOutput, stock: Any) -> Any:
+        plan: StepPlan | None = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
+        if plan is None:
+            raise RuntimeError(
+                "KV policy: a step came without a plan; the scheduler must be "
+                "pyramid_vllm.scheduler.PyramidScheduler"
+            )
+        state, adapter, path = self.tier_state, self.adapter, self._path
+        assert state is not None
+        assert adapter is not None
+        assert path is not None
+        state.begin(plan)
+        adapter.begin(plan)
+        with state.pruning(plan):
+            output = stock.execute_model(scheduler_output)
+        adapter.after_forward()
+        path.end_step(plan, state)
+        state.finish(plan, len(self.tier_layers))
+        adapter.truncate(self._tier_of_group, plan)
+        return output

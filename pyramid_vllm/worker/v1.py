@@ -1,0 +1,90 @@
+"""vLLM's V1 model runner: the order of its rows, and its block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.utils.math_utils import cdiv
+
+from pyramid_vllm.worker.generators import make_rewindable
+
+if TYPE_CHECKING:
+    from pyramid_vllm.plan import StepPlan
+
+
+class V1Runner:
+    """What the policy needs of the runner; see ``RunnerAdapter`` and ``Batch``.
+
+    Args:
+        runner: vLLM's V1 runner, once its cache is allocated.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._batch = runner.input_batch
+
+    @property
+    def req_ids(self) -> Sequence[str]:
+        """By row."""
+        return self._batch.req_ids
+
+    @property
+    def row_of(self) -> Mapping[str, int]:
+        """Row of each request."""
+        return self._batch.req_id_to_index
+
+    @property
+    def num_computed(self) -> npt.NDArray[np.int32]:
+        """Computed tokens before this step."""
+        return self._batch.num_computed_tokens_cpu
+
+    @property
+    def num_prompt(self) -> npt.NDArray[np.int32]:
+        """Prompt tokens."""
+        return self._batch.num_prompt_tokens
+
+    def pages(self, group_id: int) -> torch.Tensor:
+        """A cache group's block table."""
+        return torch.from_numpy(self._batch.block_table[group_id].block_table.np)
+
+    def kernel_block_size(self, group_id: int) -> int:
+        """Tokens of the blocks that a group's kernels see."""
+        return self._batch.block_table[group_id].block_size
+
+    def attention_groups(self, group_id: int) -> Iterator[Any]:
+        """Layers of a cache group that share a builder."""
+        yield from self._runner.attn_groups[group_id]
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before the runner's step."""
+
+    def after_forward(self) -> None:
+        """Between the forward pass and sampling."""
+        make_rewindable(self._runner)
+
+    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> None:
+        """Cut compacted requests' rows to the pages that they keep, or replace them by
+        those that their tokens were gathered into.
+
+        The scheduler has freed the other pages; the next ones it allocates are
+        appended.
+        """
+        gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
+        for req_id, num_kept in plan.cache_lengths.items():
+            row = self._batch.req_id_to_index[req_id]
+            block_ids = self._runner.requests[req_id].block_ids
+            for group_id, tier in tier_of_group.items():
+                table = self._batch.block_table[group_id]
+                num_blocks = cdiv(num_kept[tier], table.block_size)
+                pages = gathered[req_id][tier] if req_id in gathered else None
+                if pages is not None:
+                    table.block_table.np[row, :num_blocks] = pages
+                    block_ids[group_id][:num_blocks] = pages
+                last = table.num_blocks_per_row[row]
+                table.block_table.np[row, num_blocks:last] = 0
+                table.num_blocks_per_row[row] = num_blocks
+                del block_ids[group_id][num_blocks:]

@@ -1,0 +1,153 @@
+"""vLLM's V2 model runner: the order of its rows, its block tables, its graphs.
+
+Cause of the wrapped methods: the runner has no hook between its slots and its metadata,
+and none that keeps a step out of a captured graph. They are wrapped on the one runner
+of an engine with a policy. Removal: see ``patches/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.math_utils import cdiv
+from vllm.utils.torch_utils import async_tensor_h2d
+
+if TYPE_CHECKING:
+    from pyramid_vllm.plan import StepPlan
+
+#: Called with the runner's batch, the tables and the slots of its step.
+Prepare = Callable[[Any, Sequence[torch.Tensor], torch.Tensor], None]
+
+
+class V2Runner:
+    """What the policy needs of the runner; see ``RunnerAdapter`` and ``Batch``.
+
+    Args:
+        runner: vLLM's V2 runner, once its cache is allocated.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.prepare: Prepare | None = None
+        """Set by the worker where lengths and slots are computed on the device."""
+        self._plan: StepPlan | None = None
+        self._tables: Sequence[torch.Tensor] = ()
+        self._row_of: dict[str, int] = {}
+        self._input_batch: Any = None
+        self._wrap()
+
+    def _wrap(self) -> None:
+        runner = self._runner
+        gather, prepare = runner.gather_batch_req_state, runner.prepare_attn
+        dispatch = runner.cudagraph_manager.dispatch
+
+        def gather_batch_req_state(*args: Any, **kwargs: Any) -> tuple[Any, int | None]:
+            state, uniform_count = gather(*args, **kwargs)
+            return state, None if self._needs_python else uniform_count
+
+        def prepare_attn(input_batch: Any) -> tuple[Sequence[torch.Tensor], Any]:
+            tables, slots = prepare(input_batch)
+            self._set_batch(input_batch, tables)
+            if self.prepare is not None:
+                self.prepare(input_batch, tables, slots)
+            return tables, slots
+
+        def dispatch_eagerly(*args: Any, **kwargs: Any) -> Any:
+            desc = dispatch(*args, **kwargs)
+            return self._eager(desc, *args, **kwargs) if self._prunes else desc
+
+        runner.gather_batch_req_state = gather_batch_req_state
+        runner.prepare_attn = prepare_attn
+        runner.cudagraph_manager.dispatch = dispatch_eagerly
+
+    @property
+    def _needs_python(self) -> bool:
+        """Whether layers handle windows: a replayed graph would pass them over."""
+        return self._plan is not None and bool(self._plan.windows)
+
+    @property
+    def _prunes(self) -> bool:
+        """Whether the rows of a step change from layer to layer: no graph has that."""
+        return self._plan is not None and self._plan.prunes
+
+    @staticmethod
+    def _eager(
+        desc: Any, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The descriptor that vLLM takes where no graph fits."""
+        return type(desc)(
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_active_loras=desc.num_active_loras,
+            num_ubatches=desc.num_ubatches,
+        )
+
+    def _set_batch(self, input_batch: Any, tables: Sequence[torch.Tensor]) -> None:
+        self._input_batch, self._tables = input_batch, tables
+        self._row_of = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
+
+    @property
+    def req_ids(self) -> Sequence[str]:
+        """By row."""
+        return self._input_batch.req_ids
+
+    @property
+    def row_of(self) -> Mapping[str, int]:
+        """Row of each request."""
+        return self._row_of
+
+    @property
+    def num_computed(self) -> npt.NDArray[np.int32]:
+        """Computed tokens before this step."""
+        return self._input_batch.num_computed_tokens_np
+
+    @property
+    def num_prompt(self) -> npt.NDArray[np.int32]:
+        """Prompt tokens."""
+        states = self._runner.req_states
+        return states.prompt_len.np[self._input_batch.idx_mapping_np]
+
+    def pages(self, group_id: int) -> torch.Tensor:
+        """A cache group's block table."""
+        return self._tables[group_id]
+
+    def kernel_block_size(self, group_id: int) -> int:
+        """Tokens of the blocks that a group's kernels see."""
+        return self._runner.kernel_block_sizes[group_id]
+
+    def attention_groups(self, group_id: int) -> Iterator[Any]:
+        """Layers of a cache group that share a builder."""
+        yield from self._runner.attn_groups[group_id]
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before the runner's step."""
+        self._plan = plan
+
+    def after_forward(self) -> None:
+        """Between the forward pass and sampling."""
+        self._plan = None
+
+    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> None:
+        """Cut compacted requests' rows to the pages that they keep, or replace them by
+        those that their tokens were gathered into.
+
+        The runner publishes rows and their lengths before its next step.
+        """
+        tables = self._runner.block_tables
+        gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
+        for req_id, num_kept in plan.cache_lengths.items():
+            index = self._runner.req_states.req_id_to_index[req_id]
+            for group_id, tier in tier_of_group.items():
+                num_blocks = cdiv(num_kept[tier], tables.block_sizes[group_id])
+                pages = gathered[req_id][tier] if req_id in gathered else None
+                if pages is not None:
+                    # At once: a staged write may meet the next request's in this row.
+                    row = tables.block_tables[group_id].gpu[index, :num_blocks]
+                    async_tensor_h2d(list(pages), dtype=row.dtype, out=row)
+                tables.num_blocks.np[group_id, index] = num_blocks
