@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pyramid_vllm.kernels import (
     score_triton,
     select_triton,
 )
-from tests.paging import LAYOUTS, Cache, Request, Shape, ones, queries_of
+from tests.paging import FP8, LAYOUTS, Cache, Request, Shape, ones, queries_of
 
 
 class _Driver:
@@ -113,31 +114,38 @@ _REQUESTS = [
 ]
 
 
-def scoring(shape: Shape, group: int, query_dtype: torch.dtype, **options: Any) -> None:
-    cache = Cache(shape, options.pop("requests", _REQUESTS))
+def scoring(
+    shape: Shape,
+    group: int,
+    query_dtype: torch.dtype,
+    requests: list[Request] = _REQUESTS,
+    first_layer: int = 0,
+    sinks: bool = False,
+    **options: Any,
+) -> None:
+    cache = Cache(shape, requests)
     query, starts, _ = queries_of(cache, group, query_dtype)
-    scales, _held = ones(shape.num_layers)
-    sinks = torch.zeros(shape.num_layers, shape.num_heads * group)
+    layers = slice(first_layer, None)
+    keys, (scales, _held) = cache.paged(), ones(shape.num_layers)
+    out = torch.zeros(shape.num_layers, shape.num_heads, cache.num_scores)
+    logits = torch.zeros(shape.num_layers, shape.num_heads * group)[layers]
+    sizes = {"max_queries": 16, "max_tokens": 96, "max_columns": 96, "scale": 0.3}
     score_triton.score(
         query,
-        torch.arange(shape.num_layers),
-        cache.paged(),
+        torch.arange(shape.num_layers)[layers],
+        keys._replace(addresses=keys.addresses[layers]),
         cache.table,
         cache.spans(starts),
-        torch.zeros(shape.num_layers, shape.num_heads, cache.num_scores),
-        max_queries=options.pop("max_queries", 16),
-        max_tokens=options.pop("max_tokens", 96),
-        max_columns=96,
-        scale=0.3,
+        out[layers],
         query_scale=torch.ones(1),
-        key_scales=scales,
-        sink_logits=sinks if options.pop("sinks", False) else None,
-        **options,
+        key_scales=scales[layers],
+        sink_logits=logits if sinks else None,
+        **(sizes | options),
     )
 
 
-def moving(shape: Shape, groups: int) -> None:
-    cache = Cache(shape, _REQUESTS)
+def moving(shape: Shape, groups: int, requests: list[Request] = _REQUESTS) -> None:
+    cache = Cache(shape, requests)
     kept = torch.zeros(shape.num_layers, groups, cache.num_scores, dtype=torch.int32)
     compact_triton.compact_pages(
         cache.paged(), cache.paged("values"), cache.table, cache.spans(), kept
@@ -152,8 +160,10 @@ def norms(shape: Shape) -> None:
     )
 
 
-def selecting(groups: int, max_tokens: int) -> None:
-    cache = Cache(Shape(), _REQUESTS)
+def selecting(
+    groups: int, max_tokens: int, requests: list[Request] = _REQUESTS
+) -> None:
+    cache = Cache(Shape(), requests)
     scores = torch.zeros(2, groups, cache.num_scores)
     out = torch.zeros(2, groups, cache.num_scores, dtype=torch.int32)
     select_triton.select(scores, out, cache.spans(), max_tokens=max_tokens)
@@ -167,22 +177,20 @@ def pooling(kind: str) -> None:
     )
 
 
-def lengths(prunes: bool) -> None:
-    evicted = torch.zeros(3, 5, dtype=torch.int32)
-    rows = torch.ones(3, 5, dtype=torch.int32)
-    starts = torch.zeros(3, 6, dtype=torch.int32)
+def lengths(prunes: bool, num_requests: int = 5) -> None:
+    rows = torch.zeros(3, num_requests + 1, dtype=torch.int32)
     lengths_triton.tier_lengths(
-        torch.ones(5, dtype=torch.int32),
-        torch.zeros(6, dtype=torch.int32),
-        evicted,
+        rows[0, 1:],
+        rows[0],
+        rows[:, 1:].contiguous(),
         torch.zeros(4, dtype=torch.int32),
         torch.zeros(4, dtype=torch.uint64),
         torch.zeros(4, dtype=torch.int64),
-        torch.zeros(3, 8, dtype=torch.int32),
+        torch.zeros(3, 64, dtype=torch.int32),
         torch.zeros(4, 64, dtype=torch.int64),
         block_size=16,
-        num_rows=rows if prunes else None,
-        row_starts=starts if prunes else None,
+        num_rows=rows[:, 1:].contiguous() if prunes else None,
+        row_starts=rows if prunes else None,
     )
 
 
@@ -203,10 +211,12 @@ def storing(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     queries_triton.count_missing(tags, cache.spans(), index, index[:1], 8)
 
 
+HALF = torch.bfloat16
+
+
 def variants(every: bool) -> dict[str, Callable[[], None]]:
     """Calls by name: a representative few, or every one."""
-    half, single = torch.bfloat16, torch.float32
-    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    half, e4m3 = HALF, FP8[0]
     nhd, hnd = LAYOUTS[1], LAYOUTS[0]
     few: dict[str, Callable[[], None]] = {
         "score bf16": lambda: scoring(Shape(8, 128, 16, nhd, half), 4, half),
@@ -225,9 +235,26 @@ def variants(every: bool) -> dict[str, Callable[[], None]]:
         "queries bf16": lambda: storing(half, half),
         "queries fp8": lambda: storing(e4m3, half),
     }
-    if not every:
-        return few
-    few |= {
+    for count in (1, 3, 16, 37):
+        few[f"again with {count}"] = partial(again, count)
+    return few | _others() if every else few
+
+
+def again(num_requests: int) -> None:
+    """What was compiled before serves other numbers of requests, and any layer."""
+    requests, shape = _REQUESTS[:1] * num_requests, Shape(8, 128, 16, LAYOUTS[1], HALF)
+    for first_layer in range(2):
+        scoring(shape, 4, HALF, requests, first_layer)
+    selecting(1, 96, requests)
+    moving(shape, 1, requests)
+    lengths(False, num_requests)
+    lengths(True, num_requests)
+
+
+def _others() -> dict[str, Callable[[], None]]:
+    half, single, e4m3, e5m2 = HALF, torch.float32, *FP8
+    nhd, hnd = LAYOUTS[1], LAYOUTS[0]
+    return {
         "score fp32": lambda: scoring(Shape(8, 128, 16, nhd, single), 4, single),
         "score fp32 small": lambda: scoring(Shape(3, 64, 16, nhd, single), 3, single),
         "score fp16": lambda: scoring(
@@ -263,7 +290,6 @@ def variants(every: bool) -> dict[str, Callable[[], None]]:
         "rows int64": lambda: pruning(torch.int64, 1),
         "queries fp32": lambda: storing(single, single),
     }
-    return few
 
 
 def main() -> None:

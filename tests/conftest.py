@@ -11,6 +11,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 else:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Which of the GPUs' attention backends all engines use, with vLLM's V2 runner: before
+# vLLM is imported.
+BACKEND = os.environ.get("PYRAMID_TEST_BACKEND")
+if BACKEND is not None:
+    from tests import gpu_on_cpu
+
+    gpu_on_cpu.prepare()
 # Kernels run interpreted; vLLM sees no Triton driver and does not care.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -25,6 +32,13 @@ from tests.models import TINY_LLAMA, save_tiny_llama
 # No test asserts on time; in CI the same examples are drawn every time.
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _backend() -> None:
+    """Put the wrapped backend under test in the place of ``CPU_ATTN``."""
+    if BACKEND is not None:
+        gpu_on_cpu.use_wrapped_backend(BACKEND)
 
 
 @pytest.fixture(scope="session")

@@ -153,10 +153,11 @@ def held_kv(llm: Any, req_id: str, layer: int) -> tuple[Any, Any]:
     if hasattr(scheduler, "tier_lengths"):
         tier = groups[group_id].kv_cache_spec.tier
         num_held -= scheduler.tier_lengths.evicted(req_id)[tier]
-    cache = runner.compilation_config.static_forward_context[name].kv_cache
+    layer = runner.compilation_config.static_forward_context[name]
+    views = getattr(layer.impl, "cache_views", cpu_views)
     key, value = (
         view[block_ids].transpose(1, 2).flatten(0, 1)[:num_held].clone()
-        for view in cpu_views(cache)
+        for view in views(layer.kv_cache)
     )
     return key, value
 

@@ -91,6 +91,17 @@ def use_backend(name: str, path: str | None = None) -> None:
     selector._cached_get_attn_backend.cache_clear()
 
 
+def use_wrapped_backend(name: str) -> None:
+    """Let engines with a policy use our wrapper of a backend, those without the stock
+    one in it."""
+    from pyramid_vllm.attention import registry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    path = registry.WRAPPED[AttentionBackendEnum[name]]
+    registry.WRAPPED = {AttentionBackendEnum.CPU_ATTN: path}
+    use_backend(name, f"pyramid_vllm.attention.{path}")
+
+
 def _replace_triton(module: Any) -> None:
     from tests import gpu_on_cpu_kernels as kernels
 

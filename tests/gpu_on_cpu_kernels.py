@@ -102,7 +102,7 @@ def write(
     sides = (key, key_cache, k_scale), (value, value_cache, v_scale)
     for tokens, cache, scale in sides:
         # The slots say how many tokens there are: the rows may be padded.
-        rows = tokens[: len(slot_mapping)][used]
+        rows = tokens[used.nonzero()[:, 0]]
         if kv_cache_dtype.startswith("fp8"):
             limit = torch.finfo(FP8).max
             rows = (rows.float() / scale).clamp(-limit, limit).to(FP8)

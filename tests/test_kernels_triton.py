@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyramid_vllm.kernels import (
@@ -138,7 +138,7 @@ def test_quantized_queries() -> None:
 @pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128])
 def test_scores_of_any_shape(head_size: int, group: int) -> None:
-    shape = Shape(2, head_size, 32, "NHD", HALF)
+    shape = Shape(2, head_size, 32, "NHD", HALF, 1)
     cache = Cache(shape, [scored(70, 5), scored(31, 1)])
     check_scores(cache, group=group, distance_weight=2.0)
 
@@ -163,7 +163,7 @@ def test_scores_of_small_blocks(
     """As on a GPU: many rows of blocks, and keys in splits."""
     monkeypatch.setattr(score_triton, "_sizes", lambda *_: sizes[:2])
     monkeypatch.setattr(score_triton, "_split", lambda *_: sizes[2])
-    cache = Cache(Shape(1), [scored(held, 19) for held in (1, 33, 65, 200)])
+    cache = Cache(Shape(1), [scored(held, 19) for held in (1, 33, 90)])
     check_scores(cache, group=3, kind=kind)
 
 
@@ -301,13 +301,13 @@ def levels_of(num: int, levels: int, seed: int, layers: int = 2) -> torch.Tensor
 def test_selection_of_many_requests(levels: int) -> None:
     """Of equal scores the newest stay; zero is minus zero; none wanted is none."""
     requests, scores = [], []
-    for seed, held in enumerate([*SHORT, 1000]):
+    for seed, held in enumerate((1, 2, 16, 17, 33, 1000)):
         first, recent = held // 10, held // 5
         for kept in {first + recent, (first + recent + held) // 2, held - 1, held}:
             if kept < first + recent:
                 continue
             requests.append(Request(held, kept, first, recent))
-            scores.append(levels_of(held, levels, seed))
+            scores.append(levels_of(held, levels, seed, 1))
     check_selection(scores, requests)
 
 
@@ -324,11 +324,11 @@ def test_selection_of_long_prompts(held: int, levels: int) -> None:
 def test_selection_in_small_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select_triton, "_BLOCK", block)
     requests, scores = [], []
-    for seed, held in enumerate(SHORT):
-        for kept in {held // 2, held - 1, held}:
+    for seed, held in enumerate((16, 33, 65, 100)):
+        for kept in (held // 2, held - 1):
             first = kept // 3
             requests.append(Request(held, kept, first, kept // 4))
-            scores.append(levels_of(held, 3, seed))
+            scores.append(levels_of(held, 3, seed, 1))
     check_selection(scores, requests)
 
 
@@ -348,6 +348,7 @@ VALUES = st.sampled_from(
 )
 
 
+@settings(max_examples=30)
 @given(st.data())
 def test_any_selection(data: st.DataObject) -> None:
     held = data.draw(st.integers(1, 40))
@@ -363,12 +364,14 @@ def test_any_selection(data: st.DataObject) -> None:
 def kept_of(cache: Cache, groups: int, seed: int) -> torch.Tensor:
     """Random tokens that stay; the first ones among them."""
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.full((cache.shape.num_layers, groups, cache.num_scores), 1 << 30)
-    kept = kept.int()
+    shape = (cache.shape.num_layers, groups, cache.num_scores)
+    kept = torch.zeros(shape, dtype=torch.int32)
     for request, begin in zip(
         cache.requests, cache.spans().offset.tolist(), strict=True
     ):
         first = request.num_first
+        if request.num_kept == request.num_held:
+            continue  # as `select` leaves it
         for row in kept.flatten(0, 1):
             order = torch.randperm(request.num_held - first, generator=generator)
             chosen = order[: request.num_kept - first].sort().values + first
@@ -428,6 +431,7 @@ def test_compaction_of_long_prompts(held: int) -> None:
     check_compaction(Cache(Shape(1, 32, 16, "HND", HALF, 1), requests), 1)
 
 
+@settings(max_examples=30)
 @given(st.data())
 def test_any_compaction(data: st.DataObject) -> None:
     held = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=3))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from functools import partial
 from typing import NamedTuple
 
@@ -14,19 +13,20 @@ import triton.language as tl
 
 #: Whether kernels run on the CPU, interpreted: larger blocks, for each costs Python.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-#: Arguments that differ from step to step: specialized on their values and alignments,
-#: kernels would be compiled again while requests wait.
-_OF_A_STEP = re.findall(
-    r"\w+",
-    """
-    table row query_start ring_start num_queries num_held num_kept num_first num_recent
-    column num_columns offset kept out scores normalizer start first missing target
-    positions seq_lens query_starts evicted num_rows row_starts starts next_starts
-    window_of index num_requests num_slots max_requests ring table_stride
-    kept_layer kept_group score_layer score_group out_layer out_group out_head
-    out_request out_split norm_request norm_head layer_stride head_stride
-    """,
-)
+#: Arguments that differ from step to step, or from layer to layer: specialized on their
+#: values and alignments, kernels would be compiled again while requests wait.
+_OF_A_STEP = [
+    "table", "row", "query_start", "ring_start", "num_queries", "num_held",
+    "num_kept", "num_first", "num_recent", "column", "num_columns", "offset",
+    "kept", "out", "scores", "normalizer", "start", "first", "missing", "target",
+    "positions", "seq_lens", "query_starts", "evicted", "num_rows", "row_starts",
+    "starts", "next_starts", "window_of", "index", "num_requests", "num_slots",
+    "max_requests", "ring", "table_stride", "kept_layer", "kept_group",
+    "score_layer", "score_group", "out_layer", "out_group", "out_head",
+    "out_request", "out_split", "norm_request", "norm_head", "layer_stride",
+    "head_stride", "addresses", "keys", "values", "layers", "key_scales",
+    "query_scale", "tags",
+]  # fmt: skip
 kernel = partial(triton.jit, do_not_specialize=_OF_A_STEP)
 
 

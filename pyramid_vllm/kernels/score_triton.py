@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -60,8 +62,8 @@ def _logits(q, k, scale, soft_cap, DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr):
 @kernel
 def _normalizer_kernel(  # type: ignore[no-untyped-def]
     query, addresses, like, table, row, query_start, ring_start, num_queries, num_held,
-    out, layers, query_scale, key_scales, num_requests, ring, scale, soft_cap,
-    ql, qr, qh, qd, sb, sh, st, sd, table_stride, out_request, out_head, out_split,
+    layers, query_scale, key_scales, num_requests, ring, scale, soft_cap,
+    ql, qr, qh, qd, sb, sh, st, sd, table_stride, out, out_request, out_head, out_split,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr,
@@ -117,9 +119,9 @@ def _scale_of(scales, layer):  # type: ignore[no-untyped-def]
 @kernel
 def _score_kernel(  # type: ignore[no-untyped-def]
     query, addresses, like, table, row, query_start, ring_start, num_queries, num_held,
-    column, num_columns, offset, normalizer, out, layers, query_scale, key_scales,
-    num_requests, ring, scale, soft_cap, distance_weight, ql, qr, qh, qd, sb, sh, st,
-    sd, table_stride, norm_request, norm_head, out_layer, out_head,
+    layers, query_scale, key_scales, num_requests, ring, scale, soft_cap,
+    ql, qr, qh, qd, sb, sh, st, sd, table_stride, column, num_columns, offset,
+    normalizer, norm_request, norm_head, out, out_layer, out_head, distance_weight,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr, Q_KIND: tl.constexpr,
@@ -127,8 +129,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Scores of some tokens: the weighted sum of their columns of the attention."""
     layer, request, head = program_of(num_requests, HEADS)
-    columns = tl.load(num_columns + request)
-    count = tl.load(num_queries + request)
+    columns, count = tl.load(num_columns + request), tl.load(num_queries + request)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if (tl.program_id(1) * BLOCK_N >= columns) | (count == 0):
         return
@@ -169,30 +170,16 @@ def _score_kernel(  # type: ignore[no-untyped-def]
 
 
 def score(
-    query: torch.Tensor,
-    query_layers: torch.Tensor,
-    keys: PagedLayers,
-    block_table: torch.Tensor,
-    spans: Spans,
-    out: torch.Tensor,
-    *,
-    max_queries: int,
-    max_tokens: int,
-    max_columns: int,
-    scale: float,
-    query_scale: torch.Tensor,
-    key_scales: torch.Tensor,
-    distance_weight: float = 1.0,
-    kind: int = ATTENTION,
-    logits_soft_cap: float = 0.0,
-    sink_logits: torch.Tensor | None = None,
+    query: torch.Tensor, query_layers: torch.Tensor, keys: PagedLayers,
+    block_table: torch.Tensor, spans: Spans, out: torch.Tensor, *, max_queries: int,
+    max_tokens: int, max_columns: int, scale: float, query_scale: torch.Tensor,
+    key_scales: torch.Tensor, distance_weight: float = 1.0, kind: int = ATTENTION,
+    logits_soft_cap: float = 0.0, sink_logits: torch.Tensor | None = None,
     ring: int | None = None,
-) -> None:
-    """Score the cached tokens of some requests in some layers.
+) -> None:  # fmt: skip
+    """``window_scores``, ``accumulated_scores`` or ``vote_scores``, by ``kind``.
 
-    The same as ``window_scores`` (``ATTENTION``), ``accumulated_scores``
-    (``ACCUMULATED``) or ``vote_scores`` (``VOTES``), on paged keys, with an online
-    softmax: no attention matrix is ever stored.
+    On paged keys, with an online softmax: no attention matrix is ever stored.
 
     Args:
         query: ``[num_query_layers, num_rows, num_heads, head_size]``, any strides,
@@ -203,9 +190,8 @@ def score(
         spans: the requests; read are ``row``, ``query_start``, ``ring_start``,
             ``num_queries``, ``num_held``, ``column``, ``num_columns``, ``offset``.
         out: ``[num_layers, num_kv_heads, num_scores]``, float32.
-        max_queries: most queries of a request.
-        max_tokens: most tokens held of a request.
-        max_columns: most scored tokens of a request.
+        max_queries: most queries of a request; ``max_tokens`` and ``max_columns``
+            likewise, of tokens held and of scored ones.
         scale: factor of the attention logits.
         query_scale: ``[1]``, float32: factor of quantized queries, else 1.
         key_scales: ``[num_layers]``, int64: address of each layer's float32 factor of
@@ -216,58 +202,67 @@ def score(
         sink_logits: ``[num_layers, num_heads]``, what else shares in the attention.
         ring: rows of each request's ring of queries; None: its queries lie in order.
     """
+    like, constants = as_bytes(keys.like), _constants(query, keys, max_queries)
+    arguments = (
+        as_bytes(query), keys.addresses, like, block_table, *spans[:5], query_layers,
+        query_scale, key_scales, len(spans), ring or 1 << 30, scale,
+        logits_soft_cap or 1.0, *query.stride(), *like.stride(), block_table.stride(0),
+    )  # fmt: skip
+    constants["SOFT_CAP"] = bool(logits_soft_cap)
+    norms = _normalizer(arguments, constants, max_queries, max_tokens, sink_logits)
+    blocks = triton.cdiv(max_columns, constants["BLOCK_N"])
+    _score_kernel[(len(norms) * norms.shape[1], blocks)](
+        *arguments, spans.column, spans.num_columns, spans.offset, norms,
+        *norms.stride()[:2], out, *out.stride()[:2], distance_weight, KIND=kind,
+        **constants,
+    )  # fmt: skip
+
+
+def _constants(
+    query: torch.Tensor, keys: PagedLayers, max_queries: int
+) -> dict[str, Any]:
+    """What both kernels are compiled for."""
     heads, page, head_size = keys.like.shape[1:]
-    num_requests, group = len(spans), query.shape[2] // heads
-    batch, rows = keys.num_layers * num_requests, max_queries * group
-    dtype = _dot_dtype(query.dtype, keys.like.dtype)
-    block_m, block_n = _sizes(head_size, dtype == tl.float32, rows)
-    split = _split(max_tokens, rows)
-    splits = triton.cdiv(max_tokens, split)
-    partial = torch.full(
-        (batch, heads, splits, rows), float("-inf"), device=query.device
-    )
-    common = {
+    group, dtype = query.shape[2] // heads, _dot_dtype(query.dtype, keys.like.dtype)
+    wide = dtype == tl.float32
+    block_m, block_n = _sizes(head_size, wide, max_queries * group)
+    return {
         "HEADS": heads, "GROUP": group, "D": head_size, "PAGE": page,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "DTYPE": dtype, "SOFT_CAP": bool(logits_soft_cap), "num_stages": 2,
-        "num_warps": 8 if dtype == tl.float32 else 4,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "DTYPE": dtype,
         "Q_KIND": float_kind(query.dtype), "K_KIND": float_kind(keys.like.dtype),
-        "ALIGNMENT": keys.alignment,
+        "ALIGNMENT": keys.alignment, "num_stages": 2, "num_warps": 8 if wide else 4,
     }  # fmt: skip
-    ring_size = ring or 1 << 30
-    query, like = as_bytes(query), as_bytes(keys.like)
-    cap = logits_soft_cap or 1.0
-    _normalizer_kernel[(batch * heads, triton.cdiv(rows, block_m), splits)](
-        query, keys.addresses, like, block_table, spans.row, spans.query_start,
-        spans.ring_start, spans.num_queries, spans.num_held, partial, query_layers,
-        query_scale, key_scales, num_requests, ring_size, scale, cap, *query.stride(),
-        *like.stride(), block_table.stride(0), *partial.stride()[:3], SPLIT=split,
-        **common,
-    )  # fmt: skip
-    normalizer = _normalizer(partial, sink_logits, num_requests)
-    grid = (batch * heads, triton.cdiv(max_columns, block_n))
-    _score_kernel[grid](
-        query, keys.addresses, like, block_table, spans.row, spans.query_start,
-        spans.ring_start, spans.num_queries, spans.num_held, spans.column,
-        spans.num_columns, spans.offset, normalizer, out, query_layers, query_scale,
-        key_scales, num_requests, ring_size, scale, cap, distance_weight,
-        *query.stride(), *like.stride(), block_table.stride(0),
-        *normalizer.stride()[:2], *out.stride()[:2], KIND=kind, **common,
-    )  # fmt: skip
 
 
 def _normalizer(
-    partial: torch.Tensor, sink_logits: torch.Tensor | None, num_requests: int
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    max_queries: int,
+    max_tokens: int,
+    sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``[num_batch, num_kv_heads, num_rows]`` from those of the splits."""
+    """Log of the sum of exponentials, of each query.
+
+    Returns:
+        ``[num_layers * num_requests, num_kv_heads, max_queries * group]``
+    """
+    query, addresses, _, _, row = arguments[:5]
+    heads, group = constants["HEADS"], constants["GROUP"]
+    batch, rows = len(addresses) * len(row), max_queries * group
+    split = _split(max_tokens, rows)
+    shape = (batch, heads, triton.cdiv(max_tokens, split), rows)
+    partial = torch.full(shape, float("-inf"), device=query.device)
+    blocks = triton.cdiv(rows, constants["BLOCK_M"])
+    _normalizer_kernel[(batch * heads, blocks, shape[2])](
+        *arguments, partial, *partial.stride()[:3], SPLIT=split, **constants
+    )
     whole = torch.logsumexp(partial, dim=2)
     if sink_logits is None:
         return whole
-    batch, heads, rows = whole.shape
-    shares = sink_logits.float().repeat_interleave(num_requests, dim=0)
-    shares = shares.view(batch, heads, 1, -1)
-    by_head = whole.view(batch, heads, -1, shares.shape[-1])
+    shares = sink_logits.float().repeat_interleave(len(row), dim=0)
+    shares = shares.view(batch, heads, 1, group)
+    by_head = whole.view(batch, heads, max_queries, group)
     return torch.logaddexp(by_head, shares).view(batch, heads, rows)
 
 

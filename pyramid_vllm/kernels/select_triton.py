@@ -84,7 +84,7 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         ties = (middle & (key == threshold)).to(tl.int32)
         rank = num_equal + tl.cumsum(ties, 0)
         best = (key > threshold) | ((ties == 1) & (rank > dropped))
-        stays = tl.where(middle, best & (wanted > 0), token < held).to(tl.int32)
+        stays = tl.where(middle, best, token < held).to(tl.int32)
         slot = num_out + tl.cumsum(stays, 0) - 1
         tl.store(to + slot, token, mask=stays == 1)
         num_out += tl.sum(stays, 0)

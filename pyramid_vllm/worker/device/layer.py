@@ -75,7 +75,7 @@ class DeviceLayer:
         self._prunes_next = constants.prunes_next
         self._group, self._place, self._state = group, place, state
         own = slice(place, place + 1)
-        self._keys = PagedLayers(group.keys.like, group.keys.addresses[own])
+        self._keys = group.keys._replace(addresses=group.keys.addresses[own])
         self._key_scales = group.key_scales[own]
         self._query_scale = query_scale
         self.no_scale = torch.ones_like(query_scale)
