@@ -80,6 +80,7 @@ class PageWorker:
         """One step: rows, keys of the step's tokens, compaction."""
         plan: StepPlan = getattr(output, PLAN_ATTRIBUTE)
         starts = self._update_rows(output, plan)
+        self._prepare(output, plan, starts)
         for group_id, tier in self._tier_of_group.items():
             self._run_tier(output, plan, starts, group_id, tier)
         for group in plan.groups:
@@ -87,6 +88,13 @@ class PageWorker:
                 self._compress(group, group_id, tier)
         for req_id in plan.cache_lengths:
             self.requests[req_id].evicted = True
+        self._truncate(plan)
+
+    def _prepare(self, output: Any, plan: StepPlan, starts: dict[str, int]) -> None:
+        """Between the rows of a step and its writes."""
+
+    def _truncate(self, plan: StepPlan) -> None:
+        """Cut rows by the package's own code; they then are what requests own."""
         V1Runner(self).truncate(self._tier_of_group, plan)
         for req_id, row in self.input_batch.req_id_to_index.items():
             for group_id, ids in enumerate(self.requests[req_id].block_ids):
@@ -179,11 +187,14 @@ class PageWorker:
             self._compact(window, group_id, tier)
 
     def _slots(self, req_id: str, group_id: int, start: int, end: int) -> Any:
+        places, pages = np.arange(start, end), self._pages(req_id, group_id)
+        block_size = self._memory.shape[1]
+        assert end <= len(pages) * block_size, (req_id, "no page for a token")
+        return pages[places // block_size], places % block_size
+
+    def _pages(self, req_id: str, group_id: int) -> npt.NDArray[np.int32]:
         row = self.input_batch.req_id_to_index[req_id]
-        table = self.input_batch.block_table[group_id]
-        places, pages = np.arange(start, end), table.pages(row)
-        assert end <= len(pages) * table.block_size, (req_id, "no page for a token")
-        return pages[places // table.block_size], places % table.block_size
+        return self.input_batch.block_table[group_id].pages(row)
 
     def _read(self, req_id: str, group_id: int, end: int) -> Tokens:
         return self._memory[self._slots(req_id, group_id, 0, end)]

@@ -94,8 +94,9 @@ def use_backend(name: str, path: str | None = None) -> None:
 def use_wrapped_backend(name: str) -> None:
     """Let engines with a policy use our wrapper of a backend, those without the stock
     one in it."""
-    from pyramid_vllm.attention import registry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from pyramid_vllm.attention import registry
 
     path = registry.WRAPPED[AttentionBackendEnum[name]]
     registry.WRAPPED = {AttentionBackendEnum.CPU_ATTN: path}

@@ -2,11 +2,12 @@
 
 A graph keeps the call that was captured, and a replay makes it again with the metadata
 of the capture: what a step changes counts only where it is written into the buffers
-that the capture saw, as on a GPU. Unlike there, the model's Python runs again.
+that the capture saw, as on a GPU. Unlike there, the model's Python runs again: what it
+must not see then, ``Graph.around`` hides.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ class Graph:
     """In place of ``torch.cuda.CUDAGraph``."""
 
     captured: Callable[[Any], None]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around every replay."""
 
     def __init__(self) -> None:
         self._forward = Graph.captured
@@ -26,7 +29,8 @@ class Graph:
         from vllm.config import CUDAGraphMode
 
         CALLS["replay"] += 1
-        self._forward(CUDAGraphMode.NONE)
+        with Graph.around():
+            self._forward(CUDAGraphMode.NONE)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from tests.conftest import BACKEND
 from tests.engines import MIB, close, generate, make_llm, random_prompts, scheduler_of
 
 logger = logging.getLogger(__name__)
 
-NUM_REQUESTS = 64
+# With a GPU's backend, kernels are interpreted: each step takes long.
+NUM_REQUESTS = 64 if BACKEND is None else 14
 POLICY: dict[str, Any] = {
     "retention": 0.4,
     "recent": 24,
@@ -28,7 +30,10 @@ def make_requests(seed: int) -> list[tuple[list[int], int]]:
     rng = random.Random(seed)
     lengths = [rng.randint(20, 160) for _ in range(NUM_REQUESTS)]
     return [
-        (COMMON[: rng.choice([0, 64, 240])] + own, rng.randint(40, 140))
+        (
+            COMMON[: rng.choice([0, 64, 240])] + own,
+            rng.randint(40, 140 if BACKEND is None else 80),
+        )
         for own in random_prompts(lengths, seed=seed)
     ]
 
@@ -57,7 +62,7 @@ def run_together(
         for output in engine.step():
             if output.finished and output.outputs[0].finish_reason == "length":
                 finished[int(output.request_id)] = list(output.outputs[0].token_ids)
-        if rng.random() < 0.04:
+        if rng.random() < (0.04 if BACKEND is None else 0.02):
             victim = str(rng.randrange(NUM_REQUESTS))
             if int(victim) not in finished:
                 engine.abort_request([victim])
@@ -109,7 +114,9 @@ def test_every_request_is_as_alone(
         counters.max_num_running,
         len(finished),
     )
-    assert num_preempted >= 5, "a run without preemptions proves nothing"
+    assert num_preempted >= NUM_REQUESTS // 12, (
+        "a run without preemptions proves nothing"
+    )
     assert counters.num_compactions > len(finished) // 2
     scheduler_of(llm).check_integrity()
     for index, tokens in finished.items():

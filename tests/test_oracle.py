@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pyramid_vllm.cli.prompts import long_prompts
+from tests.conftest import BACKEND
 from tests.engines import (
     MIB,
     Generation,
@@ -22,8 +23,11 @@ from tests.engines import (
 from tests.models import save_tiny
 from tests.oracle import DenseModel, Oracle
 
-NUM_TOKENS = 64
+# With a GPU's backend, kernels are interpreted: each step takes long.
+NUM_TOKENS = 64 if BACKEND is None else 24
 LENGTHS = [1, 2, 5, 17, 33, 64, 100, 129, 200, 333, 512, 700]
+if BACKEND is not None:
+    LENGTHS = LENGTHS[::3] + LENGTHS[-1:]
 CHUNKS = {"64": 64, "128": 128, "whole": 4096}
 FAMILIES = {"llama": 6, "qwen2": 5, "qwen3": 8}
 
@@ -124,6 +128,8 @@ def cases() -> Iterator[Any]:
         first, second = cuts[number % 3], cuts[(number + 1) % 3]
         other = ("qwen2", "qwen3")[number % 2]
         quick = {"llama": [first, second], other: [second]}
+        if BACKEND is not None:
+            quick = {("llama", "qwen2", "qwen3")[number % 3]: [first]}
         for family in FAMILIES:
             for chunks, marks in (
                 (quick.get(family, []), []),
@@ -190,7 +196,7 @@ def compare(llm: Any, oracle: Oracle, chunk: int) -> None:
         if expected.decided:
             num_decided += 1
             assert_same(generation, expected.logprobs, len(prompt))
-    assert num_decided >= len(prompts) - 4, "too many requests hang on rounding"
+    assert num_decided >= len(prompts) * 2 // 3, "too many requests hang on rounding"
     computed = counters.num_computed - rows_before
     assert computed.tolist() == rows.tolist(), "rows computed per layer"
     assert counters.num_scheduled - scheduled_before == sum(LENGTHS)

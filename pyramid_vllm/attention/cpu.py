@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from pyramid_vllm.attention.layout import KVViews, check_layout
 from pyramid_vllm.attention.tiered import TieredBuilder, TieredImpl
+from pyramid_vllm.policy import KVPolicyError
 
 
 def cpu_views(cache: torch.Tensor) -> KVViews:
@@ -92,7 +93,16 @@ class PyramidCPUAttentionImpl(TieredImpl, CPUAttentionBackendImpl):
         return cpu_views(cache)
 
     def check_cache(self, layer: Any, builder: Any) -> None:
-        """See ``check_cpu_layout``."""
+        """See ``check_cpu_layout``.
+
+        Raises:
+            KVPolicyError: also for quantized keys, which the references do not read.
+        """
+        if layer.kv_cache.dtype == torch.uint8:
+            raise KVPolicyError(
+                f"kv_policy does not support kv_cache_dtype={self.kv_cache_dtype!r} "
+                "with CPU_ATTN: valid is 'auto'"
+            )
         check_cpu_layout(layer.kv_cache, builder.isa)
 
 

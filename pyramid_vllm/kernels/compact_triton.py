@@ -93,11 +93,15 @@ def compact_pages(
     if not INTERPRETED:
         # Parts of a head's vector multiply the programs that few requests have.
         block_d = min(block_d, 64)
-    grid = (keys.num_layers * len(spans) * heads, 2, triton.cdiv(head_size, block_d))
+    grid = (
+        keys.num_layers * spans.num_requests * heads,
+        2,
+        triton.cdiv(head_size, block_d),
+    )
     _compact_kernel[grid](
         keys.addresses, values.addresses, like, block_table, kept, spans.row,
-        spans.num_held, spans.num_kept, spans.num_first, spans.offset, len(spans),
-        *like.stride(), block_table.stride(0), *kept.stride()[:2], HEADS=heads,
+        spans.num_held, spans.num_kept, spans.num_first, spans.offset,
+        spans.num_requests, *like.stride(), block_table.stride(0), *kept.stride()[:2], HEADS=heads,
         GROUPS=kept.shape[1], D=head_size, PAGE=page,
         ALIGNMENT=math.gcd(keys.alignment, values.alignment), BLOCK_D=block_d,
         BLOCK_T=1024 if INTERPRETED else 128,

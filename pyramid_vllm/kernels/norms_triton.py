@@ -57,10 +57,11 @@ def score_key_norms(
     heads, page, head_size = keys.like.shape[1:]
     block_n = 256 if INTERPRETED else 32
     like = as_bytes(keys.like)
-    batch = keys.num_layers * len(spans)
+    batch = keys.num_layers * spans.num_requests
     _key_norm_kernel[(batch * heads, triton.cdiv(max_tokens, block_n))](
         keys.addresses, like, block_table, spans.row, spans.num_held, spans.offset,
-        out, len(spans), *like.stride(), block_table.stride(0), *out.stride()[:2],
+        out, spans.num_requests, *like.stride(), block_table.stride(0),
+        *out.stride()[:2],
         HEADS=heads, D=head_size, PAGE=page,
         BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_N=block_n,
         K_KIND=float_kind(keys.like.dtype), ALIGNMENT=keys.alignment,

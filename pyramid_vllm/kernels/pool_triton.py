@@ -57,8 +57,8 @@ def pool_scores(
     """
     layers, heads = scores.shape[:2]
     block = 1024
-    _pool_kernel[(layers * len(spans) * heads, triton.cdiv(max_tokens, block))](
-        scores, out, spans.num_held, spans.num_recent, spans.offset, len(spans),
+    _pool_kernel[(layers * spans.num_requests * heads, triton.cdiv(max_tokens, block))](
+        scores, out, spans.num_held, spans.num_recent, spans.offset, spans.num_requests,
         *scores.stride()[:2], HEADS=heads, KERNEL=kernel, MAX=kind == "max",
         BLOCK=block,
     )  # fmt: skip

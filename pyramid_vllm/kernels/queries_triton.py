@@ -93,7 +93,7 @@ def count_missing(
         missing: ``[1]``, int32: the count is added to it.
         ring: places of each request.
     """
-    _missing_kernel[(len(spans), len(tags))](
+    _missing_kernel[(spans.num_requests, len(tags))](
         tags, spans.query_start, spans.ring_start, spans.num_queries, first, missing,
         ring, tags.stride(0), BLOCK=triton.next_power_of_2(ring),
     )  # fmt: skip

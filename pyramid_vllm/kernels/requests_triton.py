@@ -65,7 +65,9 @@ class Spans(NamedTuple):
         """The fields of ``[len(Spans._fields), num_requests]``."""
         return cls(*buffer.unbind(0))
 
-    def __len__(self) -> int:  # of requests, not of fields
+    @property
+    def num_requests(self) -> int:
+        """Requests."""
         return self.row.shape[0]
 
 

@@ -205,7 +205,7 @@ def score(
     like, constants = as_bytes(keys.like), _constants(query, keys, max_queries)
     arguments = (
         as_bytes(query), keys.addresses, like, block_table, *spans[:5], query_layers,
-        query_scale, key_scales, len(spans), ring or 1 << 30, scale,
+        query_scale, key_scales, spans.num_requests, ring or 1 << 30, scale,
         logits_soft_cap or 1.0, *query.stride(), *like.stride(), block_table.stride(0),
     )  # fmt: skip
     constants["SOFT_CAP"] = bool(logits_soft_cap)

@@ -111,8 +111,8 @@ def select(
     """
     layers, groups = scores.shape[:2]
     block = min(_BLOCK, max(16, triton.next_power_of_2(max_tokens)))
-    _select_kernel[(layers * len(spans) * groups,)](
+    _select_kernel[(layers * spans.num_requests * groups,)](
         scores, out, spans.num_held, spans.num_kept, spans.num_first, spans.num_recent,
-        spans.column, spans.offset, len(spans), *scores.stride()[:2],
+        spans.column, spans.offset, spans.num_requests, *scores.stride()[:2],
         *out.stride()[:2], GROUPS=groups, SINGLE=max_tokens <= block, BLOCK=block,
     )  # fmt: skip

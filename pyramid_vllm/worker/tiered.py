@@ -101,9 +101,10 @@ class TieredWorker:
         if num_bytes >= available:
             raise KVPolicyError(
                 f"kv_policy '{self.kv_policy.name}' needs {num_bytes:,} bytes for the "
-                f"queries and scores of max_num_seqs={self.scheduler_config.max_num_seqs} "
-                f"sequences, of {available:,} for the whole KV cache: lower "
-                "max_num_seqs or gen_queries"
+                "queries and scores of "
+                f"max_num_seqs={self.scheduler_config.max_num_seqs} sequences, of "
+                f"{available:,} for the whole KV cache: lower max_num_seqs or "
+                "gen_queries"
             )
         return available - num_bytes
 

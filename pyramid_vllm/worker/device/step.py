@@ -140,7 +140,7 @@ class DeviceStep(TierStep):
             self._tier_of_group,
             self._tables.input_block_table_ptrs,
             self._tables.block_table_strides,
-            self.tier_lens,
+            self.tier_lens[:, : input_batch.num_reqs_after_padding],
             slots,
             block_size=self._block_size,
             num_rows=num_rows,

@@ -1,0 +1,1 @@
+"""What ``scripts/gpu-check`` runs; see ``scripts/gpu-check --help``."""

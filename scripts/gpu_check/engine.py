@@ -1,0 +1,212 @@
+"""Engines with the policy beside stock ones, on a tiny random model."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpu_check.loading import has_gpu
+from gpu_check.pieces import (
+    FAILED,
+    MEASURED,
+    OK,
+    SKIPPED,
+    Check,
+    Options,
+    Skip,
+    call_child,
+)
+
+#: Attention backends and what their engines compute in: the most exact they have.
+BACKENDS = {"TRITON_ATTN": "float32", "FLASH_ATTN": "float16", "FLASHINFER": "float16"}
+#: Differences of log probabilities that are rounding.
+_ROUNDING = {"float32": 2e-3, "float16": 5e-2}
+#: Of the oracle, which computes in float64.
+_ORACLE_ROUNDING = 1e-3
+#: As large as all backends have their heads.
+_HEAD_SIZE = 64
+_POLICY = {
+    "tiers": 3,
+    "retention": 0.4,
+    "recent": 24,
+    "queries": 40,
+    "query_ratio": 0.2,
+    "min_context": 40,
+}
+SIDES: dict[str, dict[str, Any]] = {
+    # First: on the CPU, graphs stay once they are on.
+    "eager": {
+        "kv_policy": "pyramid",
+        "kv_policy_config": _POLICY,
+        "enforce_eager": True,
+    },
+    "graphs": {"kv_policy": "pyramid", "kv_policy_config": _POLICY},
+    "stock": {},
+    "retention 1": {
+        "kv_policy": "pyramid",
+        "kv_policy_config": _POLICY | {"retention": 1.0, "min_context": 0},
+    },
+}
+_SIDE_TIMEOUT = 900.0
+
+
+def run(options: Options) -> Iterator[Check]:
+    """Backend by backend; each engine has a process of its own on a GPU."""
+    for package in ("torch", "vllm", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise Skip(f"{package} is not installed")
+    if not options.on_cpu and not has_gpu():
+        raise Skip("no NVIDIA GPU that torch can use")
+    from tests.models import TINY_LLAMA, save_tiny_llama
+
+    names = ["TRITON_ATTN"] if options.on_cpu else list(BACKENDS)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TINY_LLAMA | {"head_dim": _HEAD_SIZE}
+        if options.on_cpu:
+            settings |= {"num_hidden_layers": 3}
+        model = save_tiny_llama(Path(folder), settings)
+        for name in names:
+            yield from _backend(name, model, options)
+
+
+def _task(backend: str, model: str, options: Options) -> dict[str, Any]:
+    dtype = BACKENDS[backend]
+    lengths = [1, 5, 17, 33, 64, 100, 129, 200, 333, 512, 700]
+    return {
+        "folder": model,
+        "backend": backend,
+        "dtype": dtype,
+        "sides": SIDES,
+        "lengths": [5, 70] if options.on_cpu else lengths,
+        "num_tokens": 5 if options.on_cpu else 48,
+        "on_cpu": options.on_cpu,
+        "oracle": "graphs" if dtype == "float32" else None,
+        "seed": options.seed,
+    }
+
+
+def _results(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of every side; one that fails says so."""
+    sides = task["sides"]
+    parts = [sides] if task["on_cpu"] else [{name: sides[name]} for name in sides]
+    results = {}
+    for part in parts:
+        timeout = _SIDE_TIMEOUT * len(part)
+        try:
+            results |= call_child(
+                "gpu_check.engine_job", task | {"sides": part}, timeout
+            )
+        except RuntimeError as error:
+            results |= {name: {"error": str(error)} for name in part}
+    return results
+
+
+def _backend(backend: str, model: str, options: Options) -> Iterator[Check]:
+    """All that is compared of one backend."""
+    task = _task(backend, model, options)
+    results = _results(task)
+    stock = results["stock"]
+    if "error" in stock:
+        # Without stock vLLM there is nothing to compare with.
+        why = f"stock vLLM does not run: {stock['error'].strip().splitlines()[-1]}"
+        yield Check(backend, SKIPPED, why, {"error": stock["error"]})
+        return
+    for name, result in results.items():
+        if "error" in result:
+            error = result["error"]
+            last = error.strip().splitlines()[-1]
+            yield Check(f"{backend}, {name}", FAILED, last, {"error": error})
+        else:
+            engine = result["engine"]
+            detail = ", ".join(engine.values()).removeprefix("vllm.v1.worker.")
+            yield Check(f"{backend}, {name}", MEASURED, detail, engine)
+    good = {name: result for name, result in results.items() if "error" not in result}
+    yield from _comparisons(backend, good, _ROUNDING[task["dtype"]])
+
+
+def _comparisons(
+    backend: str, results: dict[str, dict[str, Any]], rounding: float
+) -> Iterator[Check]:
+    if "retention 1" in results:
+        name = f"{backend}, retention 1 is stock"
+        yield identical(name, results["retention 1"], results["stock"])
+    if "graphs" in results:
+        yield acted(f"{backend}, the policy acts", results["graphs"], results["stock"])
+        if "eager" in results:
+            name = f"{backend}, graphs are eager"
+            yield alike(name, results["graphs"], results["eager"], rounding)
+        if "oracle" in results["graphs"]:
+            found = results["graphs"]["oracle"]
+            yield beside_oracle(f"{backend}, the oracle", found)
+
+
+def identical(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Check:
+    """Every token; the policy is on, but evicts nothing."""
+    pairs = zip(ours["tokens"], theirs["tokens"], strict=True)
+    same = [a == b for a, b in pairs]
+    counters = ours["counters"]
+    figures = {"num_same": sum(same), "num_requests": len(same), "counters": counters}
+    detail = f"{sum(same)} of {len(same)} requests have the same tokens"
+    if counters is None or theirs["counters"] is not None:
+        return Check(name, FAILED, "the policy is not on on one side alone", figures)
+    if counters["num_evicted_tokens"]:
+        return Check(name, FAILED, "something was evicted", figures)
+    return Check(name, OK if all(same) else FAILED, detail, figures)
+
+
+def acted(name: str, ours: dict[str, Any], stock: dict[str, Any]) -> Check:
+    """Counters say so, and so do the probabilities of tokens."""
+    engine = ours["engine"]
+    if not engine["attention"].startswith("Pyramid") or engine["graphs"] == "NONE":
+        detail = f"attention {engine['attention']}, graphs {engine['graphs']}"
+        return Check(name, FAILED, detail)
+    counters = ours["counters"] or {}
+    keys = ("num_compactions", "num_pages_freed", "num_evicted_tokens")
+    counts = {key: counters.get(key, 0) for key in keys}
+    changed = ours["logprobs"] != stock["logprobs"]
+    detail = ", ".join(f"{key} {value}" for key, value in counts.items())
+    detail += "" if changed else "; but nothing differs from stock"
+    good = all(counts.values()) and changed
+    return Check(name, OK if good else FAILED, detail, {"counters": counters})
+
+
+def alike(
+    name: str, ours: dict[str, Any], theirs: dict[str, Any], rounding: float
+) -> Check:
+    """The same tokens, until two of them are as likely but for rounding.
+
+    Graphs pad batches, and compilation fuses operations: both round differently.
+    """
+    num_same, worst = 0, 0.0
+    sides = (ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"])
+    for tokens, others, logprobs, their_logprobs in zip(*sides, strict=True):
+        pairs = zip(tokens, others, strict=True)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(tokens))
+        num_same += first == len(tokens)
+        # Up to the first difference, both had read the same tokens.
+        both = zip(logprobs[: first + 1], their_logprobs[: first + 1], strict=True)
+        worst = max([worst, *(abs(a - b) for a, b in both)])
+    detail = (
+        f"{num_same} of {len(ours['tokens'])} requests have the same tokens, log "
+        f"probabilities differ by {worst:.2g}; limit: {rounding:g}"
+    )
+    figures = {"num_same": num_same, "max_difference": worst, "limit": rounding}
+    return Check(name, OK if worst <= rounding else FAILED, detail, figures)
+
+
+def beside_oracle(name: str, found: list[dict[str, Any]]) -> Check:
+    """Requests whose selection hangs on rounding are left out; few may be."""
+    decided = [request for request in found if request["decided"]]
+    figures = {"requests": found, "limit": _ORACLE_ROUNDING}
+    if len(decided) < max(1, len(found) - 4):
+        why = f"only {len(decided)} of {len(found)} requests do not hang on rounding"
+        return Check(name, FAILED, why, figures)
+    worst = max(max(one["max_gap"], one["max_error"]) for one in decided)
+    detail = (
+        f"{len(decided)} of {len(found)} requests compared, log probabilities differ "
+        f"by {worst:.2g}; limit: {_ORACLE_ROUNDING:g}"
+    )
+    return Check(name, OK if worst <= _ORACLE_ROUNDING else FAILED, detail, figures)

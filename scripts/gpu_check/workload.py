@@ -1,0 +1,186 @@
+"""What the policy does in a prefill step, with buffers that stay: to time it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpu_check.paged import Pages, Request, Shape
+from pyramid_vllm.kernels.compact_triton import compact_pages
+from pyramid_vllm.kernels.requests_triton import PagedLayers
+from pyramid_vllm.kernels.score_triton import pool_scores, score
+from pyramid_vllm.kernels.select_triton import select
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model and its requests: Llama-3-8B and the default policy."""
+
+    num_requests: int = 1
+    num_tokens: int = 8192
+    num_queries: int = 256
+    num_layers: int = 32
+    num_tiers: int = 4
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    page: int = 16
+    layout: str = "NHD"
+    dtype: torch.dtype = torch.bfloat16
+    retention: float = 0.4
+    sinks: int = 4
+    recent: int = 64
+    pool_kernel: int = 5
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens that stay of a request."""
+        return int(self.num_tokens * self.retention)
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys of one token in one layer."""
+        return self.num_kv_heads * self.head_size * self.dtype.itemsize
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of all."""
+        tokens = self.num_requests * self.num_tokens * self.num_layers
+        return 2 * tokens * self.token_bytes
+
+    def key_bytes(self, layers: int) -> int:
+        """All keys of some layers, once."""
+        return layers * self.num_requests * self.num_tokens * self.token_bytes
+
+    def moved_bytes(self, layers: int) -> int:
+        """Keys and values that compaction reads, and as many that it writes."""
+        moved = self.num_kept - self.sinks
+        return 4 * layers * self.num_requests * moved * self.token_bytes
+
+    def score_flop(self, layers: int) -> int:
+        """Of both products of queries and keys: normalizers, then scores."""
+        pairs = self.num_requests * self.num_queries * self.num_tokens
+        return 2 * 2 * layers * pairs * self.num_heads * self.head_size
+
+
+class Step:
+    """Pages, queries and buffers; each method launches what a step does.
+
+    Args:
+        sizes: of everything.
+        device: where.
+        seed: of everything random.
+    """
+
+    def __init__(self, sizes: Sizes, device: str, seed: int) -> None:
+        self.sizes = sizes
+        shape = Shape(
+            sizes.num_kv_heads,
+            sizes.head_size,
+            sizes.page,
+            sizes.layout,
+            sizes.dtype,
+            sizes.num_layers,
+        )
+        request = Request(
+            sizes.num_tokens,
+            sizes.num_kept,
+            sizes.sinks,
+            sizes.recent,
+            sizes.num_queries,
+        )
+        self.pages = Pages(shape, [request] * sizes.num_requests, device, seed)
+        self._set_queries()
+        self.keys, self.values = self.pages.paged(), self.pages.paged("values")
+        size = (sizes.num_layers, sizes.num_kv_heads, self.pages.num_scores)
+        self.scores = torch.rand(size, generator=self.pages.random, device=device)
+        self.pooled = torch.zeros_like(self.scores)
+        self.kept = torch.zeros(size, dtype=torch.int32, device=device)
+        self._factor = torch.ones(1, device=device)
+        address = self._factor.data_ptr()
+        self._scales = torch.full((sizes.num_layers,), address, device=device)
+        self._first = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def _set_queries(self) -> None:
+        sizes = self.sizes
+        # As a layer's: the step's queries lie in one tensor.
+        rows = sizes.num_requests * sizes.num_queries
+        self.query = torch.randn(
+            (1, rows, sizes.num_heads, sizes.head_size),
+            generator=self.pages.random,
+            device=self.pages.device,
+        ).to(sizes.dtype)
+        starts = [i * sizes.num_queries for i in range(sizes.num_requests)]
+        self.spans = self.pages.spans(starts)
+
+    def with_queries(self, count: int) -> Step:
+        """The same pages and buffers, scored by other queries."""
+        step, pages = copy.copy(self), copy.copy(self.pages)
+        pages.requests = [replace(one, queries=count) for one in pages.requests]
+        step.sizes = replace(self.sizes, num_queries=count)
+        step.pages = pages
+        step._set_queries()
+        return step
+
+    @staticmethod
+    def _of(pages: PagedLayers, layers: slice) -> PagedLayers:
+        return pages._replace(addresses=pages.addresses[layers])
+
+    def score(self, layer: int) -> None:
+        """One layer, as it is done behind its attention."""
+        sizes, own = self.sizes, slice(layer, layer + 1)
+        score(
+            self.query,
+            self._first,
+            self._of(self.keys, own),
+            self.pages.table,
+            self.spans,
+            self.scores[own],
+            max_queries=sizes.num_queries,
+            max_tokens=sizes.num_tokens,
+            max_columns=sizes.num_tokens,
+            scale=sizes.head_size**-0.5,
+            query_scale=self._factor,
+            key_scales=self._scales[own],
+        )
+
+    def score_layers(self) -> None:
+        """Every layer, one after the other."""
+        for layer in range(self.sizes.num_layers):
+            self.score(layer)
+
+    def pool(self, layers: slice) -> None:
+        """Of some layers together."""
+        sizes = self.sizes
+        pool_scores(
+            self.scores[layers],
+            self.pooled[layers],
+            self.spans,
+            "max",
+            sizes.pool_kernel,
+            max_tokens=sizes.num_tokens,
+        )
+
+    def select(self, layers: slice) -> None:
+        """Of some layers together."""
+        longest = self.sizes.num_tokens
+        select(self.pooled[layers], self.kept[layers], self.spans, max_tokens=longest)
+
+    def compact(self, layers: slice) -> None:
+        """Of some layers together; what is moved again are tokens moved before."""
+        keys, values = self._of(self.keys, layers), self._of(self.values, layers)
+        table = self.pages.table
+        compact_pages(keys, values, table, self.spans, self.kept[layers])
+
+    def prefill(self) -> None:
+        """All of a step: tiers are selected and compacted behind their last layer."""
+        size = self.sizes.num_layers // self.sizes.num_tiers
+        for layer in range(self.sizes.num_layers):
+            self.score(layer)
+            if (layer + 1) % size == 0:
+                tier = slice(layer + 1 - size, layer + 1)
+                self.pool(tier)
+                self.select(tier)
+                self.compact(tier)

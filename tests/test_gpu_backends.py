@@ -1,0 +1,248 @@
+"""The policy in the attention backends and the model runner of GPUs, on a CPU.
+
+Each case is a process of its own, in which vLLM's V2 runner and the package's kernels
+are interpreted and torch stands in for the backends' attention.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.engines import (
+    close,
+    generate,
+    make_llm,
+    random_prompts,
+    scheduler_of,
+    worker_of,
+)
+from tests.gpu_on_cpu import run_in_process, use_backend, use_wrapped_backend
+
+#: One of them ends in a chunk of a single token, beside others that generate.
+PROMPTS = random_prompts([60, 129, 200], seed=3)
+NUM_TOKENS = 34
+SETTINGS: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
+#: Prunes rows, compacts prompts and compresses what is generated.
+PYRAMIDINFER = {
+    "base": "pyramidinfer",
+    "prefill_decay_ratio": 0.3,
+    "min_context_length": 8,
+    "recent": 4,
+}
+PYRAMID = {
+    "base": "pyramid",
+    "tiers": 3,
+    "recent": 24,
+    "min_context": 40,
+    "retention": 0.4,
+}
+
+
+def _engine(model: str, policy: Any, **settings: Any) -> Any:
+    return make_llm(model, kv_policy=policy, **(SETTINGS | settings))
+
+
+def _tokens(llm: Any) -> list[list[int]]:
+    return [g.tokens for g in generate(llm, PROMPTS, NUM_TOKENS, logprobs=None)]
+
+
+def _activity(llm: Any) -> dict[str, int]:
+    counters, worker = scheduler_of(llm).kv_counters, worker_of(llm)
+    return {
+        "compactions": counters.num_compactions,
+        "groups": counters.num_groups,
+        "pages": counters.num_pages_freed,
+        "pruned": worker.tier_state.counters.num_pruned_steps,
+    }
+
+
+@pytest.fixture(scope="module")
+def by_v1(tiny_llama: str) -> dict[str, list[list[int]]]:
+    """Tokens by the V1 runner, the CPU's own attention and torch references."""
+    tokens = {}
+    for name, policy in (("pyramidinfer", PYRAMIDINFER), ("pyramid", PYRAMID)):
+        llm = _engine(tiny_llama, policy)
+        tokens[name] = _tokens(llm)
+        close(llm)
+    return tokens
+
+
+def run_backend(model: str, backend: str, layout: str) -> dict[str, Any]:
+    """In a process of its own: both policies, by a wrapped backend."""
+    import os
+
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    if layout:
+        os.environ["VLLM_KV_CACHE_LAYOUT"] = layout
+    use_wrapped_backend(backend)
+    results: dict[str, Any] = {}
+    for name, policy in (("pyramidinfer", PYRAMIDINFER), ("pyramid", PYRAMID)):
+        llm = _engine(model, policy)
+        worker = worker_of(llm)
+        assert isinstance(worker.model_runner, GPUModelRunner)
+        impl = worker._impl("model.layers.0.self_attn.attn")
+        results[name] = {
+            "tokens": _tokens(llm),
+            "impl": type(impl).__name__,
+            "layer": type(impl.tier_layer).__name__,
+            "strides": list(impl.tier_layer.cache.key.stride()),
+        } | _activity(llm)
+        close(llm)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [
+        ("TRITON_ATTN", "NHD"),
+        ("TRITON_ATTN", "HND"),
+        ("FLASH_ATTN", ""),
+        ("FLASHINFER", "HND"),
+    ],
+)
+def test_tokens_are_those_of_the_cpu(
+    tiny_llama: str, by_v1: dict[str, list[list[int]]], backend: str, layout: str
+) -> None:
+    """Whatever the runner, the attention, the layout and who computes the scores."""
+    results = run_in_process(
+        "tests.test_gpu_backends:run_backend",
+        {"model": tiny_llama, "backend": backend, "layout": layout},
+        timeout=400,
+    )
+    for name, result in results.items():
+        assert result["tokens"] == by_v1[name]
+        assert result["layer"] == "DeviceLayer"
+        assert result["compactions"] >= len(PROMPTS)
+        assert result["pages"] > 0
+        is_pyramidinfer = name == "pyramidinfer"
+        assert (result["groups"] > 0) == is_pyramidinfer
+        assert (result["pruned"] > 0) == is_pyramidinfer
+        heads_outside = result["strides"][1] > result["strides"][2]
+        assert heads_outside == (layout == "HND")
+    impls = {"TRITON_ATTN": "Triton", "FLASH_ATTN": "Flash", "FLASHINFER": "FlashInfer"}
+    assert {r["impl"] for r in results.values()} == {f"Pyramid{impls[backend]}Impl"}
+
+
+@contextmanager
+def _as_captured(llm: Any) -> Iterator[None]:
+    """A replay runs no Python: of a step's plan it sees nothing."""
+    step = worker_of(llm).tier_state.step
+    plan, step._plan = step._plan, None
+    yield
+    step._plan = plan
+
+
+def run_graphs(model: str, backend: str) -> dict[str, Any]:
+    """In a process of its own: decode steps as captured graphs."""
+    from tests.gpu_on_cpu_graphs import Graph, use_full_graphs
+    from tests.gpu_on_cpu_kernels import CALLS
+
+    use_wrapped_backend(backend)
+    use_full_graphs()
+    llm = _engine(model, PYRAMIDINFER)
+    Graph.around = staticmethod(lambda: _as_captured(llm))
+    CALLS.clear()
+    result = {"tokens": _tokens(llm), "replays": CALLS["replay"]} | _activity(llm)
+    worker = worker_of(llm)
+    groups = worker.model_runner.attn_groups
+    builders = [g.get_metadata_builder() for part in groups for g in part]
+    result["support"] = sorted(
+        {b.get_cudagraph_support(worker.vllm_config, None).name for b in builders}
+        if backend == "TRITON_ATTN"
+        else {"not asked"}
+    )
+    result["faults"] = [_fault_of_windows(llm)]
+    close(llm)
+    llm = _engine(model, PYRAMIDINFER)
+    result["faults"].append(_fault_of_queries(llm))
+    return result
+
+
+def _fault_of_windows(llm: Any) -> str:
+    """What a step says whose windows were replayed instead of handled."""
+    adapter = worker_of(llm).adapter
+    cls = type(adapter)
+    kept, cls._needs_python = cls._needs_python, False
+    try:
+        generate(llm, random_prompts([129], seed=4), 4, logprobs=None)
+    except Exception as error:
+        return str(error)
+    finally:
+        cls._needs_python = kept
+    return "none"
+
+
+def _fault_of_queries(llm: Any) -> str:
+    """What is said of queries that a graph did not copy."""
+    from pyramid_vllm.worker.device.queries import DeviceGroupQueries
+
+    DeviceGroupQueries.write = lambda *_: None  # type: ignore[method-assign]
+    try:
+        _tokens(llm)
+    except Exception as error:
+        return str(error)
+    return "none"
+
+
+@pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN", "FLASHINFER"])
+def test_decode_steps_stay_in_graphs(
+    tiny_llama: str, by_v1: dict[str, list[list[int]]], backend: str
+) -> None:
+    """The same tokens; a step that should have compacted and did not is an error."""
+    result = run_in_process(
+        "tests.test_gpu_backends:run_graphs",
+        {"model": tiny_llama, "backend": backend},
+        timeout=400,
+    )
+    assert result["tokens"] == by_v1["pyramidinfer"]
+    # All but those that compute a prompt, the chunk of one token included.
+    assert result["replays"] >= NUM_TOKENS - 2
+    assert result["groups"] > 0
+    if backend == "TRITON_ATTN":
+        assert result["support"] == ["UNIFORM_BATCH"]
+    windows, queries = result["faults"]
+    assert "of 6 layers compacted" in windows
+    assert "were not copied by the steps" in queries
+
+
+def run_float8(model: str) -> dict[str, Any]:
+    """In a process of its own: caches of eight-bit floats, stock and with a policy."""
+    use_backend("TRITON_ATTN")
+    llm = make_llm(model, kv_cache_dtype="fp8", **SETTINGS)
+    results: dict[str, Any] = {"stock": _tokens(llm)}
+    close(llm)
+    use_wrapped_backend("TRITON_ATTN")
+    for name, retention, chunk in (
+        ("all", 1.0, 128),
+        ("some", 0.4, 128),
+        ("some at once", 0.4, 1024),
+    ):
+        policy = {
+            "base": "pyramid-by-depth", "retention": retention, "recent": 24,
+            "min_context": 40, "tiers": 3,
+        }  # fmt: skip
+        llm = _engine(model, policy, kv_cache_dtype="fp8", max_num_batched_tokens=chunk)
+        layer = worker_of(llm).tier_layers[0]
+        results[name] = {
+            "tokens": _tokens(llm),
+            "dtype": str(layer.cache.key.dtype),
+        } | _activity(llm)
+        close(llm)
+    return results
+
+
+def test_float8_caches(tiny_llama: str) -> None:
+    """Stock tokens where all is kept; however a prompt is cut, the same stays."""
+    results = run_in_process(
+        "tests.test_gpu_backends:run_float8", {"model": tiny_llama}, timeout=400
+    )
+    assert results["all"]["tokens"] == results["stock"]
+    assert results["all"]["compactions"] == 0
+    assert results["some"]["tokens"] != results["stock"]
+    assert results["some"]["compactions"] == len(PROMPTS)
+    assert results["some"]["dtype"] == "torch.float8_e4m3fn"
+    # Bytes are moved and scored as the floats that they stand for.
+    assert results["some"]["tokens"] == results["some at once"]["tokens"]
