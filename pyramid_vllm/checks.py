@@ -143,6 +143,8 @@ def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:
         raise _refuse("runner", model.runner_type, "valid is 'generate'")
     if model.is_hybrid:
         raise _refuse("hybrid model", model.model, "valid are pure attention models")
+    if model.rswa_window is not None:
+        raise _refuse("rswa_window", model.rswa_window, "valid is none")
     if model.is_encoder_decoder:
         raise _refuse("encoder-decoder model", model.model, "valid are decoders")
     if model.is_mm_prefix_lm:

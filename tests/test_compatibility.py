@@ -98,6 +98,13 @@ def by_version(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 def by_runner(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
     config = engine_config(llama, kv_policy="pyramid")
+    patch.setattr(config.device_config, "device_type", "cuda")
+    patch.setattr(VllmConfig, "use_v2_model_runner", False)
+    check_engine(config)
+
+
+def by_drafts_on_v2(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    config = engine_config(llama, kv_policy="pyramid", speculative_config=NGRAM)
     patch.setattr(VllmConfig, "use_v2_model_runner", True)
     check_engine(config)
 
@@ -120,8 +127,9 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 #: What the table says is refused, and how to meet it.
 REFUSALS: dict[str, Refuse] = {
-    "device": by_config("device_config", device_type="cuda"),
-    "VLLM_USE_V2_MODEL_RUNNER": by_runner,
+    "device": by_config("device_config", device_type="xpu"),
+    "vLLM's V1 model runner on device": by_runner,
+    "speculative_config with vLLM's V2 model runner": by_drafts_on_v2,
     "vLLM": by_version,
     "pipeline_parallel_size": by_setting(pipeline_parallel_size=2),
     "decode_context_parallel_size": by_setting(
@@ -155,6 +163,7 @@ REFUSALS: dict[str, Refuse] = {
     "MLA attention": by_model(mla_config),
     "runner": by_setting(runner="pooling"),
     "hybrid model": by_model(hybrid_config),
+    "rswa_window": by_config("model_config", rswa_window=64),
     "encoder-decoder model": by_config("model_config", is_encoder_decoder=True),
     "attention in both directions to images": by_config(
         "model_config", is_mm_prefix_lm=True

@@ -18,10 +18,16 @@ from transformers import (
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 import pyramid_vllm  # noqa: F401
 from pyramid_vllm.checks import check_engine
-from pyramid_vllm.engine_args import SCHEDULER_CLS, WORKER_CLS, install
+from pyramid_vllm.engine_args import (
+    SCHEDULER_CLS,
+    WORKER_CLS,
+    _worker_cls,
+    install,
+)
 from pyramid_vllm.policy import KVPolicyError, preset_dir
 from tests.models import TINY_LLAMA, save_config
 
@@ -211,22 +217,40 @@ def test_models_without_full_attention_are_refused(
         assert word in str(error.value)
 
 
-def test_the_v2_runner_is_refused(
+def test_gpus_need_the_v2_runner(
     config_only: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = engine_config(config_only, kv_policy="pyramid")
-    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
-    with pytest.raises(KVPolicyError, match="VLLM_USE_V2_MODEL_RUNNER"):
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
+    with pytest.raises(KVPolicyError, match="V1 model runner on device='cuda'"):
         check_engine(config)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    check_engine(config)
 
 
 def test_another_device_is_refused(
     config_only: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = engine_config(config_only, kv_policy="pyramid")
-    monkeypatch.setattr(config.device_config, "device_type", "cuda")
-    with pytest.raises(KVPolicyError, match="device='cuda': valid is 'cpu'"):
+    monkeypatch.setattr(config.device_config, "device_type", "xpu")
+    with pytest.raises(KVPolicyError, match="device='xpu': valid are 'cpu' and 'cuda'"):
         check_engine(config)
+
+
+def test_the_worker_is_that_of_the_device(
+    config_only: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's platform, before there is a configuration."""
+    from vllm.platforms import current_platform
+
+    for device, name in WORKER_CLS.items():
+        monkeypatch.setattr(type(current_platform), "device_type", device)
+        assert _worker_cls() == name
+        assert resolve_obj_by_qualname(name).__mro__[1].__name__ == "TieredWorker"
+    monkeypatch.setattr(type(current_platform), "device_type", "xpu")
+    with pytest.raises(KVPolicyError, match="device='xpu': valid are 'cpu', 'cuda'"):
+        _worker_cls()
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])

@@ -21,7 +21,7 @@ from tests.engines import (
 from tests.gpu_on_cpu import run_in_process, use_backend, use_wrapped_backend
 
 #: One of them ends in a chunk of a single token, beside others that generate.
-PROMPTS = random_prompts([60, 129, 200], seed=3)
+PROMPTS = random_prompts([60, 129, 333], seed=3)
 NUM_TOKENS = 34
 SETTINGS: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
 #: Prunes rows, compacts prompts and compresses what is generated.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 KERNELS = {
+    "_combine_kernel",
     "_compact_kernel",
     "_index_kernel",
     "_key_norm_kernel",

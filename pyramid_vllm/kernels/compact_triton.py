@@ -101,8 +101,8 @@ def compact_pages(
     _compact_kernel[grid](
         keys.addresses, values.addresses, like, block_table, kept, spans.row,
         spans.num_held, spans.num_kept, spans.num_first, spans.offset,
-        spans.num_requests, *like.stride(), block_table.stride(0), *kept.stride()[:2], HEADS=heads,
-        GROUPS=kept.shape[1], D=head_size, PAGE=page,
+        spans.num_requests, *like.stride(), block_table.stride(0),
+        *kept.stride()[:2], HEADS=heads, GROUPS=kept.shape[1], D=head_size, PAGE=page,
         ALIGNMENT=math.gcd(keys.alignment, values.alignment), BLOCK_D=block_d,
         BLOCK_T=1024 if INTERPRETED else 128,
     )  # fmt: skip

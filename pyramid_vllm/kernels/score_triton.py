@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pyramid_vllm.kernels.normalizer_triton import combine
 from pyramid_vllm.kernels.norms_triton import score_key_norms
 from pyramid_vllm.kernels.pool_triton import pool_scores
 from pyramid_vllm.kernels.requests_triton import (
@@ -22,6 +23,7 @@ from pyramid_vllm.kernels.requests_triton import (
     load_keys,
     program_of,
 )
+from pyramid_vllm.kernels.scratch import Scratch
 
 __all__ = [
     "ACCUMULATED",
@@ -175,11 +177,11 @@ def score(
     max_tokens: int, max_columns: int, scale: float, query_scale: torch.Tensor,
     key_scales: torch.Tensor, distance_weight: float = 1.0, kind: int = ATTENTION,
     logits_soft_cap: float = 0.0, sink_logits: torch.Tensor | None = None,
-    ring: int | None = None,
+    ring: int | None = None, scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
     """``window_scores``, ``accumulated_scores`` or ``vote_scores``, by ``kind``.
 
-    On paged keys, with an online softmax: no attention matrix is ever stored.
+    On paged keys, by an online softmax that stores no attention.
 
     Args:
         query: ``[num_query_layers, num_rows, num_heads, head_size]``, any strides,
@@ -190,8 +192,7 @@ def score(
         spans: the requests; read are ``row``, ``query_start``, ``ring_start``,
             ``num_queries``, ``num_held``, ``column``, ``num_columns``, ``offset``.
         out: ``[num_layers, num_kv_heads, num_scores]``, float32.
-        max_queries: most queries of a request; ``max_tokens`` and ``max_columns``
-            likewise, of tokens held and of scored ones.
+        max_queries: most queries of a request; next: most tokens held, and scored.
         scale: factor of the attention logits.
         query_scale: ``[1]``, float32: factor of quantized queries, else 1.
         key_scales: ``[num_layers]``, int64: address of each layer's float32 factor of
@@ -201,6 +202,7 @@ def score(
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
         sink_logits: ``[num_layers, num_heads]``, what else shares in the attention.
         ring: rows of each request's ring of queries; None: its queries lie in order.
+        scratch: memory that calls share; None: each allocates its own.
     """
     like, constants = as_bytes(keys.like), _constants(query, keys, max_queries)
     arguments = (
@@ -209,7 +211,10 @@ def score(
         logits_soft_cap or 1.0, *query.stride(), *like.stride(), block_table.stride(0),
     )  # fmt: skip
     constants["SOFT_CAP"] = bool(logits_soft_cap)
-    norms = _normalizer(arguments, constants, max_queries, max_tokens, sink_logits)
+    norms = _normalizer(
+        arguments, constants, max_queries, max_tokens, sink_logits,
+        scratch or Scratch(query.device),
+    )  # fmt: skip
     blocks = triton.cdiv(max_columns, constants["BLOCK_N"])
     _score_kernel[(len(norms) * norms.shape[1], blocks)](
         *arguments, spans.column, spans.num_columns, spans.offset, norms,
@@ -241,29 +246,26 @@ def _normalizer(
     max_queries: int,
     max_tokens: int,
     sink_logits: torch.Tensor | None,
+    scratch: Scratch,
 ) -> torch.Tensor:
     """Log of the sum of exponentials, of each query.
 
     Returns:
         ``[num_layers * num_requests, num_kv_heads, max_queries * group]``
     """
-    query, addresses, _, _, row = arguments[:5]
+    addresses, row = arguments[1], arguments[4]
     heads, group = constants["HEADS"], constants["GROUP"]
     batch, rows = len(addresses) * len(row), max_queries * group
     split = _split(max_tokens, rows)
     shape = (batch, heads, triton.cdiv(max_tokens, split), rows)
-    partial = torch.full(shape, float("-inf"), device=query.device)
+    partial = scratch.get("parts of normalizers", shape, torch.float32)
     blocks = triton.cdiv(rows, constants["BLOCK_M"])
     _normalizer_kernel[(batch * heads, blocks, shape[2])](
         *arguments, partial, *partial.stride()[:3], SPLIT=split, **constants
     )
-    whole = torch.logsumexp(partial, dim=2)
-    if sink_logits is None:
-        return whole
-    shares = sink_logits.float().repeat_interleave(len(row), dim=0)
-    shares = shares.view(batch, heads, 1, group)
-    by_head = whole.view(batch, heads, max_queries, group)
-    return torch.logaddexp(by_head, shares).view(batch, heads, rows)
+    out = scratch.get("normalizers", (batch, heads, rows), torch.float32)
+    combine(partial, out, len(row), group, sink_logits)
+    return out
 
 
 def _sizes(head_size: int, wide: bool, rows: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_check.loading import has_gpu
+from gpu_check.loading import KNOWN, has_gpu
 from gpu_check.pieces import FAILED, SKIPPED, Options, Piece, run_child
 
 #: Pieces in their order, and after how many seconds each is ended.
@@ -83,7 +83,7 @@ def skipped(pieces: list[Piece]) -> list[dict[str, str]]:
 def main() -> None:
     """Entry point."""
     names, json_file, options = options_of(sys.argv[1:])
-    environment: dict[str, str] = {}
+    environment = {KNOWN: str(int(has_gpu()))}
     if not has_gpu():
         # Before Triton is imported, so that kernels run all the same.
         environment["TRITON_INTERPRET"] = "1"

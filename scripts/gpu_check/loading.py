@@ -8,6 +8,8 @@ from types import ModuleType
 
 from gpu_check.pieces import ROOT, Skip
 
+#: Variable that tells pieces whether there is a GPU: to import torch takes seconds.
+KNOWN = "GPU_CHECK_HAS_GPU"
 _PACKAGE = "pyramid_vllm"
 
 
@@ -32,7 +34,9 @@ def load_kernels() -> ModuleType:
 
 
 def has_gpu() -> bool:
-    """Whether torch sees a GPU of NVIDIA's."""
+    """Whether torch sees a GPU of NVIDIA's; a piece is told."""
+    if KNOWN in os.environ:
+        return os.environ[KNOWN] == "1"
     if importlib.util.find_spec("torch") is None:
         return False
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,6 +20,7 @@ from pyramid_vllm.kernels import (
     vote_scores,
     window_scores,
 )
+from pyramid_vllm.kernels.scratch import Scratch
 
 _UNTOUCHED = -7.0
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -55,6 +57,12 @@ class Scoring:
         return ", ".join(parts + ["sinks"] * self.has_sinks)
 
 
+@functools.cache
+def _scratch(device: str) -> Scratch:
+    """One for all launches: what others have left there must not matter."""
+    return Scratch(torch.device(device))
+
+
 def score_pages(
     pages: Pages, scoring: Scoring, query: torch.Tensor, starts: list[int],
     out: torch.Tensor, sinks: torch.Tensor | None,
@@ -81,6 +89,7 @@ def score_pages(
         logits_soft_cap=scoring.soft_cap,
         sink_logits=sinks,
         ring=scoring.ring,
+        scratch=_scratch(pages.device),
     )
 
 

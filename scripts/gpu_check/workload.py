@@ -11,6 +11,7 @@ from gpu_check.paged import Pages, Request, Shape
 from pyramid_vllm.kernels.compact_triton import compact_pages
 from pyramid_vllm.kernels.requests_triton import PagedLayers
 from pyramid_vllm.kernels.score_triton import pool_scores, score
+from pyramid_vllm.kernels.scratch import Scratch
 from pyramid_vllm.kernels.select_triton import select
 
 
@@ -101,6 +102,7 @@ class Step:
         self._factor = torch.ones(1, device=device)
         address = self._factor.data_ptr()
         self._scales = torch.full((sizes.num_layers,), address, device=device)
+        self._scratch = Scratch(torch.device(device))
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
 
     def _set_queries(self) -> None:
@@ -144,6 +146,7 @@ class Step:
             scale=sizes.head_size**-0.5,
             query_scale=self._factor,
             key_scales=self._scales[own],
+            scratch=self._scratch,
         )
 
     def score_layers(self) -> None:

@@ -126,5 +126,6 @@ def _scores(
         logits_soft_cap=layer.logits_soft_cap,
         sink_logits=torch.stack(sinks) if sinks else None,
         ring=queries.num_queries,
+        scratch=step.scratch,
     )
     return over_heads(scores, True) if config.selection == "layer" else scores

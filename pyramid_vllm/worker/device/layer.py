@@ -173,6 +173,7 @@ class DeviceLayer:
             kind=_KINDS[config.scorer],
             logits_soft_cap=self.logits_soft_cap,
             sink_logits=None if self.sink_logits is None else self.sink_logits[None],
+            scratch=self._step.scratch,
         )
         if config.scored_queries is Queries.ALL:
             self._accumulate(batch, own[0])

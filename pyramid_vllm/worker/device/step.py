@@ -12,9 +12,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pyramid_vllm.kernels.lengths_triton import tier_lengths
+from pyramid_vllm.kernels.scratch import Scratch
 from pyramid_vllm.plan import StepPlan
 from pyramid_vllm.policy import PolicyConfig
-from pyramid_vllm.worker.device.scratch import Scratch
 from pyramid_vllm.worker.device.windows import WindowBatch, window_batches
 from pyramid_vllm.worker.step import Batch, BatchRows, TierStep
 
