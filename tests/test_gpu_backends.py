@@ -30,6 +30,7 @@ PYRAMIDINFER = {
     "prefill_decay_ratio": 0.3,
     "min_context_length": 8,
     "recent": 4,
+    "exceed_length_to_compress": 8,
 }
 PYRAMID = {
     "base": "pyramid",
@@ -38,6 +39,7 @@ PYRAMID = {
     "min_context": 40,
     "retention": 0.4,
 }
+POLICIES = {"pyramidinfer": PYRAMIDINFER, "pyramid": PYRAMID}
 
 
 def _engine(model: str, policy: Any, **settings: Any) -> Any:
@@ -62,15 +64,17 @@ def _activity(llm: Any) -> dict[str, int]:
 def by_v1(tiny_llama: str) -> dict[str, list[list[int]]]:
     """Tokens by the V1 runner, the CPU's own attention and torch references."""
     tokens = {}
-    for name, policy in (("pyramidinfer", PYRAMIDINFER), ("pyramid", PYRAMID)):
+    for name, policy in POLICIES.items():
         llm = _engine(tiny_llama, policy)
         tokens[name] = _tokens(llm)
         close(llm)
     return tokens
 
 
-def run_backend(model: str, backend: str, layout: str) -> dict[str, Any]:
-    """In a process of its own: both policies, by a wrapped backend."""
+def run_backend(
+    model: str, backend: str, layout: str, policies: list[str]
+) -> dict[str, Any]:
+    """In a process of its own: some policies, by a wrapped backend."""
     import os
 
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -79,8 +83,8 @@ def run_backend(model: str, backend: str, layout: str) -> dict[str, Any]:
         os.environ["VLLM_KV_CACHE_LAYOUT"] = layout
     use_wrapped_backend(backend)
     results: dict[str, Any] = {}
-    for name, policy in (("pyramidinfer", PYRAMIDINFER), ("pyramid", PYRAMID)):
-        llm = _engine(model, policy)
+    for name in policies:
+        llm = _engine(model, POLICIES[name])
         worker = worker_of(llm)
         assert isinstance(worker.model_runner, GPUModelRunner)
         impl = worker._impl("model.layers.0.self_attn.attn")
@@ -95,23 +99,35 @@ def run_backend(model: str, backend: str, layout: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "layout"),
+    ("backend", "layout", "policies"),
     [
-        ("TRITON_ATTN", "NHD"),
-        ("TRITON_ATTN", "HND"),
-        ("FLASH_ATTN", ""),
-        ("FLASHINFER", "HND"),
+        ("TRITON_ATTN", "NHD", ["pyramidinfer", "pyramid"]),
+        ("FLASH_ATTN", "", ["pyramidinfer"]),
+        ("FLASHINFER", "HND", ["pyramidinfer"]),
+        pytest.param("TRITON_ATTN", "HND", ["pyramid"], marks=pytest.mark.slow),
+        pytest.param("FLASH_ATTN", "HND", ["pyramid"], marks=pytest.mark.slow),
+        pytest.param("FLASHINFER", "NHD", ["pyramid"], marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_those_of_the_cpu(
-    tiny_llama: str, by_v1: dict[str, list[list[int]]], backend: str, layout: str
+    tiny_llama: str,
+    by_v1: dict[str, list[list[int]]],
+    backend: str,
+    layout: str,
+    policies: list[str],
 ) -> None:
     """Whatever the runner, the attention, the layout and who computes the scores."""
     results = run_in_process(
         "tests.test_gpu_backends:run_backend",
-        {"model": tiny_llama, "backend": backend, "layout": layout},
+        {
+            "model": tiny_llama,
+            "backend": backend,
+            "layout": layout,
+            "policies": policies,
+        },
         timeout=400,
     )
+    assert list(results) == policies
     for name, result in results.items():
         assert result["tokens"] == by_v1[name]
         assert result["layer"] == "DeviceLayer"
@@ -154,10 +170,11 @@ def run_graphs(model: str, backend: str) -> dict[str, Any]:
         if backend == "TRITON_ATTN"
         else {"not asked"}
     )
-    result["faults"] = [_fault_of_windows(llm)]
-    close(llm)
-    llm = _engine(model, PYRAMIDINFER)
-    result["faults"].append(_fault_of_queries(llm))
+    if backend == "TRITON_ATTN":
+        result["faults"] = [_fault_of_windows(llm)]
+        close(llm)
+        llm = _engine(model, PYRAMIDINFER)
+        result["faults"].append(_fault_of_queries(llm))
     return result
 
 
@@ -187,7 +204,14 @@ def _fault_of_queries(llm: Any) -> str:
     return "none"
 
 
-@pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN", "FLASHINFER"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "TRITON_ATTN",
+        "FLASHINFER",
+        pytest.param("FLASH_ATTN", marks=pytest.mark.slow),
+    ],
+)
 def test_decode_steps_stay_in_graphs(
     tiny_llama: str, by_v1: dict[str, list[list[int]]], backend: str
 ) -> None:
@@ -203,9 +227,9 @@ def test_decode_steps_stay_in_graphs(
     assert result["groups"] > 0
     if backend == "TRITON_ATTN":
         assert result["support"] == ["UNIFORM_BATCH"]
-    windows, queries = result["faults"]
-    assert "of 6 layers compacted" in windows
-    assert "were not copied by the steps" in queries
+        windows, queries = result["faults"]
+        assert "of 6 layers compacted" in windows
+        assert "were not copied by the steps" in queries
 
 
 def run_float8(model: str) -> dict[str, Any]:

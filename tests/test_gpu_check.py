@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from gpu_check import bandwidth, bench, engine, pieces
-from gpu_check.pieces import FAILED, OK, Options
+from gpu_check.pieces import FAILED, MET, MISSED, OK, Options
 from gpu_check.prefill import PrefillLayer
+from gpu_check.timing import Timed
 from gpu_check.workload import Sizes, Step
 
 from pyramid_vllm.kernels import pooled, select_tokens, window_scores
@@ -228,6 +230,30 @@ def test_what_bounds_scoring() -> None:
     assert seconds == 4 * 32 * 256 * 8192 * 32 * 128 / 6e14
 
 
+class Clock:
+    """Runs what is to be timed; the GPU's share of it takes one millisecond."""
+
+    def time(self, run: Callable[[], object]) -> Timed:
+        run()
+        return Timed(launched=5.0, replayed=1.0)
+
+
+def test_bandwidths_are_shares_of_a_copys() -> None:
+    """Goals are met or missed by the time on the GPU."""
+    step, clock = Step(TINY, "cpu", seed=0), Clock()
+    for part, num_bytes, goal in (
+        (bandwidth._compact, TINY.moved_bytes(2), 0.6),
+        (bandwidth._score, TINY.key_bytes(4), 0.5),
+    ):
+        for share, status in ((goal + 0.01, MET), (goal - 0.01, MISSED)):
+            copied = num_bytes * 1e3 / share
+            peaks = {"copy_bytes_per_s": copied, "matmul_flop_per_s": 1e15}
+            more = (2,) if part is bandwidth._compact else ()
+            check = part("x", step, *more, clock, peaks)
+            assert check.status == status
+            assert check.figures["share_of_copy"] == pytest.approx(share)
+
+
 def test_the_prefills_stand_in_runs() -> None:
     layer = PrefillLayer(TINY, "cpu", hidden=64, intermediate=96)
     assert layer.run().shape == (TINY.num_tokens, 64)
@@ -290,9 +316,9 @@ def test_engines_on_the_cpu(tmp_path: Path) -> None:
     assert status == 0, report["pieces"]["engine"]
     for name in (
         "retention 1 is stock",
-        "the policy acts",
+        "graphs: the policy acts",
+        "graphs: the oracle",
         "graphs are eager",
-        "the oracle",
     ):
         assert found[f"TRITON_ATTN, {name}"]["status"] == OK
     graphs = found["TRITON_ATTN, graphs"]["figures"]

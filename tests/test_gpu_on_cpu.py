@@ -98,6 +98,7 @@ def run_backend(model: str, backend: str, layouts: list[str]) -> list[dict[str, 
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "layouts"),
     [
@@ -138,6 +139,7 @@ def run_graphs(model: str, backends: list[str]) -> list[dict[str, Any]]:
     return results
 
 
+@pytest.mark.slow
 def test_full_graphs_give_the_same_tokens(
     tiny_llama: str, expected: list[list[int]]
 ) -> None:

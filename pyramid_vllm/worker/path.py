@@ -16,6 +16,7 @@ from pyramid_vllm.worker.step import TierStep
 
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
+    from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.adapter import RunnerAdapter
     from pyramid_vllm.worker.shared import WorkerState
 
@@ -41,6 +42,9 @@ class ComputePath(Protocol):
         state: WorkerState,
     ) -> list[Any]:
         """The parts of one cache group's layers; given vLLM's layers."""
+
+    def warm_up(self, config: PolicyConfig) -> None:
+        """Prepare for the first request."""
 
     def end_step(self, plan: StepPlan, state: WorkerState) -> None:
         """Compress groups of generated tokens, after the forward pass."""
@@ -82,6 +86,9 @@ class ReferencePath:
         self._groups.append(CacheGroup(group_id, bound[0].tier, bound))
         return bound
 
+    def warm_up(self, config: PolicyConfig) -> None:
+        """Nothing is compiled."""
+
     def end_step(self, plan: StepPlan, state: WorkerState) -> None:
         """Compress groups of generated tokens, after the forward pass."""
         if plan.groups:
@@ -90,7 +97,12 @@ class ReferencePath:
             compress_groups(plan, state.policies, self._groups, queries, self._adapter)
 
 
-def path_of(impl: Any, adapter: RunnerAdapter, runner: Any, policies: Any) -> Any:
+def path_of(
+    impl: Any,
+    adapter: RunnerAdapter,
+    runner: Any,
+    policies: Mapping[str, PolicyConfig],
+) -> ComputePath:
     """The path of an engine whose attention is ``impl``.
 
     Args:
@@ -104,6 +116,3 @@ def path_of(impl: Any, adapter: RunnerAdapter, runner: Any, policies: Any) -> An
     from pyramid_vllm.worker.device.path import DevicePath
 
     return DevicePath(adapter, runner, policies)
-
-
-__all__ = ["ComputePath", "ReferencePath", "path_of"]

@@ -268,6 +268,8 @@ class TieredWorker:
         self._is_warming_up = True
         times = stock.compile_or_warm_up_model()
         self._is_warming_up = False
+        if self._path is not None:  # a model without a KV cache has none
+            self._path.warm_up(self.kv_policy)
         return times
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:

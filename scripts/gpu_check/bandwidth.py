@@ -58,6 +58,7 @@ def _requests(
     from gpu_check.workload import Step
 
     label = f"{sizes.num_requests} x {sizes.num_tokens}, {sizes.layout}"
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < 1.5 * sizes.cache_bytes:
         why = f"needs {1.5 * sizes.cache_bytes / 2**30:.0f} GiB of free GPU memory"
@@ -153,6 +154,7 @@ def _share(timer: Timer, options: Options) -> Check:
     from gpu_check.workload import Sizes, Step
 
     sizes, name = Sizes(), "share of a prefill step"
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < 4 * 2**30:
         raise Skip("needs 4 GiB of free GPU memory")

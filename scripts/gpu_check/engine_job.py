@@ -2,8 +2,8 @@
 
 A task is a dictionary: ``folder`` of the model, made where it is empty with
 ``num_layers`` and ``head_size``, ``backend``, ``dtype``, ``sides`` by name, ``lengths``
-of prompts, ``num_tokens`` of outputs, ``on_cpu``, ``oracle``: the side that is compared
-with it, and ``seed``.
+of prompts, ``num_tokens`` of outputs, ``on_cpu``, ``oracles``: the sides that
+are compared with it, and ``seed``.
 """
 
 import gc
@@ -83,7 +83,7 @@ def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
     }
     policy = getattr(worker_of(llm), "kv_policy", None)
     close(llm)
-    if name == task["oracle"]:
+    if name in task["oracles"]:
         result["oracle"] = _oracle(task, policy, prompts, steps, outputs)
     return result
 
@@ -99,6 +99,7 @@ def _choose_graphs(settings: dict[str, Any]) -> None:
         gpu_on_cpu_graphs.use_full_graphs("FULL_DECODE_ONLY", max_tokens=8)
     # Nothing is compiled there.
     settings["enforce_eager"] = True
+    settings.pop("compilation_config", None)
 
 
 def _describe(llm: Any) -> dict[str, str]:

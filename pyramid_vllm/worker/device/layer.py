@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyramid_vllm.kernels.requests_triton import Spans
     from pyramid_vllm.worker.shared import WorkerState
 
-_KINDS = {"attention": ATTENTION, "accumulated": ACCUMULATED, "votes": VOTES}
+KINDS = {"attention": ATTENTION, "accumulated": ACCUMULATED, "votes": VOTES}
 
 
 @dataclass
@@ -170,7 +170,7 @@ class DeviceLayer:
             query_scale=query_scale,
             key_scales=self._key_scales,
             distance_weight=config.distance_weight,
-            kind=_KINDS[config.scorer],
+            kind=KINDS[config.scorer],
             logits_soft_cap=self.logits_soft_cap,
             sink_logits=None if self.sink_logits is None else self.sink_logits[None],
             scratch=self._step.scratch,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 
 from pyramid_vllm.kernels.requests_triton import PagedLayers
 from pyramid_vllm.policy import KVPolicyError, PolicyConfig
@@ -15,6 +16,7 @@ from pyramid_vllm.worker.device.layer import DeviceGroup, DeviceLayer
 from pyramid_vllm.worker.device.pruner import DevicePruner
 from pyramid_vllm.worker.device.queries import DeviceGroupQueries
 from pyramid_vllm.worker.device.step import DeviceStep
+from pyramid_vllm.worker.device.warmup import compile_kernels
 from pyramid_vllm.worker.query_slots import QueryShape
 from pyramid_vllm.worker.v2 import V2Runner
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from pyramid_vllm.worker.adapter import RunnerAdapter
     from pyramid_vllm.worker.layer import LayerConstants
     from pyramid_vllm.worker.shared import WorkerState
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class DevicePath:
@@ -96,6 +100,14 @@ class DevicePath:
             group.layers.append(DeviceLayer(one, group, place, state, scale))
         self._groups.append(group)
         return group.layers
+
+    def warm_up(self, config: PolicyConfig) -> None:
+        """Compile the policy's kernels."""
+        assert self._step is not None
+        model = self._runner.model_config
+        heads = model.get_num_attention_heads(self._runner.parallel_config)
+        count = compile_kernels(self._groups, config, self._step, heads, model.dtype)
+        logger.info("KV policy %s: warmed up by %d launches", config.name, count)
 
     def end_step(self, plan: StepPlan, state: WorkerState) -> None:
         """Compress groups of generated tokens, after the forward pass."""
