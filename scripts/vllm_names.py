@@ -53,6 +53,10 @@ DIGESTS = {
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": "fa7deca5db28",
         "vllm.v1.worker.cpu_worker:CPUWorker": "df55680e0131",
         "vllm.v1.worker.gpu_worker:Worker.execute_model": "782126ba48e7",
+        "vllm.v1.worker.gpu_worker:Worker.__init__": "f880840c35f2",
+        "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "4cc9795229ca",
+        "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "0fc4b7b2fa1a",
+        "vllm.v1.worker.gpu_worker:Worker.init_device": "a45cd75063bc",
         "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": "9a301e556c2f",
         "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": "71b1fbd04807",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states": "326599f31b27",
@@ -89,6 +93,10 @@ DIGESTS = {
 #: What the first version has and this one has otherwise.
 DIGESTS["0.33.0"] = {MOVED.get(k, k): v for k, v in DIGESTS["0.32.0"].items()} | {
     "vllm.engine.arg_utils:EngineArgs.add_cli_args": "28ea69a1405b",
+    "vllm.v1.worker.gpu_worker:Worker.__init__": "8bd055ac3b28",
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "ae87256d6cee",
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "b5ba13ff2258",
+    "vllm.v1.worker.gpu_worker:Worker.init_device": "2bfbf8438f7d",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "1f9166220749",
     "vllm.engine.arg_utils:AsyncEngineArgs": "c8c03758f903",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": "991e40506b5d",

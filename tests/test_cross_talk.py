@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 # With a GPU's backend, kernels are interpreted: each step takes long.
 NUM_REQUESTS, MAX_TOKENS = (64, 140) if BACKEND is None else (14, 80)
+SLOWER = pytest.mark.slow if BACKEND is not None else ()
 POLICY: dict[str, Any] = {
     "retention": 0.4,
     "recent": 24,
@@ -62,7 +63,7 @@ def run_together(
         for output in engine.step():
             if output.finished and output.outputs[0].finish_reason == "length":
                 finished[int(output.request_id)] = list(output.outputs[0].token_ids)
-        if rng.random() < (0.04 if BACKEND is None else 0.02):
+        if rng.random() < (0.04 if BACKEND is None else 0.06):
             victim = str(rng.randrange(NUM_REQUESTS))
             if int(victim) not in finished:
                 engine.abort_request([victim])
@@ -77,8 +78,14 @@ def run_together(
     ("change", "settings"),
     [
         ({}, {"enable_prefix_caching": True}),
-        ({"selection": "head"}, {"scheduling_policy": "priority"}),
-        ({"recent": 8, "exceed_length_to_compress": 8}, {"kv_cache_mib": 2.2}),
+        pytest.param(
+            {"selection": "head"}, {"scheduling_policy": "priority"}, marks=SLOWER
+        ),
+        pytest.param(
+            {"recent": 8, "exceed_length_to_compress": 8},
+            {"kv_cache_mib": 2.2},
+            marks=SLOWER,
+        ),
         (
             {"recent": 8, "prune_from": 0, "exceed_length_to_compress": 8},
             {"kv_cache_mib": 2.5},

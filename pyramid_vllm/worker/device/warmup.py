@@ -39,43 +39,49 @@ def compile_kernels(
     Returns:
         How many launches there were.
     """
-    device, count = step.device, 0
-    fields = {"num_held": 1, "num_kept": 1, "num_columns": 1}
-    spans = Spans.of(
-        torch.tensor(
-            [[fields.get(name, 0)] for name in Spans._fields],
-            dtype=torch.int32,
-            device=device,
-        )
-    )
+    device = step.device
     # Layers of all groups have one shape: what one compiles, all use.
-    group = groups[0]
+    group, spans = groups[0], _one_token(device)
     heads, page, size = group.keys.like.shape[1:]
     longest = max(_TOKENS)
     table = torch.zeros(1, cdiv(longest, page), dtype=torch.int32, device=device)
     query = torch.zeros(1, 1, num_heads, size, dtype=dtype, device=device)
     shape = (len(group.layers), heads, longest)
     scores = torch.zeros(shape, dtype=torch.float32, device=device)
-    if config.needs_queries:
-        for queries in _QUERIES:
-            _score(group, config, query, table, spans, scores, queries)
-            count += 1
+    lengths = _QUERIES if config.needs_queries else ()
+    for queries in lengths:
+        _score(group, config, query, table, spans, scores, queries)
     if config.scorer == "key_norm":
         score_key_norms(group.keys, table, spans, scores, max_tokens=1)
-        count += 1
-    pooled = torch.zeros_like(scores)
-    if config.pooling != "none":
-        pool_scores(
-            scores, pooled, spans, config.pooling, config.pool_kernel, max_tokens=1
-        )
-        count += 1
+    return len(lengths) + _choose(group, config, table, spans, scores)
+
+
+def _one_token(device: torch.device) -> Spans:
+    """A request whose one token stays, in the page that is nobody's."""
+    fields = {"num_held": 1, "num_kept": 1, "num_columns": 1}
+    columns = [[fields.get(name, 0)] for name in Spans._fields]
+    return Spans.of(torch.tensor(columns, dtype=torch.int32, device=device))
+
+
+def _choose(
+    group: DeviceGroup,
+    config: PolicyConfig,
+    table: torch.Tensor,
+    spans: Spans,
+    scores: torch.Tensor,
+) -> int:
+    """Pool, select and compact; how many launches there were."""
+    pools = config.pooling != "none"
+    if pools:
+        pooled = torch.zeros_like(scores)
+        kind, kernel = config.pooling, config.pool_kernel
+        pool_scores(scores, pooled, spans, kind, kernel, max_tokens=1)
     chosen = scores[:, :1] if config.selection == "layer" else scores
-    kept = torch.zeros(chosen.shape, dtype=torch.int32, device=device)
+    kept = torch.zeros(chosen.shape, dtype=torch.int32, device=scores.device)
     for tokens in _TOKENS:
         select(chosen, kept, spans, max_tokens=tokens)
-        count += 1
     compact_pages(group.keys, group.values, table, spans, kept)
-    return count + 1
+    return pools + len(_TOKENS) + 1
 
 
 def _score(
