@@ -11,6 +11,17 @@ logger = init_logger(f"vllm.{__name__}")
 class PyramidGPUWorker(TieredWorker, Worker):
     """Runs the plan on a GPU, by vLLM's V2 runner."""
 
+    def init_device(self) -> None:
+        """Say how far this path is proved, then go on."""
+        if self.rank == 0:
+            logger.warning(
+                "KV policy %s: kernels and the V2 runner's adapter are tested on CPUs "
+                "alone, interpreted, and were not run on a GPU by the project: its "
+                "scripts/gpu-check checks and measures them here",
+                self.kv_policy.name,
+            )
+        super().init_device()
+
     def own_bytes(self) -> int:
         """Bytes of the policy's own buffers: queries, scores and kept indices."""
         model, scheduler = self.model_config, self.scheduler_config
