@@ -86,9 +86,10 @@ def run_together(
             {"kv_cache_mib": 2.2},
             marks=SLOWER,
         ),
-        (
+        pytest.param(
             {"recent": 8, "prune_from": 0, "exceed_length_to_compress": 8},
-            {"kv_cache_mib": 2.5},
+            {"kv_cache_mib": 2.5 if BACKEND is None else 2.2},
+            marks=SLOWER,
         ),
     ],
     ids=["shared", "heads", "groups", "pruned groups"],
