@@ -6,10 +6,14 @@ are interpreted and torch stands in for the backends' attention.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from pyramid_vllm import resolve_policy
+from pyramid_vllm.worker import PyramidGPUWorker
 from tests.engines import (
     close,
     generate,
@@ -270,3 +274,22 @@ def test_float8_caches(tiny_llama: str) -> None:
     assert results["some"]["dtype"] == "torch.float8_e4m3fn"
     # Bytes are moved and scored as the floats that they stand for.
     assert results["some"]["tokens"] == results["some at once"]["tokens"]
+
+
+def test_the_gpu_worker_sets_its_buffers_aside() -> None:
+    """Of Llama-3-8B's shape: scores, and queries of a prompt that is cut."""
+    worker = PyramidGPUWorker.__new__(PyramidGPUWorker)
+    worker.kv_policy = resolve_policy("pyramid-by-depth", {"queries": 256})
+    worker.parallel_config = None
+    worker.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
+    worker.model_config = SimpleNamespace(
+        max_model_len=8192,
+        dtype=torch.bfloat16,
+        get_num_layers=lambda _: 32,
+        get_num_kv_heads=lambda _: 8,
+        get_num_attention_heads=lambda _: 32,
+        get_head_size=lambda: 128,
+    )
+    scores = 3 * 4 * 32 * 8 * 16384
+    queries = 2 * 32 * 256 * 32 * 128 * 2
+    assert worker.own_bytes() == scores + queries

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pyramid_vllm.worker.step import Batch
+from pyramid_vllm.worker.batch import Batch
 from pyramid_vllm.worker.v1 import V1Runner
 from pyramid_vllm.worker.v2 import V2Runner
 

@@ -17,9 +17,9 @@ from pyramid_vllm.kernels import (
 )
 from pyramid_vllm.plan import GroupWindow, StepPlan
 from pyramid_vllm.policy import PolicyConfig
+from pyramid_vllm.worker.batch import Batch
 from pyramid_vllm.worker.layer import TieredLayer, over_heads
 from pyramid_vllm.worker.query_slots import GroupQueries
-from pyramid_vllm.worker.step import Batch
 
 #: Keys that are gathered at once, in bytes of float32.
 _SCRATCH_BYTES = 1 << 26

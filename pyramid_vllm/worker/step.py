@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pyramid_vllm.plan import PromptWindow, StepPlan
+from pyramid_vllm.worker.batch import Batch
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
-
-
-class Batch(Protocol):
-    """The requests of the current step, in the order of the runner's rows."""
-
-    @property
-    def req_ids(self) -> Sequence[str]:
-        """By row."""
-
-    @property
-    def row_of(self) -> Mapping[str, int]:
-        """Row of each request."""
-
-    @property
-    def num_computed(self) -> npt.NDArray[np.int32]:
-        """``[num_reqs]`` or longer: computed tokens before this step."""
-
-    @property
-    def num_prompt(self) -> npt.NDArray[np.int32]:
-        """``[num_reqs]`` or longer: prompt tokens."""
-
-    def pages(self, group_id: int) -> torch.Tensor:
-        """``[num_reqs or more, max_blocks]``, int32: a cache group's block table."""
 
 
 @dataclass(frozen=True)

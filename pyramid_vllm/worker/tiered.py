@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from pyramid_vllm.attention.registry import WRAPPED, register_backends
 from pyramid_vllm.attention.tiered import TieredBuilder, TieredImpl
@@ -16,7 +15,6 @@ from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
 from pyramid_vllm.policy import KVPolicyError, LengthRule
 from pyramid_vllm.spec import (
     TierAttentionSpec,
-    length_rule,
     model_weights,
     request_policies,
 )
@@ -26,6 +24,7 @@ from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
 from pyramid_vllm.worker.shared import RowCounters, WorkerState
+from pyramid_vllm.worker.specs import tiered_specs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -70,24 +69,10 @@ class TieredWorker:
         # The runner's own: memory for graphs is estimated on them, past the worker.
         runner = self.model_runner
         stock_specs = runner.get_kv_cache_spec
-        runner.get_kv_cache_spec = lambda: self._tiered_specs(stock_specs())
-
-    def _tiered_specs(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-        """The runner's specs, those of full attention in tiers."""
-        names = [
-            name for name, spec in specs.items() if type(spec) is FullAttentionSpec
-        ]
-        names.sort(key=extract_layer_index)
         expected = num_full_attention_layers(self.model_config.hf_text_config)
-        if len(names) != expected:
-            raise KVPolicyError(
-                f"kv_policy does not support this model: {len(names)} of its layers "
-                f"have full attention, its configuration says {expected}"
-            )
-        tiers = length_rule(self.kv_policy, len(names)).layout.tier_of_layer
-        for name, tier in zip(names, tiers, strict=True):
-            specs[name] = TierAttentionSpec.of(specs[name], tier, len(names))
-        return specs
+        runner.get_kv_cache_spec = lambda: tiered_specs(
+            stock_specs(), self.kv_policy, expected
+        )
 
     def determine_available_memory(self) -> int:
         """Memory for the KV cache: stock vLLM's less the policy's own buffers.

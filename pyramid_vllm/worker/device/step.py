@@ -15,8 +15,9 @@ from pyramid_vllm.kernels.lengths_triton import tier_lengths
 from pyramid_vllm.kernels.scratch import Scratch
 from pyramid_vllm.plan import StepPlan
 from pyramid_vllm.policy import PolicyConfig
+from pyramid_vllm.worker.batch import Batch
 from pyramid_vllm.worker.device.windows import WindowBatch, window_batches
-from pyramid_vllm.worker.step import Batch, BatchRows, TierStep
+from pyramid_vllm.worker.step import BatchRows, TierStep
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata

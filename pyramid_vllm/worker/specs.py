@@ -1,0 +1,35 @@
+"""The KV cache specs of a runner's layers, by tier."""
+
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from pyramid_vllm.policy import KVPolicyError, PolicyConfig
+from pyramid_vllm.spec import TierAttentionSpec, length_rule
+
+
+def tiered_specs(
+    specs: dict[str, KVCacheSpec], policy: PolicyConfig, num_layers: int
+) -> dict[str, KVCacheSpec]:
+    """Specs by layer, those of full attention in tiers.
+
+    Args:
+        specs: a runner's own, by name of the layer.
+        policy: the engine's.
+        num_layers: full-attention layers of the model, by its configuration.
+
+    Raises:
+        KVPolicyError: the runner has other layers.
+    """
+    names = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec]
+    names.sort(key=extract_layer_index)
+    if len(names) != num_layers:
+        raise KVPolicyError(
+            f"kv_policy does not support this model: {len(names)} of its layers "
+            f"have full attention, its configuration says {num_layers}"
+        )
+    tiers = length_rule(policy, num_layers).layout.tier_of_layer
+    tiered = {
+        name: TierAttentionSpec.of(specs[name], tier, num_layers)
+        for name, tier in zip(names, tiers, strict=True)
+    }
+    return specs | tiered
