@@ -318,6 +318,7 @@ def test_attention_in_both_directions_is_refused() -> None:
         is_hybrid=False,
         is_encoder_decoder=False,
         is_mm_prefix_lm=True,
+        rswa_window=None,
         model="gemma3",
     )
     with pytest.raises(KVPolicyError, match="both directions to images='gemma3'"):

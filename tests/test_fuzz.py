@@ -51,7 +51,7 @@ if BACKEND is None:
 else:  # the V2 runner's tables, whose kernels are interpreted
     from tests.fuzzing_v2 import V2PageWorker
 
-    WORKER, NUM_SCHEDULES = V2PageWorker, 14
+    WORKER, NUM_SCHEDULES = V2PageWorker, 10
 
 #: What all schedules together have met.
 MET: Counter[str] = Counter()
