@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from pyramid_vllm import resolve_policy
 from pyramid_vllm.worker import PyramidGPUWorker
@@ -285,7 +286,7 @@ def test_the_gpu_worker_sets_its_buffers_aside() -> None:
     worker.model_config = SimpleNamespace(
         max_model_len=8192,
         dtype=torch.bfloat16,
-        get_num_layers=lambda _: 32,
+        hf_text_config=LlamaConfig(num_hidden_layers=32),
         get_num_kv_heads=lambda _: 8,
         get_num_attention_heads=lambda _: 32,
         get_head_size=lambda: 128,

@@ -20,11 +20,6 @@ class Scratch:
         self._device = device
         self._buffers: dict[str, torch.Tensor] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
     def get(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyramid_vllm.worker.batch import Batch
@@ -18,9 +18,6 @@ class RunnerAdapter(Batch, Protocol):
 
     def kernel_block_size(self, group_id: int) -> int:
         """Tokens of the blocks that a group's kernels see."""
-
-    def attention_groups(self, group_id: int) -> Iterator[Any]:
-        """Layers of a cache group that share a builder."""
 
     def begin(self, plan: StepPlan) -> None:
         """Before the runner's step."""

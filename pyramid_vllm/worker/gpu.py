@@ -3,8 +3,8 @@
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
+from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.spec import length_rule
-from pyramid_vllm.worker.query_slots import QueryShape
 from pyramid_vllm.worker.tiered import TieredWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -27,7 +27,8 @@ class PyramidGPUWorker(TieredWorker, Worker):
     def own_bytes(self) -> int:
         """Bytes of the policy's own buffers: queries, scores and kept indices."""
         model, scheduler = self.model_config, self.scheduler_config
-        num_layers = model.get_num_layers(self.parallel_config)
+        # Of full attention: what other layers hold is not scored.
+        num_layers = num_full_attention_layers(model.hf_text_config)
         # One prompt as long as any, and as many short ones as a step computes.
         tokens = model.max_model_len + scheduler.max_num_batched_tokens
         heads = model.get_num_kv_heads(self.parallel_config)
@@ -35,14 +36,7 @@ class PyramidGPUWorker(TieredWorker, Worker):
         scores = 3 * 4 * num_layers * heads * tokens
         rule = length_rule(self.kv_policy, num_layers)
         # Of a prompt that is cut into chunks, one step's and the next one's.
-        waiting = QueryShape(
-            num_layers,
-            2,
-            rule.num_queries(model.max_model_len),
-            model.get_num_attention_heads(self.parallel_config),
-            model.get_head_size(),
-            model.dtype,
-        )
+        waiting = self.query_shape(2, rule.num_queries(model.max_model_len))
         logger.info(
             "KV policy %s: %s bytes of the KV memory hold scores of %d tokens, %s "
             "queries of prompts that are cut",

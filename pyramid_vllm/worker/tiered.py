@@ -111,11 +111,17 @@ class TieredWorker:
         """Queries of generated tokens; None where the policy needs none."""
         if not (self.kv_policy.generation and self.kv_policy.needs_queries):
             return None
+        return self.query_shape(
+            self.scheduler_config.max_num_seqs, self.kv_policy.gen_queries
+        )
+
+    def query_shape(self, max_num_seqs: int, num_queries: int) -> QueryShape:
+        """Size of a buffer of queries of this worker's layers."""
         model = self.model_config
         return QueryShape(
             num_full_attention_layers(model.hf_text_config),
-            self.scheduler_config.max_num_seqs,
-            self.kv_policy.gen_queries,
+            max_num_seqs,
+            num_queries,
             model.get_num_attention_heads(self.parallel_config),
             model.get_head_size(),
             model.dtype,
@@ -209,7 +215,7 @@ class TieredWorker:
             )
         context = self.compilation_config.static_forward_context
         members = []
-        for attn_group in adapter.attention_groups(group_id):
+        for attn_group in self.model_runner.attn_groups[group_id]:
             builder = attn_group.get_metadata_builder()
             first = attn_group.layer_names[0]
             impl = self._impl(first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,10 +54,6 @@ class V1Runner:
     def kernel_block_size(self, group_id: int) -> int:
         """Tokens of the blocks that a group's kernels see."""
         return self._batch.block_table[group_id].block_size
-
-    def attention_groups(self, group_id: int) -> Iterator[Any]:
-        """Layers of a cache group that share a builder."""
-        yield from self._runner.attn_groups[group_id]
 
     def begin(self, plan: StepPlan) -> None:
         """Before the runner's step."""

@@ -7,7 +7,7 @@ of an engine with a policy. Removal: see ``patches/``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,10 +120,6 @@ class V2Runner:
     def kernel_block_size(self, group_id: int) -> int:
         """Tokens of the blocks that a group's kernels see."""
         return self._runner.kernel_block_sizes[group_id]
-
-    def attention_groups(self, group_id: int) -> Iterator[Any]:
-        """Layers of a cache group that share a builder."""
-        yield from self._runner.attn_groups[group_id]
 
     def begin(self, plan: StepPlan) -> None:
         """Before the runner's step."""
