@@ -25,8 +25,12 @@ class RunnerAdapter(Batch, Protocol):
     def after_forward(self) -> None:
         """Between the forward pass and sampling."""
 
-    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> None:
-        """Cut the rows of compacted requests to the pages that they keep."""
+    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> int:
+        """Cut the rows of compacted requests to the pages that they keep.
+
+        Returns:
+            Pages that the rows have fewer.
+        """
 
 
 def adapter_of(runner: Any, is_v2: bool) -> RunnerAdapter:

@@ -7,9 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from pyramid_vllm.worker.counters import WorkerCounters
 from pyramid_vllm.worker.queries import AccumulatedScores, QueryWindows
 
 if TYPE_CHECKING:
@@ -20,38 +18,6 @@ if TYPE_CHECKING:
     from pyramid_vllm.worker.step import TierStep
 
 
-class RowCounters:
-    """Rows that prompts were scheduled with, and those that layers computed.
-
-    Args:
-        num_layers: tiered layers of this worker.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.num_scheduled = 0
-        """Prompt tokens of all steps."""
-        self.num_computed: npt.NDArray[np.int64] = np.zeros(num_layers, dtype=np.int64)
-        """``[num_layers]``: of these, the rows that each layer's attention saw."""
-        self.num_pruned_steps = 0
-        """Steps in which deeper layers computed fewer rows."""
-
-    def count(self, layer: int, tier: int, num_rows: int, step: TierStep) -> None:
-        """Count one layer's rows of a step.
-
-        Raises:
-            RuntimeError: the layer computed other rows than the plan says.
-        """
-        expected = step.rows.total_rows[tier]
-        if num_rows != expected:
-            raise RuntimeError(
-                f"KV policy: layer {layer} computed {num_rows} rows, its plan has "
-                f"{expected}"
-            )
-        assert step.plan is not None
-        num_decode = step.rows.total_scheduled - step.plan.num_prompt_tokens
-        self.num_computed[layer] += num_rows - num_decode
-
-
 @dataclass
 class WorkerState:
     """Built once the worker knows its layers; read by each of them."""
@@ -59,7 +25,7 @@ class WorkerState:
     step: TierStep
     policies: Mapping[str, PolicyConfig]
     """By the names that plans use."""
-    counters: RowCounters
+    counters: WorkerCounters
     pruner: RowPruner | None
     """None: the policy prunes nothing."""
     group_queries: QuerySlots | None

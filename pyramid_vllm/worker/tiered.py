@@ -19,11 +19,12 @@ from pyramid_vllm.spec import (
     request_policies,
 )
 from pyramid_vllm.worker.adapter import RunnerAdapter, adapter_of
+from pyramid_vllm.worker.counters import WorkerCounters
 from pyramid_vllm.worker.layer import LayerConstants
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
-from pyramid_vllm.worker.shared import RowCounters, WorkerState
+from pyramid_vllm.worker.shared import WorkerState
 from pyramid_vllm.worker.specs import tiered_specs
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class TieredWorker:
             step=path.make_step(block_size, self._tier_of_group),
             policies=policies.valid,
             pruner=self._make_pruner(path, rule, names) if rule.prunes else None,
-            counters=RowCounters(len(names)),
+            counters=WorkerCounters(len(names)),
             group_queries=path.make_queries(shape) if shape else None,
         )
         return rule
@@ -298,5 +299,15 @@ class TieredWorker:
         adapter.after_forward()
         path.end_step(plan, state)
         state.finish(plan, len(self.tier_layers))
-        adapter.truncate(self._tier_of_group, plan)
+        num_freed = adapter.truncate(self._tier_of_group, plan)
+        state.counters.finish(plan, num_freed)
         return output
+
+    def kv_policy_stats(self) -> dict[str, Any]:
+        """What this worker has done of its plans, for ``collective_rpc``.
+
+        Returns:
+            Counts since start-up, of ``WorkerCounters``; empty before the cache is
+            allocated, or in a model without one.
+        """
+        return {} if self.tier_state is None else self.tier_state.counters.as_dict()

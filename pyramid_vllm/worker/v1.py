@@ -62,13 +62,14 @@ class V1Runner:
         """Between the forward pass and sampling."""
         make_rewindable(self._runner)
 
-    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> None:
+    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> int:
         """Cut compacted requests' rows to the pages that they keep, or replace them by
         those that their tokens were gathered into.
 
         The scheduler has freed the other pages; the next ones it allocates are
         appended.
         """
+        num_fewer = 0
         gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
         for req_id, num_kept in plan.cache_lengths.items():
             row = self._batch.req_id_to_index[req_id]
@@ -81,6 +82,8 @@ class V1Runner:
                     table.block_table.np[row, :num_blocks] = pages
                     block_ids[group_id][:num_blocks] = pages
                 last = table.num_blocks_per_row[row]
+                num_fewer += int(last) - num_blocks
                 table.block_table.np[row, num_blocks:last] = 0
                 table.num_blocks_per_row[row] = num_blocks
                 del block_ids[group_id][num_blocks:]
+        return num_fewer

@@ -129,12 +129,13 @@ class V2Runner:
         """Between the forward pass and sampling."""
         self._plan = None
 
-    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> None:
+    def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> int:
         """Cut compacted requests' rows to the pages that they keep, or replace them by
         those that their tokens were gathered into.
 
         The runner publishes rows and their lengths before its next step.
         """
+        num_fewer = 0
         tables = self._runner.block_tables
         gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
         for req_id, num_kept in plan.cache_lengths.items():
@@ -146,4 +147,6 @@ class V2Runner:
                     # At once: a staged write may meet the next request's in this row.
                     row = tables.block_tables[group_id].gpu[index, :num_blocks]
                     async_tensor_h2d(list(pages), dtype=row.dtype, out=row)
+                num_fewer += int(tables.num_blocks.np[group_id, index]) - num_blocks
                 tables.num_blocks.np[group_id, index] = num_blocks
+        return num_fewer
