@@ -9,6 +9,7 @@ from pyramid_vllm.cli.analyze import analyze
 from pyramid_vllm.cli.bench import bench
 from pyramid_vllm.cli.eval import evaluate
 from pyramid_vllm.cli.failing import or_fail
+from pyramid_vllm.cli.name_vllm import name_vllm
 from pyramid_vllm.cli.sizes import parse_bytes
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(analyze)
+app.command()(name_vllm)
 
 PolicyOption = Annotated[
     str, typer.Option("--kv-policy", help="A preset, a YAML file or inline JSON.")
