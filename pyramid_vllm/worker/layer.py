@@ -102,18 +102,22 @@ class TieredLayer:
         if state.group_queries is not None:
             assert isinstance(state.group_queries, GroupQueries)
             state.group_queries.write(self.index, self.tier, query, state.step.rows)
-        windows = state.step.rows.windows
-        if not windows:
+        if not state.step.rows.windows:
             return
+        with state.timer.part():
+            self._handle_windows(query, block_table)
+        state.step.num_layers_done += 1
+
+    def _handle_windows(self, query: torch.Tensor, block_table: torch.Tensor) -> None:
+        state = self._state
         prunes = self._prunes_next and state.step.rows.is_pruned[-1]
         if prunes:
             assert state.pruner is not None
             state.pruner.begin_tier(self.tier + 1, state.step.rows)
-        for rows in windows:
+        for rows in state.step.rows.windows:
             config = state.policies[rows.window.policy]
             newest = self._newest(rows, query, config)
             self._evict(rows, newest, block_table[rows.row], prunes, config)
-        state.step.num_layers_done += 1
 
     def _newest(
         self, rows: WindowRows, query: torch.Tensor, config: PolicyConfig

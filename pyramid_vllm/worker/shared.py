@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pyramid_vllm.worker.counters import WorkerCounters
 from pyramid_vllm.worker.queries import AccumulatedScores, QueryWindows
+from pyramid_vllm.worker.timing import CompactionTimer
 
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
@@ -30,6 +31,7 @@ class WorkerState:
     """None: the policy prunes nothing."""
     group_queries: QuerySlots | None
     """None: generated tokens are not scored."""
+    timer: CompactionTimer
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)
 

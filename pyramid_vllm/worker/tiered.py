@@ -26,6 +26,7 @@ from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
 from pyramid_vllm.worker.shared import WorkerState
 from pyramid_vllm.worker.specs import tiered_specs
+from pyramid_vllm.worker.timing import with_times
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -171,6 +172,7 @@ class TieredWorker:
             pruner=self._make_pruner(path, rule, names) if rule.prunes else None,
             counters=WorkerCounters(len(names)),
             group_queries=path.make_queries(shape) if shape else None,
+            timer=path.make_timer(),
         )
         return rule
 
@@ -297,11 +299,22 @@ class TieredWorker:
         with state.pruning(plan):
             output = stock.execute_model(scheduler_output)
         adapter.after_forward()
+        if plan.groups:
+            with state.timer.part():
+                path.compress_groups(plan, state)
         path.end_step(plan, state)
         state.finish(plan, len(self.tier_layers))
         num_freed = adapter.truncate(self._tier_of_group, plan)
         state.counters.finish(plan, num_freed)
-        return output
+        state.timer.end_step(has_compacted=bool(plan.cache_lengths))
+        return with_times(output, state.timer)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample, and tell the scheduler how long compactions took."""
+        stock: Any = super()
+        output = stock.sample_tokens(*args, **kwargs)
+        state = self.tier_state
+        return output if state is None else with_times(output, state.timer)
 
     def kv_policy_stats(self) -> dict[str, Any]:
         """What this worker has done of its plans, for ``collective_rpc``.
