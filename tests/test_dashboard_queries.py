@@ -1,0 +1,144 @@
+"""The dashboard's queries, evaluated by a Prometheus server that scrapes an engine."""
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines import close
+from tests.metrics_server import serving
+from tests.test_dashboard import filled, make_engine, metrics, panels, variable_queries
+from tests.test_dashboard import work as run_requests
+
+PROMETHEUS = shutil.which("prometheus")
+START_UP_S = 60
+SCRAPES_S = 30
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(
+        PROMETHEUS is None, reason="no prometheus on the PATH, as Debian's package has"
+    ),
+]
+
+#: Panels that have nothing to show of an engine that prunes prompts.
+EMPTY = {"Prefix cache hits"}
+
+
+class Prometheus:
+    """A server's HTTP API."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def query(self, query: str) -> list[Any]:
+        """Series now, each with its labels and value."""
+        words = urllib.parse.urlencode({"query": query})
+        address = f"{self._url}/api/v1/query?{words}"
+        try:
+            with urllib.request.urlopen(address, timeout=10) as response:
+                return list(json.load(response)["data"]["result"])
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{query}: {error.read().decode()}") from error
+
+    def has(self, query: str) -> bool:
+        try:
+            return bool(self.query(query))
+        except OSError:
+            return False
+
+
+def wait_for(server: Prometheus, query: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not server.has(query):
+        assert time.monotonic() < deadline, f"nothing for {query}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def prometheus(
+    tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    """Has seen the engine work between two scrapes."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    llm = make_engine(tiny_llama)
+    with serving(lambda: (200, metrics())) as url:
+        process, server = start(folder, url)
+        try:
+            wait_for(server, "vllm:kv_policy_info", START_UP_S)
+            run_requests(llm)
+            seen = "increase(vllm:kv_policy_compactions_total[1m]) > 0"
+            wait_for(server, seen, SCRAPES_S)
+            # Series that the first requests made need a second scrape to have a rate.
+            run_requests(llm)
+            seen = "increase(vllm:kv_policy_requests_unpruned_total[1m]) > 0"
+            wait_for(server, seen, SCRAPES_S)
+            yield server
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+            close(llm)
+
+
+def start(folder: Path, url: str) -> tuple[subprocess.Popen[bytes], Prometheus]:
+    """A server that scrapes this address every second."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    target = url.removeprefix("http://")
+    config = {
+        "global": {"scrape_interval": "1s"},
+        "scrape_configs": [
+            {"job_name": "vllm", "static_configs": [{"targets": [target]}]}
+        ],
+    }
+    # JSON is YAML.
+    (folder / "prometheus.yml").write_text(json.dumps(config))
+    command = [str(PROMETHEUS), f"--config.file={folder}/prometheus.yml"]
+    command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    return process, Prometheus(f"http://{address}")
+
+
+def test_every_query_has_a_number(prometheus: Prometheus) -> None:
+    for panel in panels():
+        for target in panel["targets"]:
+            found = prometheus.query(filled(target["expr"]))
+            values = [float(series["value"][1]) for series in found]
+            name = f"{panel['title']}: {target['expr']}"
+            assert values, f"nothing for {name}"
+            is_number = all(map(math.isfinite, values))
+            assert is_number == (panel["title"] not in EMPTY), name
+
+
+def test_figures_that_the_policy_sets_are_its_own(prometheus: Prometheus) -> None:
+    """The engine prunes, so less is computed than scheduled, and pages are freed."""
+    by_title = {panel["title"]: panel["targets"] for panel in panels()}
+
+    def values(title: str, index: int = 0) -> list[float]:
+        found = prometheus.query(filled(by_title[title][index]["expr"]))
+        return [float(series["value"][1]) for series in found]
+
+    (computed,) = values("Prompt rows computed")
+    assert 0 < computed < 1
+    assert sum(values("Pages freed")) > 0
+    assert all(values("Compactions"))
+    assert 0 < values("Compaction time of a step")[0] < 60
+
+
+def test_variables_offer_the_engine(prometheus: Prometheus) -> None:
+    for query in variable_queries():
+        (series,) = prometheus.query(query)
+        assert all(series["metric"].values())
