@@ -17,6 +17,8 @@ FORBIDDEN = {
     "worker": ("pyramid_vllm.scheduler",),
     "attention": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "analysis": ("vllm", "pyramid_vllm.scheduler", "pyramid_vllm.attention"),
+    "stats.py": ("torch", "vllm", "pyramid_vllm"),
+    "metrics": ("torch", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "spec.py": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
 }
 

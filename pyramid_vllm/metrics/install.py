@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pyramid_vllm.metrics import tracing
 from pyramid_vllm.spec import engine_policy
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def install() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
     from vllm.v1.metrics.loggers import LoggingStatLogger
 
+    tracing.install()
     if getattr(KVConnectorProm, _INSTALLED, False):
         return
     prom: Any = KVConnectorProm
