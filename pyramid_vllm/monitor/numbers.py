@@ -29,7 +29,7 @@ def seconds(value: float | None) -> str:
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
 
 
-def by_size(values: dict[str, float], suffix: str = "") -> str:
-    """Largest first: ``pyramid 12, none 3``."""
+def by_size(values: dict[str, float]) -> str:
+    """Largest first: ``12 pyramid, 3 none``."""
     ordered = sorted(values.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count(value)}{suffix} {name}" for name, value in ordered)
+    return ", ".join(f"{count(value)} {name}" for name, value in ordered)

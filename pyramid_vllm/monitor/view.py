@@ -150,12 +150,12 @@ def _totals(figures: Figures) -> Table:
     table = Table.grid(padding=(0, 1, 0, 0), expand=True)
     table.add_column(style="bold", no_wrap=True, width=12)
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    share = percent(figures.computed_share)
+    kinds = sorted(figures.compactions_per_s_by_kind.items(), reverse=True)
     mean, p95 = figures.compaction_mean_s, figures.compaction_p95_s
     rows = {
         "retention": count(figures.retention),
-        "prefill rows": f"{share} of {count(figures.rows_scheduled_per_s)}/s computed",
-        "compactions": by_size(figures.compactions_per_s_by_kind, "/s"),
+        "prefill rows": _rows(figures),
+        "compactions": ", ".join(f"{count(rate)}/s {kind}" for kind, rate in kinds),
         "their time": f"mean {seconds(mean)}, p95 {seconds(p95)}",
         "requests": by_size(figures.num_requests_by_policy),
         "unpruned": by_size(figures.num_unpruned_by_reason),
@@ -165,6 +165,13 @@ def _totals(figures: Figures) -> Table:
     for name, words in rows.items():
         table.add_row(name, words or UNKNOWN)
     return table
+
+
+def _rows(figures: Figures) -> str:
+    scheduled = f"{count(figures.rows_scheduled_per_s)}/s"
+    if figures.computed_share is None:
+        return scheduled
+    return f"{percent(figures.computed_share)} of {scheduled} computed"
 
 
 def _beside(left: RenderableType, right: RenderableType) -> Table:
