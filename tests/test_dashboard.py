@@ -1,4 +1,4 @@
-"""The dashboard and ``pyramid-vllm top``, against the metrics of an engine at work."""
+"""Dashboard, alerts and ``pyramid-vllm top``, against metrics of an engine at work."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from typing import Any
 
 import promql_parser as promql
 import pytest
+import yaml
 from prometheus_client import REGISTRY, generate_latest
 from typer.testing import CliRunner
 
@@ -19,7 +20,9 @@ from tests.engines import close, generate, make_llm, random_prompts
 from tests.metrics_server import serving
 from tests.test_top import APP
 
-DASHBOARD = Path(__file__).resolve().parents[1] / "configs/grafana/pyramid.json"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DASHBOARD = CONFIGS / "grafana/pyramid.json"
+ALERTS = CONFIGS / "prometheus/alerts.yaml"
 #: What Grafana puts in for its variables.
 VARIABLES = {"$model_name": ".*", "$engine": ".*", "$__rate_interval": "1m"}
 #: Prunes prompts and compresses generated tokens, so that every counter counts.
@@ -99,6 +102,11 @@ def variable_queries() -> list[str]:
     return [f"sum by ({m[2]}) ({filled(m[1])})" for m in found if m]
 
 
+def alerts() -> list[Any]:
+    groups = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
 def work(llm: Any) -> None:
     """Requests of every kind that the policy serves, and one of its own."""
     from vllm import SamplingParams
@@ -146,7 +154,7 @@ def assert_is_there(selector: Selector, scrape: Scrape) -> None:
     assert series, f"no series {selector.name}"
     for labels in series:
         missing = selector.labels - {name for name, _ in labels}
-        assert not missing, f"{selector.name} has no labels {missing}"
+        assert not missing, f"{selector.name} has no label {', '.join(missing)}"
 
 
 def test_queries_are_read_whole() -> None:
@@ -182,6 +190,26 @@ def test_an_engine_has_what_the_variables_offer(scrape: Scrape) -> None:
     for query in queries:
         for selector in selectors(query):
             assert_is_there(selector, scrape)
+
+
+@pytest.mark.parametrize("rule", alerts(), ids=lambda rule: rule["alert"])
+def test_an_engine_has_every_metric_and_label_of_an_alert(
+    rule: Any, scrape: Scrape
+) -> None:
+    found = selectors(rule["expr"])
+    assert found
+    for selector in found:
+        assert_is_there(selector, scrape)
+    named = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+    assert named == {"model_name"} | found[0].labels
+
+
+def test_what_an_engine_has_not_is_found(scrape: Scrape) -> None:
+    with pytest.raises(AssertionError, match="no series"):
+        assert_is_there(Selector("vllm:kv_policy_pages", frozenset()), scrape)
+    wrong = Selector("vllm:kv_policy_pages_freed_total", frozenset({"tier", "kind"}))
+    with pytest.raises(AssertionError, match="no label kind"):
+        assert_is_there(wrong, scrape)
 
 
 def test_every_metric_of_ours_is_shown() -> None:

@@ -1,4 +1,4 @@
-"""The dashboard's queries, evaluated by a Prometheus server that scrapes an engine."""
+"""Queries of dashboard and alerts, evaluated by a Prometheus that scrapes an engine."""
 
 import json
 import math
@@ -15,9 +15,17 @@ from typing import Any
 
 import pytest
 
-from tests.engines import close
+from tests.engines import close, generate, random_prompts
 from tests.metrics_server import serving
-from tests.test_dashboard import filled, make_engine, metrics, panels, variable_queries
+from tests.test_dashboard import (
+    ALERTS,
+    alerts,
+    filled,
+    make_engine,
+    metrics,
+    panels,
+    variable_queries,
+)
 from tests.test_dashboard import work as run_requests
 
 PROMETHEUS = shutil.which("prometheus")
@@ -46,12 +54,21 @@ class Prometheus:
     def query(self, query: str) -> list[Any]:
         """Series now, each with its labels and value."""
         words = urllib.parse.urlencode({"query": query})
-        address = f"{self._url}/api/v1/query?{words}"
+        return list(self._get(f"query?{words}")["result"])
+
+    def alerting_rules(self) -> list[Any]:
+        """With their state and health."""
+        groups = self._get("rules?type=alert")["groups"]
+        return [rule for group in groups for rule in group["rules"]]
+
+    def _get(self, call: str) -> Any:
         try:
-            with urllib.request.urlopen(address, timeout=10) as response:
-                return list(json.load(response)["data"]["result"])
+            with urllib.request.urlopen(
+                f"{self._url}/api/v1/{call}", timeout=10
+            ) as response:
+                return json.load(response)["data"]
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"{query}: {error.read().decode()}") from error
+            raise AssertionError(f"{call}: {error.read().decode()}") from error
 
     def values(self, query: str) -> list[float]:
         return [float(series["value"][1]) for series in self.query(query)]
@@ -89,6 +106,7 @@ def prometheus(
             # What the first requests brought about needs another scrape to have a rate.
             server.wait_for_numbers("vllm:kv_policy_requests_unpruned_total > 0")
             run_requests(llm)
+            generate(llm, random_prompts([20] * 16), 2)
             yield server
         finally:
             process.terminate()
@@ -103,7 +121,11 @@ def start(folder: Path, url: str) -> tuple[subprocess.Popen[bytes], Prometheus]:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     target = url.removeprefix("http://")
     config = {
-        "global": {"scrape_interval": SCRAPE_INTERVAL},
+        "global": {
+            "scrape_interval": SCRAPE_INTERVAL,
+            "evaluation_interval": SCRAPE_INTERVAL,
+        },
+        "rule_files": [str(ALERTS)],
         "scrape_configs": [
             {"job_name": "vllm", "static_configs": [{"targets": [target]}]}
         ],
@@ -145,3 +167,14 @@ def test_variables_offer_the_engine(prometheus: Prometheus) -> None:
     for query in variable_queries():
         (series,) = prometheus.query(query)
         assert all(series["metric"].values())
+
+
+def test_alerts_are_evaluated_and_quiet(prometheus: Prometheus) -> None:
+    """All but the one that says that most requests are short."""
+    prometheus.wait_for_numbers('ALERTS{alertname="KVPolicyHardlyUsed"}')
+    rules = {rule["name"]: rule for rule in prometheus.alerting_rules()}
+    assert set(rules) == {rule["alert"] for rule in alerts()}
+    for name, rule in rules.items():
+        assert rule["health"] == "ok", f"{name}: {rule.get('lastError')}"
+        state = "pending" if name == "KVPolicyHardlyUsed" else "inactive"
+        assert rule["state"] == state, name
