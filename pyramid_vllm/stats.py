@@ -27,7 +27,8 @@ class PolicyCounters:
     evicted_tokens: dict[str, int] = field(default_factory=dict)
     """KV entries evicted or pruned, by tier."""
     pages_freed: dict[str, int] = field(default_factory=dict)
-    """Pages that evictions gave back to the block pool, by tier."""
+    """Pages that evictions gave back to the block pool, by tier; less those that a
+    prompt took to leave shared ones."""
     requests: dict[str, int] = field(default_factory=dict)
     """Requests taken on, by the name of their policy."""
     unpruned: dict[str, int] = field(default_factory=dict)

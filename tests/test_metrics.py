@@ -328,6 +328,9 @@ def test_a_step_s_times_wait_for_an_output(served: Any) -> None:
         def get_output(self) -> ModelRunnerOutput:
             return ModelRunnerOutput(req_ids=[], req_id_to_index={})
 
+        def get_kv_connector_output(self) -> str:
+            return "saved"
+
     timer = HostTimer()
     for has_compacted in (True, False, True):
         with timer.part():
@@ -336,7 +339,9 @@ def test_a_step_s_times_wait_for_an_output(served: Any) -> None:
     assert with_times(None, timer) is None
     assert with_times(EMPTY_MODEL_RUNNER_OUTPUT, timer) is EMPTY_MODEL_RUNNER_OUTPUT
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, TIMES_ATTRIBUTE)
-    output = with_times(Later(), timer).get_output()
+    later = with_times(Later(), timer)
+    assert later.get_kv_connector_output() == "saved"
+    output = later.get_output()
     assert len(getattr(output, TIMES_ATTRIBUTE)) == 2
     assert with_times(output, timer) is output
     assert worker_of(served).tier_state.timer.take() == ()

@@ -24,7 +24,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("tier",),
     ),
     "pages_freed": (
-        "Pages that evictions gave back to the block pool, by tier.",
+        "Pages that evictions gave back to the block pool, by tier; less those that "
+        "a prompt took to leave shared ones.",
         ("tier",),
     ),
     "compactions": (

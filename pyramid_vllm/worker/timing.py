@@ -108,6 +108,11 @@ class _AsyncOutput(AsyncModelRunnerOutput):
         setattr(output, TIMES_ATTRIBUTE, self._times)
         return output
 
+    def get_kv_connector_output(self) -> Any:
+        """Asked for from vLLM 0.33 on: what is saved of a step that fails."""
+        output: Any = self._output
+        return output.get_kv_connector_output()
+
 
 def with_times(output: Any, timer: CompactionTimer) -> Any:
     """The output of a step, told to the scheduler, with the times known by now.
