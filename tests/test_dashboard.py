@@ -262,7 +262,7 @@ def test_top_shows_the_engine(engine: Any) -> None:
     assert sum(figures["pages_freed_per_s_by_tier"].values()) > 0
     assert all(figures["compactions_per_s_by_kind"].values())
     assert 0 < figures["rows_computed_per_s"] < figures["rows_scheduled_per_s"]
-    # `work` has 1,420 prompt tokens, and 6 layers' rows of each are scheduled.
+    # `work` ran once between the two readings.
     tokens = figures["prompt_tokens_per_s"] * shown["seconds"]
     assert tokens == pytest.approx(400 + 500 + 20 + 300 + 2 * 200)
     assert {"pyramidinfer", "none"} <= set(figures["num_requests_by_policy"])
