@@ -19,6 +19,7 @@ FORBIDDEN = {
     "analysis": ("vllm", "pyramid_vllm.scheduler", "pyramid_vllm.attention"),
     "stats.py": ("torch", "vllm", "pyramid_vllm"),
     "metrics": ("torch", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
+    "monitor": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.metrics"),
     "spec.py": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
 }
 
