@@ -94,7 +94,14 @@ class ReferencePath:
         if plan.groups:
             queries = state.group_queries
             assert queries is None or isinstance(queries, GroupQueries)
-            compress_groups(plan, state.policies, self._groups, queries, self._adapter)
+            compress_groups(
+                plan,
+                state.policies,
+                self._groups,
+                queries,
+                self._adapter,
+                state.record,
+            )
 
 
 def path_of(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.prune import RowPruner
     from pyramid_vllm.worker.query_slots import QuerySlots
+    from pyramid_vllm.worker.record import KeptRecord
     from pyramid_vllm.worker.step import TierStep
 
 
@@ -32,6 +33,8 @@ class WorkerState:
     """None: generated tokens are not scored."""
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)
+    record: KeptRecord | None = None
+    """Which tokens are held; None: nobody asked."""
 
     def begin(self, plan: StepPlan) -> None:
         """Start a step: what left is forgotten."""
