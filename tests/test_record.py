@@ -104,7 +104,10 @@ def num_held(record: Any, req_id: str) -> list[int]:
     return [len(layer[0]) for layer in record["held"][req_id]]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    ["head", "groups", "pruned", pytest.param("chunk", marks=pytest.mark.slow)],
+)
 def test_the_record_is_what_the_cache_holds(
     case: str, blind_llama: str, stock: Any
 ) -> None:

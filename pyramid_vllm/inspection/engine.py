@@ -101,12 +101,12 @@ def inspect_request(task: EngineTask) -> EngineResult:
     )
     prompt = {"prompt_token_ids": task.prompt_ids}
     (output,) = llm.generate([prompt], sampling, use_tqdm=False)
-    output_ids = list(output.outputs[0].token_ids)
-    if task.kv_policy is None:
-        return EngineResult(output_ids, None)
-    (record,) = llm.collective_rpc("kv_policy_record")
-    (held,) = record["held"].values()
-    return EngineResult(output_ids, held)
+    held = None
+    if task.kv_policy is not None:
+        (record,) = llm.collective_rpc("kv_policy_record")
+        (held,) = record["held"].values()
+    llm.llm_engine.engine_core.shutdown()
+    return EngineResult(list(output.outputs[0].token_ids), held)
 
 
 def main() -> None:

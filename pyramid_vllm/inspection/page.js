@@ -243,8 +243,12 @@ function fillFrame() {
   for (const [position, name] of marks()) {
     const left = edge(position);
     const label = element("span", left < free ? "" : name);
-    label.style.left = `${left}px`;
-    if (left >= free) free = left + 7 * name.length;
+    if (left >= free) {
+      free = left + 7 * name.length;
+      label.classList.toggle("before", free > edge(numTokens));
+    }
+    if (label.className) label.style.right = `${edge(numTokens) - left}px`;
+    else label.style.left = `${left}px`;
     byId("marks").append(label);
   }
   byId("rows").textContent = "";
@@ -261,6 +265,7 @@ function fillFrame() {
     label.style.top = `${HEADER + first * size.height}px`;
     label.style.height = `${(layer - first) * size.height - 1}px`;
     label.style.lineHeight = `${size.height}px`;
+    label.classList.toggle("chosen", state.tier === tier);
     byId("rows").append(label);
     first = layer;
   }
