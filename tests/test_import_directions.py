@@ -17,6 +17,12 @@ FORBIDDEN = {
     "worker": ("pyramid_vllm.scheduler",),
     "attention": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "analysis": ("vllm", "pyramid_vllm.scheduler", "pyramid_vllm.attention"),
+    "inspection": (
+        "torch",
+        "pyramid_vllm.scheduler",
+        "pyramid_vllm.worker",
+        "pyramid_vllm.attention",
+    ),
     "spec.py": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
 }
 

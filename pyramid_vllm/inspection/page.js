@@ -15,6 +15,8 @@ for (const { layer, positions, heads: counts } of data.layers) {
 const state = { tier: null, position: 0, layer: 0 };
 const byId = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en");
+const oneDigit = { minimumFractionDigits: 1, maximumFractionDigits: 1 };
+const decimal = (value) => value.toLocaleString("en", oneDigit);
 const percent = (value) => `${(100 * value).toFixed(1)}%`;
 
 /** An element with text; what it is given is never read as HTML. */
@@ -117,10 +119,10 @@ function fillTotal() {
   const row = element("tr");
   row.append(element("th", "Mean, sum of bytes", { scope: "row", colspan: 2 }));
   for (const text of [
-    mean("num_prompt_held").toFixed(1),
+    decimal(mean("num_prompt_held")),
     percent(mean("num_prompt_held") / data.num_prompt),
-    mean("num_held").toFixed(1),
-    mean("pages").toFixed(1),
+    decimal(mean("num_held")),
+    decimal(mean("pages")),
     bytes(kvBytes),
   ]) {
     row.append(element("td", text, { class: "number" }));
