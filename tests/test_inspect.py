@@ -206,7 +206,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "all": {"retention": 1.0, "steepness": 0},
     "none": {},
 }
-MAX_TOKENS = 40
+MAX_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
