@@ -20,6 +20,12 @@ FORBIDDEN = {
     "stats.py": ("torch", "vllm", "pyramid_vllm"),
     "metrics": ("torch", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "monitor": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.metrics"),
+    "inspection": (
+        "torch",
+        "pyramid_vllm.scheduler",
+        "pyramid_vllm.worker",
+        "pyramid_vllm.attention",
+    ),
     "spec.py": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
 }
 

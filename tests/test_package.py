@@ -27,7 +27,7 @@ def test_vllm_loads_the_plugin() -> None:
     assert entry.value == "pyramid_vllm.plugin:register"
 
 
-def test_the_wheel_ships_the_presets(tmp_path: Path) -> None:
+def test_the_wheel_ships_presets_and_pages(tmp_path: Path) -> None:
     """And, installed from it, the package finds them there."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
     subprocess.run([*command, "--directory", str(tmp_path)], cwd=ROOT, check=True)
@@ -38,7 +38,9 @@ def test_the_wheel_ships_the_presets(tmp_path: Path) -> None:
         "from pyramid_vllm.policy import preset_dir, preset_names, resolve_policy\n"
         "assert preset_dir().parent.parent.name == 'pyramid_vllm', preset_dir()\n"
         "print(*preset_names())\n"
-        "assert resolve_policy('pyramid').layer_weights == 'auto'"
+        "assert resolve_policy('pyramid').layer_weights == 'auto'\n"
+        "from pyramid_vllm.inspection.page import page\n"
+        "assert 'KV heads' in page({'policy': {'name': 'p'}, 'model': 'm'})"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -162,8 +162,7 @@ class TieredLayer:
             layer = over_heads(scores, config.scorer != "recency")
         if narrows:
             assert layer is not None
-            assert self._state.pruner is not None
-            self._state.pruner.keep(rows, tier, self._kept_rows(rows, layer, config))
+            self._narrow(rows, self._kept_rows(rows, layer, config))
         if num_kept < num_held:
             groups = scores if config.selection == "head" else layer
             assert groups is not None
@@ -171,6 +170,16 @@ class TieredLayer:
             pages = None if window.pages is None else window.pages[tier]
             target = block_ids if pages is None else torch.tensor(pages)
             compact(cache.key, cache.value, block_ids, target, kept)
+            if self._state.record is not None:
+                self._state.record.evict(window.req_id, self.index, kept)
+
+    def _narrow(self, rows: WindowRows, kept: torch.Tensor) -> None:
+        """Leave the next tier some rows of a request."""
+        state = self._state
+        assert state.pruner is not None
+        state.pruner.keep(rows, self.tier, kept)
+        if state.record is not None:
+            state.record.prune(rows.window.req_id, self.tier + 1, kept)
 
     def _scores(
         self,

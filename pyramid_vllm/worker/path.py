@@ -104,7 +104,9 @@ class ReferencePath:
         """Compress groups of generated tokens, after the forward pass."""
         queries = state.group_queries
         assert queries is None or isinstance(queries, GroupQueries)
-        compress_groups(plan, state.policies, self._groups, queries, self._adapter)
+        compress_groups(
+            plan, state.policies, self._groups, queries, self._adapter, state.record
+        )
 
     def end_step(self, plan: StepPlan, state: WorkerState) -> None:
         """Nothing is left to do."""

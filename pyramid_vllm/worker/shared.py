@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.prune import RowPruner
     from pyramid_vllm.worker.query_slots import QuerySlots
+    from pyramid_vllm.worker.record import KeptRecord
     from pyramid_vllm.worker.step import TierStep
 
 
@@ -34,6 +35,8 @@ class WorkerState:
     timer: CompactionTimer
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)
+    record: KeptRecord | None = None
+    """Which tokens are held; None: nobody asked."""
 
     def begin(self, plan: StepPlan) -> None:
         """Start a step: what left is forgotten."""

@@ -24,6 +24,7 @@ from pyramid_vllm.worker.layer import LayerConstants
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
+from pyramid_vllm.worker.record import KeptRecord, check_recordable
 from pyramid_vllm.worker.shared import WorkerState
 from pyramid_vllm.worker.specs import tiered_specs
 from pyramid_vllm.worker.timing import with_times
@@ -298,6 +299,8 @@ class TieredWorker:
         adapter.begin(plan)
         with state.pruning(plan):
             output = stock.execute_model(scheduler_output)
+        if state.record is not None and plan.req_ids:
+            state.record.end_forward(plan, state.step.rows)
         adapter.after_forward()
         if plan.groups:
             with state.timer.part():
@@ -324,3 +327,21 @@ class TieredWorker:
             allocated, or in a model without one.
         """
         return {} if self.tier_state is None else self.tier_state.counters.as_dict()
+
+    def record_kv_policy(self, on: bool = True) -> None:
+        """Follow which tokens layers hold of requests, for ``collective_rpc``.
+
+        Args:
+            on: whether from now on, or no more.
+
+        Raises:
+            KVPolicyError: this worker's set-up is not one that a record follows.
+        """
+        check_recordable(self.tier_layers, self.vllm_config)
+        assert self.tier_state is not None
+        self.tier_state.record = KeptRecord(self.tier_layers) if on else None
+
+    def kv_policy_record(self) -> dict[str, Any]:
+        """What ``record_kv_policy`` has followed, of ``KeptRecord``; else empty."""
+        record = None if self.tier_state is None else self.tier_state.record
+        return {} if record is None else record.as_dict()
