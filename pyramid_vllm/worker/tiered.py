@@ -24,7 +24,7 @@ from pyramid_vllm.worker.layer import LayerConstants
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
-from pyramid_vllm.worker.record import KeptRecord, check_recordable
+from pyramid_vllm.worker.remote import RemoteCalls
 from pyramid_vllm.worker.shared import WorkerState
 from pyramid_vllm.worker.specs import tiered_specs
 from pyramid_vllm.worker.timing import with_times
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
-class TieredWorker:
+class TieredWorker(RemoteCalls):
     """Mixed into a stock worker: runs the plan, by tier.
 
     Lengths and slots by tier, compaction, shorter rows.
@@ -56,8 +56,8 @@ class TieredWorker:
         register_backends()
         stock: Any = super()
         stock.__init__(vllm_config, *args, **kwargs)
-        self.tier_layers: list[Any] = []
-        self.tier_state: WorkerState | None = None
+        self.tier_layers = []
+        self.tier_state = None
         self.adapter: RunnerAdapter | None = None
         self._path: ComputePath | None = None
         self._tier_of_group: dict[int, int] = {}
@@ -318,30 +318,3 @@ class TieredWorker:
         output = stock.sample_tokens(*args, **kwargs)
         state = self.tier_state
         return output if state is None else with_times(output, state.timer)
-
-    def kv_policy_stats(self) -> dict[str, Any]:
-        """What this worker has done of its plans, for ``collective_rpc``.
-
-        Returns:
-            Counts since start-up, of ``WorkerCounters``; empty before the cache is
-            allocated, or in a model without one.
-        """
-        return {} if self.tier_state is None else self.tier_state.counters.as_dict()
-
-    def record_kv_policy(self, on: bool = True) -> None:
-        """Follow which tokens layers hold of requests, for ``collective_rpc``.
-
-        Args:
-            on: whether from now on, or no more.
-
-        Raises:
-            KVPolicyError: this worker's set-up is not one that a record follows.
-        """
-        check_recordable(self.tier_layers, self.vllm_config)
-        assert self.tier_state is not None
-        self.tier_state.record = KeptRecord(self.tier_layers) if on else None
-
-    def kv_policy_record(self) -> dict[str, Any]:
-        """What ``record_kv_policy`` has followed, of ``KeptRecord``; else empty."""
-        record = None if self.tier_state is None else self.tier_state.record
-        return {} if record is None else record.as_dict()
