@@ -311,6 +311,7 @@ def test_everything_is_kept(name: str, found: dict[str, Inspection]) -> None:
     assert this.tokens == found["none"].tokens
 
 
+@pytest.mark.timeout(300)
 def test_a_process_of_its_own_finds_the_same(
     command: Path, found: dict[str, Inspection]
 ) -> None:
@@ -433,7 +434,7 @@ def test_the_page_needs_nothing_else() -> None:
 
 
 @needs_chromium
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_page_shows_what_the_json_says(command: Path, tmp_path: Path) -> None:
     report = json.loads((command / "inspect.json").read_text())
     dom = dom_of(command / "inspect.html", tmp_path)

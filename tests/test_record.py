@@ -1,5 +1,7 @@
 """What a worker says that it kept, against the keys that lie in its cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,16 +62,24 @@ def blind_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@contextmanager
+def engine(model: str, **settings: Any) -> Iterator[Any]:
+    """An engine that is closed whatever happens."""
+    llm = make_llm(model, **settings)
+    try:
+        yield llm
+    finally:
+        close(llm)
+
+
 @pytest.fixture(scope="module")
 def stock(blind_llama: str) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Keys and values of all tokens, by request and layer, from stock vLLM."""
-    llm = make_llm(blind_llama)
-    req_ids = start(llm, PROMPTS, MAX_TOKENS)
-    step_until(llm, MAX_TOKENS - 1)
-    held = [[held_kv(llm, r, layer) for layer in range(NUM_LAYERS)] for r in req_ids]
-    drain(llm)
-    close(llm)
-    return held
+    with engine(blind_llama) as llm:
+        req_ids = start(llm, PROMPTS, MAX_TOKENS)
+        step_until(llm, MAX_TOKENS - 1)
+        layers = range(NUM_LAYERS)
+        return [[held_kv(llm, req_id, layer) for layer in layers] for req_id in req_ids]
 
 
 def step_until(llm: Any, num_output: int) -> None:
@@ -113,47 +123,39 @@ def test_the_record_is_what_the_cache_holds(
 ) -> None:
     """Of requests in one batch, generating, and once more after a preemption."""
     config, settings = CASES[case]
-    llm = make_llm(
-        blind_llama,
-        kv_policy="pyramid-by-depth",
-        kv_policy_config=config,
-        **settings,
-    )
-    assert llm.collective_rpc("kv_policy_record") == [{}]
-    llm.collective_rpc("record_kv_policy")
-    req_ids = start(llm, PROMPTS, MAX_TOKENS)
-    step_until(llm, NUM_OUTPUT)
-    assert_recorded(llm, req_ids, stock)
-    (record,) = llm.collective_rpc("kv_policy_record")
-    assert record["tiers"] == [0, 0, 1, 1, 2, 2]
-    lengths = num_held(record, req_ids[0])
-    assert lengths == sorted(lengths, reverse=True)
-    assert lengths[-1] < lengths[0] < len(PROMPTS[0])
-    scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
-    step_until(llm, NUM_OUTPUT + 1)
-    assert_recorded(llm, req_ids, stock)
-    close(llm)
+    policy = {"kv_policy": "pyramid-by-depth", "kv_policy_config": config}
+    with engine(blind_llama, **policy, **settings) as llm:
+        assert llm.collective_rpc("kv_policy_record") == [{}]
+        llm.collective_rpc("record_kv_policy")
+        req_ids = start(llm, PROMPTS, MAX_TOKENS)
+        step_until(llm, NUM_OUTPUT)
+        assert_recorded(llm, req_ids, stock)
+        (record,) = llm.collective_rpc("kv_policy_record")
+        assert record["tiers"] == [0, 0, 1, 1, 2, 2]
+        lengths = num_held(record, req_ids[0])
+        assert lengths == sorted(lengths, reverse=True)
+        assert lengths[-1] < lengths[0] < len(PROMPTS[0])
+        scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+        step_until(llm, NUM_OUTPUT + 1)
+        assert_recorded(llm, req_ids, stock)
 
 
 def test_a_request_is_followed_once_it_starts_afresh(blind_llama: str) -> None:
     """What was evicted before the record began nobody knows."""
-    llm = make_llm(blind_llama, kv_policy="pyramid-by-depth", kv_policy_config=POLICY)
-    req_ids = start(llm, PROMPTS[:2], 4)
-    llm.collective_rpc("record_kv_policy")
-    llm.llm_engine.step()
-    (record,) = llm.collective_rpc("kv_policy_record")
-    assert set(record["held"]) == {req_ids[1]}, "the second one is held whole"
-    scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
-    llm.llm_engine.step()
-    (record,) = llm.collective_rpc("kv_policy_record")
-    assert set(record["held"]) == set(req_ids)
-    drain(llm)
-    (record,) = llm.collective_rpc("kv_policy_record")
-    assert set(record["held"]) == set(req_ids), "what finished stays"
-    llm.collective_rpc("record_kv_policy", args=(False,))
-    assert llm.collective_rpc("kv_policy_record") == [{}]
-    assert worker_of(llm).tier_state.record is None
-    close(llm)
+    policy = {"kv_policy": "pyramid-by-depth", "kv_policy_config": POLICY}
+    with engine(blind_llama, **policy) as llm:
+        req_ids = start(llm, PROMPTS[:2], 4)
+        llm.collective_rpc("record_kv_policy")
+        llm.llm_engine.step()
+        (record,) = llm.collective_rpc("kv_policy_record")
+        assert set(record["held"]) == {req_ids[1]}, "the second one is held whole"
+        scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+        drain(llm)
+        (record,) = llm.collective_rpc("kv_policy_record")
+        assert set(record["held"]) == set(req_ids), "what finished stays"
+        llm.collective_rpc("record_kv_policy", args=(False,))
+        assert llm.collective_rpc("kv_policy_record") == [{}]
+        assert worker_of(llm).tier_state.record is None
 
 
 def config(ranks: int = 1, speculative: Any = None) -> Any:
