@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pyramid_vllm.stats import PolicyCounters, PolicyStats
 from tests.engines import (
     close,
     make_llm,
@@ -237,7 +238,6 @@ def test_requests_above_stock_are_those_its_cache_has_no_room_for(
 
 def test_the_log_line_sums_up(served: Any, caplog: pytest.LogCaptureFixture) -> None:
     from pyramid_vllm.metrics.log_line import PolicyLogging
-    from pyramid_vllm.stats import PolicyCounters, PolicyStats
 
     line = PolicyLogging("pyramid")
     written: list[str] = []
@@ -376,3 +376,25 @@ def test_without_the_mark_nothing_is_sent(
     assert scheduler.make_stats().kv_connector_stats is not None
     monkeypatch.setattr(scheduler, "_tells_stats", False)
     assert scheduler.make_stats().kv_connector_stats is None
+
+
+def test_on_ray_they_are_ray_s_metrics(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.util import metrics
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    counted: list[tuple[str, float, dict[str, str]]] = []
+
+    def inc(self: Any, value: float = 1.0, tags: Any = None) -> None:
+        counted.append((self.info["name"], value, dict(tags)))
+
+    monkeypatch.setattr(metrics.Counter, "inc", inc)
+    logger = RayPrometheusStatLogger(served.llm_engine.vllm_config, [0])
+    counters = PolicyCounters(pages_freed={"1": 3}, num_compactions=2)
+    stats = PolicyStats(counters, 1, 2, 0, (0.1,))
+    logger.kv_connector_prom.observe(stats.payload(), 0)
+    by_name = {name: (value, tags) for name, value, tags in counted}
+    value, tags = by_name["vllm_kv_policy_pages_freed"]
+    assert (value, tags["tier"], tags["engine"]) == (3, "1", "0")
+    assert by_name["vllm_kv_policy_compactions"][0] == 2
