@@ -20,6 +20,7 @@ from pyramid_vllm.spec import (
 )
 from pyramid_vllm.worker.adapter import RunnerAdapter, adapter_of
 from pyramid_vllm.worker.counters import WorkerCounters
+from pyramid_vllm.worker.guard import guard_runner
 from pyramid_vllm.worker.layer import LayerConstants
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
@@ -149,6 +150,8 @@ class TieredWorker:
         for group_id in tiered:
             self._bind_group(group_id, names, rule)
         self.tier_layers.sort(key=lambda layer: layer.index)
+        assert self.tier_state is not None
+        guard_runner(self.model_runner, self.tier_state.step)
         logger.info(
             "KV policy %s: %d layers of this worker are tiered",
             self.kv_policy.name,
