@@ -1,8 +1,9 @@
 """Executors that would run steps past the worker.
 
-Cause: the worker takes the plan from the step that it is given, but vLLM's older Ray
-executor gives steps to the model runner; tokens would be evicted in the plan alone, and
-outputs silently wrong. Removal: once no executor of vLLM does so.
+Cause: the worker takes the plan from the step that it is given, but vLLM 0.32's older
+Ray executor gives steps to the model runner: tokens would be evicted in the plan alone,
+and outputs be silently wrong. Removal: once executors cannot do so, or a plan reaches
+the runner by itself.
 """
 
 from __future__ import annotations
