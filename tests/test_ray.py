@@ -14,6 +14,7 @@ from pyramid_vllm.checks import LEGACY_RAY_EXECUTOR
 from pyramid_vllm.policy import KVPolicyError
 from pyramid_vllm.ray import executor, platform
 from tests.engines import (
+    DEFAULTS,
     close,
     generate,
     make_llm,
@@ -65,6 +66,34 @@ def test_two_nodes_answer_as_one_process(tiny_llama: str) -> None:
     assert all(place["actor"] for place in found["places"])
     assert {place["platform"] for place in found["places"]} == {"RayCpuPlatform"}
     assert found["device_key"] == "", "the driver's platform is as it was"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_ray_starts_two_engines_that_both_evict(tiny_llama: str) -> None:
+    """Data parallelism on CPUs, by the platform that the nodes' variable asks for."""
+    lengths = [300, 290, 280, 270]
+    llm = make_llm(tiny_llama, kv_policy="pyramid")
+    expected = [g.tokens for g in generate(llm, random_prompts(lengths), 16)]
+    compacted = worker_of(llm).kv_policy_stats()["num_compactions"]
+    close(llm)
+    engine = DEFAULTS | {
+        "model": tiny_llama,
+        "additional_config": {"kv_policy": "pyramid"},
+        "data_parallel_size": 2,
+        "data_parallel_size_local": 1,
+        "data_parallel_backend": "ray",
+    }
+    settings = {"engine": engine, "lengths": lengths, "max_tokens": 16}
+    with ray_cluster(num_nodes=2, env={platform.VARIABLE: "1"}) as cluster:
+        found = cluster.run_json(ROOT / "tests/ray_replicas.py", settings, timeout=350)
+    assert found["tokens"] == expected
+    workers = [worker for (worker,) in found["workers"]]
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker["num_compactions"] > 0
+        assert worker["num_pages_freed"] > 0
+    assert sum(worker["num_compactions"] for worker in workers) == compacted == 4
 
 
 class PastTheWorker(UniProcExecutor):
