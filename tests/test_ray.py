@@ -1,7 +1,9 @@
 """Engines on a Ray cluster of logical GPUs; executors that would go past the worker."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +24,11 @@ from tests.engines import (
     scheduler_of,
     worker_of,
 )
+from tests.one_engine import save_tokenizer
 from tests.ray_cluster import ROOT, ray_cluster
 from tests.ray_driver import answer
 from tests.test_engine_args import engine_config
+from tests.test_serve import VLLM
 
 #: Prunes rows, one choice of tokens a layer, compresses generated tokens.
 POLICY = {
@@ -94,6 +98,32 @@ def test_ray_starts_two_engines_that_both_evict(tiny_llama: str) -> None:
         assert worker["num_compactions"] > 0
         assert worker["num_pages_freed"] > 0
     assert sum(worker["num_compactions"] for worker in workers) == compacted == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_server_on_two_nodes(tiny_llama: str, tmp_path: Path) -> None:
+    """`vllm serve` with the executor by name, as scripts/ray/cluster.md has it."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    save_tokenizer(model, 512)
+    prompt = random_prompts([300])[0]
+    llm = make_llm(str(model), kv_policy="pyramid", enable_prefix_caching=True)
+    expected = generate(llm, [prompt], 16)[0].tokens
+    close(llm)
+    command = [str(VLLM), "serve", str(model), "--kv-policy", "pyramid"]
+    command += ["--distributed-executor-backend", "pyramid_vllm.ray.CPURayExecutor"]
+    command += ["--tensor-parallel-size", "2", "--host", "127.0.0.1", "--port", "8000"]
+    command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+    command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", "16777216"]
+    body = {"model": str(model), "prompt": prompt, "max_tokens": 16, "temperature": 0}
+    body |= {"ignore_eos": True, "return_token_ids": True}
+    question = {"url": "http://127.0.0.1:8000", "path": "/v1/completions", "body": body}
+    log = tmp_path / "log"
+    with ray_cluster(num_nodes=2) as cluster, log.open("wb") as output:
+        cluster.popen(command, stdout=output, stderr=subprocess.STDOUT)
+        answer = cluster.run_json(ROOT / "tests/ray_client.py", question, timeout=400)
+    assert answer["choices"][0]["token_ids"] == expected
+    assert "1 compactions" in log.read_text(errors="replace")
 
 
 class PastTheWorker(UniProcExecutor):
