@@ -229,14 +229,16 @@ class TieredWorker:
             impl.check_cache(context[first], builder)
             members += attn_group.layer_names
         members.sort(key=extract_layer_index)
-        layers = [(context[n], self._constants(n, names, rule)) for n in members]
+        layers = [
+            (context[n], self._constants(n, group_id, names, rule)) for n in members
+        ]
         bound = path.bind(group_id, layers, state)
         for name, layer in zip(members, bound, strict=True):
             self._impl(name).tier_layer = layer
         self.tier_layers += bound
 
     def _constants(
-        self, name: str, names: list[str], rule: LengthRule
+        self, name: str, group_id: int, names: list[str], rule: LengthRule
     ) -> LayerConstants:
         impl, index = self._impl(name), names.index(name)
         impl.check_movable()
@@ -245,6 +247,7 @@ class TieredWorker:
         return LayerConstants(
             index=index,
             tier=tiers[index],
+            group_id=group_id,
             prunes_next=(
                 rule.prunes
                 and index + 1 < len(tiers)
