@@ -195,7 +195,7 @@ def test_a_cluster_with_too_few_places_is_refused(
     monkeypatch.setattr(executor.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(executor.ray, "cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(executor.ray.util, "get_current_placement_group", lambda: None)
-    with pytest.raises(ValueError, match=r"has 0 logical GPUs.*--num-gpus"):
+    with pytest.raises(ValueError, match=r"of 2 workers.*cluster has 0: .*--num-gpus"):
         make_executor(2)._init_executor()
     assert current_platform.ray_device_key == ""
 

@@ -73,9 +73,9 @@ def _check_cluster(world_size: int) -> None:
     num_devices = int(resources.get(DEVICE_KEY, 0))
     if num_devices < world_size:
         raise ValueError(
-            f"tensor_parallel_size is {world_size}, but the Ray cluster has "
-            f"{num_devices} logical GPUs, of which every worker takes one: start its "
-            "nodes with `ray start ... --num-gpus=N`, N the workers that each may have"
+            f"an engine of {world_size} workers (tensor_parallel_size) takes as many "
+            f"logical GPUs, of which the Ray cluster has {num_devices}: start its nodes "
+            "with `ray start ... --num-gpus=N`, N the workers that each may have"
         )
 
 
