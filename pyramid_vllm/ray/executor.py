@@ -74,8 +74,8 @@ def _check_cluster(world_size: int) -> None:
     if num_devices < world_size:
         raise ValueError(
             f"an engine of {world_size} workers (tensor_parallel_size) takes as many "
-            f"logical GPUs, of which the Ray cluster has {num_devices}: start its nodes "
-            "with `ray start ... --num-gpus=N`, N the workers that each may have"
+            f"logical GPUs, of which the Ray cluster has {num_devices}: start its "
+            "nodes with `ray start ... --num-gpus=N`, N the workers that each may have"
         )
 
 
