@@ -17,6 +17,8 @@ from vllm.logger import init_logger
 from pyramid_vllm import request_args
 from pyramid_vllm.checks import check_engine
 from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.metrics import install as metrics
+from pyramid_vllm.metrics.config import MarkedConfig
 from pyramid_vllm.policy import KVPolicyError, PolicyConfig, preset_names
 from pyramid_vllm.spec import OVERRIDES_KEY, POLICY_KEY, configured_policy
 
@@ -138,6 +140,7 @@ def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         # Here, for vLLM is whole by now: plugins are loaded while it is imported.
         request_args.install()
+        metrics.install()
         policy = configured_policy(self.additional_config)
         if policy is None:
             return original(self, *args, **kwargs)
@@ -153,6 +156,7 @@ def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
         } | {POLICY_KEY: policy.model_dump()}
         config = original(self, *args, **kwargs)
         check_engine(config)
+        config.additional_config = MarkedConfig(config.additional_config)
         return config
 
     return create_engine_config

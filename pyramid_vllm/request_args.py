@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMClientError
 
+from pyramid_vllm.metrics.tracing import note_policy
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.policy import (
     NONE,
@@ -70,6 +71,12 @@ class RequestCheck:
             self._policies = request_policies(
                 policy, num_layers, model_weights(vllm_config)
             )
+
+    def trace(self, rule: LengthRule | None, request: EngineCoreRequest) -> None:
+        """Let a traced request's span tell its policy; ``rule`` as it was asked for."""
+        traces = self._config.observability_config.otlp_traces_endpoint is not None
+        if traces and self._policies is not None:
+            note_policy(request, rule or self._policies.rule)
 
     def before(self, params: Any, resumable: bool) -> LengthRule | None:
         """Check a request as it comes in.
@@ -139,6 +146,7 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
             request = original(self, request_id, prompt, params, *args, **kwargs)
             if rule is not None:
                 check.after(rule, request)
+            check.trace(rule, request)
         except KVPolicyError as error:
             raise KVRequestError(str(error)) from None
         return request

@@ -94,6 +94,15 @@ DIGESTS = {
         "vllm.v1.executor.ray_executor_v2:RayExecutorV2._init_executor": "2852d4ccf3e2",
         "vllm.v1.executor.ray_executor_v2:RayWorkerProc.get_node_and_physical_gpu_ids": "ae2a768ce40e",
         "vllm.v1.executor.ray_utils:initialize_ray_cluster": "7afb10e0efaf",
+        "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "8963d2ab6518",
+        "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm": "379f4e8c3ec9",
+        "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics": "0b56bd4efcfa",
+        "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging": "461e0f02deaf",
+        "vllm.v1.metrics.loggers:LoggingStatLogger": "e15c10617948",
+        "vllm.v1.metrics.loggers:PrometheusStatLogger.record": "a506cbde7928",
+        "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": "0e5c03f78ded",
+        "vllm.v1.outputs:AsyncModelRunnerOutput": "524da6c7eac9",
+        "vllm.v1.worker.gpu_worker:Worker.sample_tokens": "461564027b61",
     }
 }
 #: What the first version has and this one has otherwise.
@@ -130,6 +139,8 @@ DIGESTS["0.33.0"] = {MOVED.get(k, k): v for k, v in DIGESTS["0.32.0"].items()} |
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": "3c9b038aa752",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": "a73828dcb06c",
     "vllm.v1.worker.gpu.block_table:BlockTables": "fca935e505ad",
+    "vllm.v1.outputs:AsyncModelRunnerOutput": "0e6b73d9db49",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging": "593b288c7b51",
 }
 
 #: Functions that we put our own around -> what ours takes; "*": anything else too.
@@ -144,6 +155,18 @@ WRAPPED = {
         "params",
         "*",
     ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm.__init__": (
+        "vllm_config",
+        "labelnames",
+        "per_engine_labelvalues",
+        "*",
+    ),
+    "vllm.v1.metrics.loggers:LoggingStatLogger.__init__": ("vllm_config", "*"),
+    "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": (
+        "engine_core_output",
+        "*",
+    ),
+    "vllm.v1.engine.output_processor:instrument_manual": ("*",),
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch": (
         "num_reqs",
         "num_tokens",
@@ -256,8 +279,11 @@ ATTRIBUTES = {
     "vllm.v1.core.sched.output:SchedulerOutput": "finished_req_ids num_scheduled_tokens preempted_req_ids",
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "block_size kv_cache_group_id kv_cache_spec req_to_blocks",
     "vllm.v1.engine:EngineCoreOutputs": "outputs",
-    "vllm.v1.engine:EngineCoreRequest": "prompt_token_ids",
+    "vllm.v1.engine:EngineCoreOutput": "trace_headers",
+    "vllm.v1.engine:EngineCoreRequest": "prompt_token_ids trace_headers",
     "vllm.v1.engine.input_processor:InputProcessor": "vllm_config",
+    "vllm.v1.metrics.stats:SchedulerStats": "kv_connector_stats",
+    "vllm.v1.metrics.loggers:LoggingStatLogger": "kv_connector_logging",
     "vllm.v1.kv_cache_interface:FullAttentionSpec": "block_size page_size_bytes",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",

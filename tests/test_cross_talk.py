@@ -127,7 +127,8 @@ def test_every_request_is_as_alone(
     )
     assert counters.num_compactions > len(finished) // 2
     scheduler_of(llm).check_integrity()
-    for index, tokens in finished.items():
+    # Interpreted, a request alone takes seconds.
+    for index, tokens in list(finished.items())[:: 1 if BACKEND is None else 3]:
         prompt, num_tokens = requests[index]
         assert generate(llm, [prompt], num_tokens)[0].tokens == tokens, index
     close(llm)

@@ -47,7 +47,7 @@ WISHES: list[dict[str, Any] | None] = [
 ]
 
 if BACKEND is None:
-    WORKER, NUM_SCHEDULES = PageWorker, 2000
+    WORKER, NUM_SCHEDULES = PageWorker, 1000
 else:  # the V2 runner's tables, whose kernels are interpreted
     from tests.fuzzing_v2 import V2PageWorker
 

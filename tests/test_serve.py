@@ -1,5 +1,6 @@
 """`vllm serve --kv-policy`, as an operator starts it and a client uses it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,11 +9,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -25,7 +30,8 @@ def environment() -> dict[str, str]:
     inherited = dict(os.environ)
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         inherited.pop(name, None)
-    return inherited
+    # Asked for what workers count: `/collective_rpc` is for development.
+    return inherited | {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 @dataclass
@@ -34,6 +40,28 @@ class Server:
 
     url: str
     log: Path
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples with some labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What an engine's workers count."""
+        request = urllib.request.Request(
+            f"{self.url}/collective_rpc",
+            json.dumps({"method": "kv_policy_stats"}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            results: list[dict[str, Any]] = json.load(response)["results"]
+        return results
 
     def lines(self, word: str) -> list[str]:
         text = self.log.read_text(encoding="utf-8", errors="replace")
@@ -58,11 +86,17 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) ->
 def server(
     real_model: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
+    with serve(real_model, tmp_path_factory.mktemp("serve") / "log") as running:
+        yield running
+
+
+@contextmanager
+def serve(model: str, log: Path, *arguments: str, **variables: str) -> Iterator[Server]:
+    """A server with the policy, on a port of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [str(VLLM), "serve", real_model, "--kv-policy", "pyramid"]
+    command = [str(VLLM), "serve", model, "--kv-policy", "pyramid"]
     command += ["--kv-policy-config", '{"recent": 32, "min_context": 64}']
     command += [
         "--served-model-name",
@@ -74,10 +108,14 @@ def server(
     ]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
     command += ["--block-size", "32", "--kv-cache-memory-bytes", "100000000"]
+    command += arguments
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment()
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment() | variables,
         )
     try:
         wait_until_healthy(url, process, log)
@@ -183,6 +221,57 @@ def test_hits_are_in_vllms_own_metrics(client: OpenAI, server: Server) -> None:
     assert first.usage is not None
     assert hits() - before >= first.usage.prompt_tokens - 256 - 32 > 0
     assert again.choices[0].message.content == first.choices[0].message.content
+
+
+def check_metrics(server: Server, engine: str) -> None:
+    """An engine's metrics are what its workers have counted."""
+    (worker,) = server.workers()
+    prefix, num_layers = "vllm:kv_policy_", len(worker["rows_computed"])
+    metrics = {
+        "num_pages_freed": "pages_freed_total",
+        "num_compactions": "compactions_total",
+    }
+    for key, name in metrics.items():
+        assert worker[key] > 0
+        assert server.metric(prefix + name, engine=engine) == worker[key], name
+    rows = server.metric(f"{prefix}prefill_rows_scheduled_total", engine=engine)
+    assert rows == worker["rows_scheduled"] * num_layers
+    rows = server.metric(f"{prefix}prefill_rows_computed_total", engine=engine)
+    assert rows == sum(worker["rows_computed"])
+
+
+def test_metrics_are_what_the_worker_counts(client: OpenAI, server: Server) -> None:
+    """In another process, and where prompts leave pages that are shared."""
+    for name in ("first", "second"):
+        client.completions.create(
+            model="smollm2", prompt=f"{name}: {QUESTION}", max_tokens=2
+        )
+    check_metrics(server, "0")
+    assert server.metric("vllm:kv_policy_requests_total", kv_policy="pyramid") >= 2
+
+
+@pytest.mark.slow
+def test_metrics_of_several_front_ends_and_engines(
+    real_model: str, tmp_path: Path
+) -> None:
+    arguments = ("--data-parallel-size", "2", "--api-server-count", "2")
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    with serve(real_model, tmp_path / "log", *arguments, **variables) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+        def ask(index: int) -> None:
+            prompt = f"{index}: {QUESTION}"
+            client.completions.create(model="smollm2", prompt=prompt, max_tokens=4)
+
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(ask, range(12)))
+        num_requests = [
+            server.metric("vllm:kv_policy_requests_total", engine=engine)
+            for engine in ("0", "1")
+        ]
+        assert sum(num_requests) == 12
+        assert min(num_requests) > 0
+        check_metrics(server, "0")
 
 
 def test_help_lists_the_flags_in_a_group() -> None:

@@ -9,7 +9,10 @@ from pyramid_vllm.cli.analyze import analyze
 from pyramid_vllm.cli.bench import bench
 from pyramid_vllm.cli.eval import evaluate
 from pyramid_vllm.cli.failing import or_fail
+from pyramid_vllm.cli.inspect import inspect
+from pyramid_vllm.cli.name_vllm import name_vllm
 from pyramid_vllm.cli.sizes import parse_bytes
+from pyramid_vllm.cli.top import top
 
 app = typer.Typer(
     name="pyramid-vllm",
@@ -20,6 +23,9 @@ app = typer.Typer(
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(analyze)
+app.command()(inspect)
+app.command()(top)
+app.command()(name_vllm)
 
 PolicyOption = Annotated[
     str, typer.Option("--kv-policy", help="A preset, a YAML file or inline JSON.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import (
@@ -35,6 +35,14 @@ class _Compaction:
     """New pages, where the request owns too few."""
 
 
+class _Left(NamedTuple):
+    """What a prompt let go that was gathered into other pages."""
+
+    blocks: list[KVCacheBlock]
+    num_taken: int
+    """New pages that it took for that."""
+
+
 class TierBlockManager(FullAttentionManager):
     """vLLM's manager of full attention, counting cache lengths instead of positions.
 
@@ -54,7 +62,7 @@ class TierBlockManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._compactions: dict[str, _Compaction] = {}
-        self._left: dict[str, list[KVCacheBlock]] = {}
+        self._left: dict[str, _Left] = {}
 
     @property
     def _tier(self) -> int:
@@ -176,7 +184,10 @@ class TierBlockManager(FullAttentionManager):
         written = [blocks[i] for i in compaction.in_place if i not in saved]
         pages = written + compaction.reserved + fresh
         kept = {block.block_id for block in pages}
-        self._left[request.request_id] = [b for b in blocks if b.block_id not in kept]
+        self._left[request.request_id] = _Left(
+            [block for block in blocks if block.block_id not in kept],
+            len(compaction.reserved) + len(fresh),
+        )
         self.req_to_blocks[request.request_id] = pages
         return tuple(block.block_id for block in pages)
 
@@ -203,17 +214,16 @@ class TierBlockManager(FullAttentionManager):
         tiers share memory, in another one.
 
         Returns:
-            Pages that the request holds no more.
+            Pages that the request holds fewer.
         """
         blocks = self.req_to_blocks[request_id]
         num_kept = cdiv(num_held, self.block_size)
         tail = blocks[num_kept:]
         del blocks[num_kept:]
-        left = self._left.pop(request_id, None)
-        if left is not None:
-            self.block_pool.free_blocks(reversed(left))
+        left = self._left.pop(request_id, _Left([], 0))
+        self.block_pool.free_blocks(reversed(left.blocks))
         self.block_pool.free_blocks(reversed(tail))
-        return len(tail) + (0 if left is None else len(left))
+        return len(tail) + len(left.blocks) - left.num_taken
 
     def check_settled(self) -> None:
         """Check that nothing that a step secured or left outlives it.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
@@ -95,6 +97,16 @@ class KVReport:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
+    def num_stock_sequences(self, num_tokens: npt.NDArray[np.int64]) -> int:
+        """Most of some sequences that stock vLLM's cache holds at once in the pool.
+
+        Args:
+            num_tokens: ``[num_sequences]``, computed tokens.
+        """
+        # The shortest first: as many as could be there in any order.
+        num_bytes = np.cumsum(self._stock_bytes(np.sort(num_tokens)))
+        return int(np.count_nonzero(num_bytes <= self._num_pages * self._page_bytes))
+
     def lines(self) -> list[str]:
         """The report, for a prompt of half the longest length."""
         rule, layout, config = self.rule, self.rule.layout, self.rule.config
@@ -102,7 +114,7 @@ class KVReport:
         kept = rule.cache_lengths(typical)
         page_bytes = self._page_bytes
         pages = self.num_request_pages(typical, typical)
-        stock_bytes = self._stock_request_bytes(typical)
+        stock_bytes = int(self._stock_bytes(np.array([typical]))[0])
         capacity = self._num_pages * page_bytes
         peak = (
             "at the prompt's end; until then a prompt holds all its tokens"
@@ -167,14 +179,14 @@ class KVReport:
         for line in self.lines():
             logger.info("%s", line)
 
-    def _stock_request_bytes(self, num_tokens: int) -> int:
-        """Bytes of the same request in stock vLLM: only tiered groups differ."""
-        total = 0
+    def _stock_bytes(self, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Bytes of requests in stock vLLM: only tiered groups differ."""
+        total = np.zeros_like(num_tokens)
         for group in self._groups:
             spec = group.kv_cache_spec
             if isinstance(spec, TierAttentionSpec):
                 layers = len(group.layer_names)
-                pages = cdiv(num_tokens, spec.block_size)
+                pages = -(num_tokens // -spec.block_size)
                 total += pages * spec.page_size_bytes * layers
             else:
                 total += self._group_pages(group, ()) * self._page_bytes

@@ -12,15 +12,16 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
+from pyramid_vllm.metrics.config import is_marked
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, PromptWindow, StepPlan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import TierBlockManager, register_spec
-from pyramid_vllm.scheduler.counters import PolicyCounters
 from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.lengths import TierLengths, can_share, needs_all_rows
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
+from pyramid_vllm.scheduler.statistics import Statistics
 from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
 from pyramid_vllm.spec import (
     max_chunk,
@@ -28,6 +29,7 @@ from pyramid_vllm.spec import (
     request_policies,
     required_policy,
 )
+from pyramid_vllm.stats import TIMES_ATTRIBUTE, PolicyCounters
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -74,7 +77,6 @@ class PyramidScheduler(AsyncScheduler):
         for manager in self.tier_managers:
             manager.lengths = self.tier_lengths
         self.tier_managers[0].reserve = self._reserve
-        self.kv_counters = PolicyCounters()
         self._last_log = -_LOG_INTERVAL_S
         self._chunk_ends: WeakKeyDictionary[Request, list[int]] = WeakKeyDictionary()
         """Where prompts were cut whose eviction depends on it, for their replay."""
@@ -83,7 +85,19 @@ class PyramidScheduler(AsyncScheduler):
         self.tier_lengths.max_unpruned_chunk = self.kv_report.max_unpruned_chunk(
             self.tier_lengths.max_chunk
         )
+        self._statistics = Statistics(self.tier_lengths, self.kv_report)
+        self._tells_stats = is_marked(vllm_config.additional_config)
+        if self.log_stats and not self._tells_stats:
+            logger.warning(
+                "KV policy: no metrics, for the engine's configuration was not made by "
+                "vLLM's EngineArgs, or was changed behind it"
+            )
         self.kv_report.log()
+
+    @property
+    def kv_counters(self) -> PolicyCounters:
+        """What the policy has done since start-up."""
+        return self._statistics.counters
 
     def _make_reserve(self, policies: RequestPolicies) -> GrowthReserve:
         growth = policies.server.growth_reserve
@@ -116,8 +130,8 @@ class PyramidScheduler(AsyncScheduler):
                 request.num_prompt_tokens,
             )
             request.max_tokens = limit
+        self._statistics.count_request(rule, request)
         if rule.prunes and needs_all_rows(request):
-            self.kv_counters.num_unpruned_requests += 1
             logger.info_once(
                 "KV policy: requests for prompt_logprobs are served unpruned, for "
                 "they need every row of the prompt"
@@ -162,9 +176,17 @@ class PyramidScheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take a step's tokens; tell clients of refused requests."""
+        self._statistics.take_times(getattr(model_runner_output, TIMES_ATTRIBUTE, ()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._refusals.tell(outputs)
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's, with the policy's where those of a KV connector would be."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self._tells_stats:
+            stats.kv_connector_stats = self._statistics.payload(self.running)
+        return stats
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step and attach its plan."""
@@ -290,26 +312,19 @@ class PyramidScheduler(AsyncScheduler):
         if not plan.windows and not plan.groups:
             return
         before = dict(zip(plan.req_ids, plan.num_evicted.tolist(), strict=True))
-        counters, sizes = self.kv_counters, self.kv_rule.layout.sizes
-        counters.num_groups += len(plan.groups)
         for req_id, num_kept in plan.cache_lengths.items():
-            counters.num_compactions += 1
+            num_freed = [0] * len(num_kept)
             for manager in self.tier_managers:
-                num_held = num_kept[manager.kv_cache_spec.tier]
-                counters.num_pages_freed += manager.free_evicted(req_id, num_held)
+                tier = manager.kv_cache_spec.tier
+                num_freed[tier] += manager.free_evicted(req_id, num_kept[tier])
             evicted = self.tier_lengths.evicted(req_id)
-            counters.num_evicted_tokens += sum(
-                size * (after - held)
-                for size, after, held in zip(
-                    sizes, evicted, before[req_id], strict=True
-                )
-            )
+            self._statistics.count_compaction(before[req_id], evicted, num_freed)
 
     def _count(self, plan: StepPlan) -> None:
-        counters = self.kv_counters
-        counters.max_num_running = max(counters.max_num_running, len(self.running))
+        self._statistics.count_step(plan, len(self.running))
         if not plan.windows:
             return
+        counters = self.kv_counters
         now = time.monotonic()
         if now - self._last_log >= _LOG_INTERVAL_S:
             self._last_log = now

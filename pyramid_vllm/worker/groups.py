@@ -20,6 +20,7 @@ from pyramid_vllm.policy import PolicyConfig
 from pyramid_vllm.worker.batch import Batch
 from pyramid_vllm.worker.layer import TieredLayer, over_heads
 from pyramid_vllm.worker.query_slots import GroupQueries
+from pyramid_vllm.worker.record import KeptRecord
 
 #: Keys that are gathered at once, in bytes of float32.
 _SCRATCH_BYTES = 1 << 26
@@ -54,6 +55,7 @@ def compress_groups(
     cache_groups: Sequence[CacheGroup],
     queries: GroupQueries | None,
     batch: Batch,
+    record: KeptRecord | None = None,
 ) -> None:
     """Score and compact the plan's groups of generated tokens, after the forward pass.
 
@@ -63,34 +65,43 @@ def compress_groups(
         cache_groups: this worker's layers.
         queries: where the layers keep their queries; None where none are read.
         batch: the runner's batch.
+        record: told what stays.
     """
     for name in {group.policy for group in plan.groups}:
         groups = [group for group in plan.groups if group.policy == name]
-        _compress(groups, policies[name], cache_groups, queries, batch)
+        config = policies[name]
+        for due, order in _compressed(groups, config, cache_groups, queries, batch):
+            if record is not None:
+                record.group(due.layers, groups, order, due.num_kept)
 
 
-def _compress(
+def _compressed(
     groups: Sequence[GroupWindow],
     config: PolicyConfig,
     cache_groups: Sequence[CacheGroup],
     queries: GroupQueries | None,
     batch: Batch,
-) -> None:
-    """The same for requests of one policy, whose groups are equally long."""
+) -> Iterator[tuple[_Due, torch.Tensor]]:
+    """The same for requests of one policy, whose groups are equally long.
+
+    Yields:
+        Layers that are done, and the order of their groups' tokens.
+    """
     block_size = cache_groups[0].layers[0].cache.key.shape[2]
     for due in _batches(groups, cache_groups, batch):
-        scores = _scores(groups, config, due, queries)
+        order = order_of_group(_scores(groups, config, due, queries))
         moves = group_moves(
             due.block_table,
             block_size,
             due.starts,
             due.num_held,
-            order_of_group(scores),
+            order,
             due.num_kept,
         )
         for index, layer in enumerate(due.layers):
             of_layer = Moves(*(part[index] for part in moves))
             move_tokens(layer.cache.key, layer.cache.value, of_layer)
+        yield due, order
 
 
 def _batches(

@@ -105,18 +105,22 @@ class TieredLayer:
         if state.group_queries is not None:
             assert isinstance(state.group_queries, GroupQueries)
             state.group_queries.write(self.index, self.tier, query, state.step.rows)
-        windows = state.step.rows.windows
-        if not windows:
+        if not state.step.rows.windows:
             return
+        with state.timer.part():
+            self._handle_windows(query, block_table)
+        state.step.num_layers_done += 1
+
+    def _handle_windows(self, query: torch.Tensor, block_table: torch.Tensor) -> None:
+        state = self._state
         prunes = self._prunes_next and state.step.rows.is_pruned[-1]
         if prunes:
             assert state.pruner is not None
             state.pruner.begin_tier(self.tier + 1, state.step.rows)
-        for rows in windows:
+        for rows in state.step.rows.windows:
             config = state.policies[rows.window.policy]
             newest = self._newest(rows, query, config)
             self._evict(rows, newest, block_table[rows.row], prunes, config)
-        state.step.num_layers_done += 1
 
     def _newest(
         self, rows: WindowRows, query: torch.Tensor, config: PolicyConfig
@@ -161,8 +165,7 @@ class TieredLayer:
             layer = over_heads(scores, config.scorer != "recency")
         if narrows:
             assert layer is not None
-            assert self._state.pruner is not None
-            self._state.pruner.keep(rows, tier, self._kept_rows(rows, layer, config))
+            self._narrow(rows, self._kept_rows(rows, layer, config))
         if num_kept < num_held:
             groups = scores if config.selection == "head" else layer
             assert groups is not None
@@ -170,6 +173,16 @@ class TieredLayer:
             pages = None if window.pages is None else window.pages[self._group_id]
             target = block_ids if pages is None else torch.tensor(pages)
             compact(cache.key, cache.value, block_ids, target, kept)
+            if self._state.record is not None:
+                self._state.record.evict(window.req_id, self.index, kept)
+
+    def _narrow(self, rows: WindowRows, kept: torch.Tensor) -> None:
+        """Leave the next tier some rows of a request."""
+        state = self._state
+        assert state.pruner is not None
+        state.pruner.keep(rows, self.tier, kept)
+        if state.record is not None:
+            state.record.prune(rows.window.req_id, self.tier + 1, kept)
 
     def _scores(
         self,

@@ -13,6 +13,7 @@ from pyramid_vllm.worker.layer import LayerConstants, TieredLayer
 from pyramid_vllm.worker.prune import RowPruner
 from pyramid_vllm.worker.query_slots import GroupQueries, QueryShape, QuerySlots
 from pyramid_vllm.worker.step import TierStep
+from pyramid_vllm.worker.timing import CompactionTimer, HostTimer
 
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
@@ -46,8 +47,14 @@ class ComputePath(Protocol):
     def warm_up(self, config: PolicyConfig) -> None:
         """Prepare for the first request."""
 
-    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+    def make_timer(self) -> CompactionTimer:
+        """What tells how long compactions take."""
+
+    def compress_groups(self, plan: StepPlan, state: WorkerState) -> None:
         """Compress groups of generated tokens, after the forward pass."""
+
+    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+        """After the forward pass and ``compress_groups``."""
 
 
 class ReferencePath:
@@ -89,12 +96,20 @@ class ReferencePath:
     def warm_up(self, config: PolicyConfig) -> None:
         """Nothing is compiled."""
 
-    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+    def make_timer(self) -> CompactionTimer:
+        """What tells how long compactions take."""
+        return HostTimer()
+
+    def compress_groups(self, plan: StepPlan, state: WorkerState) -> None:
         """Compress groups of generated tokens, after the forward pass."""
-        if plan.groups:
-            queries = state.group_queries
-            assert queries is None or isinstance(queries, GroupQueries)
-            compress_groups(plan, state.policies, self._groups, queries, self._adapter)
+        queries = state.group_queries
+        assert queries is None or isinstance(queries, GroupQueries)
+        compress_groups(
+            plan, state.policies, self._groups, queries, self._adapter, state.record
+        )
+
+    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+        """Nothing is left to do."""
 
 
 def path_of(

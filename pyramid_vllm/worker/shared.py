@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from pyramid_vllm.worker.counters import WorkerCounters
 from pyramid_vllm.worker.queries import AccumulatedScores, QueryWindows
+from pyramid_vllm.worker.timing import CompactionTimer
 
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
     from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.prune import RowPruner
     from pyramid_vllm.worker.query_slots import QuerySlots
+    from pyramid_vllm.worker.record import KeptRecord
     from pyramid_vllm.worker.step import TierStep
 
 
@@ -30,8 +32,11 @@ class WorkerState:
     """None: the policy prunes nothing."""
     group_queries: QuerySlots | None
     """None: generated tokens are not scored."""
+    timer: CompactionTimer
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)
+    record: KeptRecord | None = None
+    """Which tokens are held; None: nobody asked."""
 
     def begin(self, plan: StepPlan) -> None:
         """Start a step: what left is forgotten."""

@@ -25,8 +25,10 @@ from pyramid_vllm.worker.layer import LayerConstants
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
+from pyramid_vllm.worker.remote import RemoteCalls
 from pyramid_vllm.worker.shared import WorkerState
 from pyramid_vllm.worker.specs import tiered_specs
+from pyramid_vllm.worker.timing import with_times
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
-class TieredWorker:
+class TieredWorker(RemoteCalls):
     """Mixed into a stock worker: runs the plan, by tier.
 
     Lengths and slots by tier, compaction, shorter rows.
@@ -55,8 +57,8 @@ class TieredWorker:
         register_backends()
         stock: Any = super()
         stock.__init__(vllm_config, *args, **kwargs)
-        self.tier_layers: list[Any] = []
-        self.tier_state: WorkerState | None = None
+        self.tier_layers = []
+        self.tier_state = None
         self.adapter: RunnerAdapter | None = None
         self._path: ComputePath | None = None
         self._tier_of_group: dict[int, int] = {}
@@ -174,6 +176,7 @@ class TieredWorker:
             pruner=self._make_pruner(path, rule, names) if rule.prunes else None,
             counters=WorkerCounters(len(names)),
             group_queries=path.make_queries(shape) if shape else None,
+            timer=path.make_timer(),
         )
         return rule
 
@@ -302,18 +305,22 @@ class TieredWorker:
         adapter.begin(plan)
         with state.pruning(plan):
             output = stock.execute_model(scheduler_output)
+        if state.record is not None and plan.req_ids:
+            state.record.end_forward(plan, state.step.rows)
         adapter.after_forward()
+        if plan.groups:
+            with state.timer.part():
+                path.compress_groups(plan, state)
         path.end_step(plan, state)
         state.finish(plan, len(self.tier_layers))
         num_freed = adapter.truncate(self._tier_of_group, plan)
         state.counters.finish(plan, num_freed)
-        return output
+        state.timer.end_step(has_compacted=bool(plan.cache_lengths))
+        return with_times(output, state.timer)
 
-    def kv_policy_stats(self) -> dict[str, Any]:
-        """What this worker has done of its plans, for ``collective_rpc``.
-
-        Returns:
-            Counts since start-up, of ``WorkerCounters``; empty before the cache is
-            allocated, or in a model without one.
-        """
-        return {} if self.tier_state is None else self.tier_state.counters.as_dict()
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample, and tell the scheduler how long compactions took."""
+        stock: Any = super()
+        output = stock.sample_tokens(*args, **kwargs)
+        state = self.tier_state
+        return output if state is None else with_times(output, state.timer)

@@ -110,7 +110,12 @@ class DeviceLayer:
         state.counters.count(self.index, self.tier, self._rows_of(query), step)
         if not step.batches:
             return
-        scores = self._scores_of_group()
+        with state.timer.part():
+            self._handle_batches(query, scale)
+        step.num_layers_done += 1
+
+    def _handle_batches(self, query: torch.Tensor, scale: torch.Tensor) -> None:
+        step, scores = self._step, self._scores_of_group()
         for batch in step.batches:
             self._score(batch, query, scale, scores)
         if self._prunes_next and step.rows.is_pruned[-1]:
@@ -118,7 +123,6 @@ class DeviceLayer:
         if self._place + 1 == len(self._group.layers):
             for batch in step.batches:
                 move_group(self._group, batch, step, scores)
-        step.num_layers_done += 1
 
     def _rows_of(self, query: torch.Tensor) -> int:
         """Rows that the layer has computed; graphs pad them, but not pruned ones."""

@@ -18,6 +18,7 @@ from pyramid_vllm.worker.device.queries import DeviceGroupQueries
 from pyramid_vllm.worker.device.step import DeviceStep
 from pyramid_vllm.worker.device.warmup import compile_kernels
 from pyramid_vllm.worker.query_slots import QueryShape
+from pyramid_vllm.worker.timing import CompactionTimer, DeviceTimer, HostTimer
 from pyramid_vllm.worker.v2 import V2Runner
 
 if TYPE_CHECKING:
@@ -109,12 +110,20 @@ class DevicePath:
         count = compile_kernels(self._groups, config, self._step, heads, model.dtype)
         logger.info("KV policy %s: warmed up by %d launches", config.name, count)
 
-    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+    def make_timer(self) -> CompactionTimer:
+        """What tells how long compactions take."""
+        # Interpreted kernels have no stream.
+        return DeviceTimer() if self._runner.device.type == "cuda" else HostTimer()
+
+    def compress_groups(self, plan: StepPlan, state: WorkerState) -> None:
         """Compress groups of generated tokens, after the forward pass."""
+        assert self._step is not None
+        compress_groups(plan, self._policies, self._groups, self._step)
+
+    def end_step(self, plan: StepPlan, state: WorkerState) -> None:
+        """Forget the step's queries."""
         step = self._step
         assert step is not None
-        if plan.groups:
-            compress_groups(plan, self._policies, self._groups, step)
         if step.group_queries is not None:
             step.group_queries.end_step()
 

