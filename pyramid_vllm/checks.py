@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from pyramid_vllm.compat import check_vllm_version
@@ -13,6 +12,8 @@ from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+LEGACY_RAY_EXECUTOR = "vllm.v1.executor.ray_executor.RayDistributedExecutor"
 
 
 def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
@@ -84,9 +85,25 @@ def _check_parallel(vllm_config: VllmConfig) -> None:
             raise _refuse(name, value, "valid is 1")
     if parallel.use_ubatching:
         raise _refuse("enable_dbo", True, "valid is False")
-    legacy_ray = os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "0"
-    if legacy_ray and parallel.distributed_executor_backend == "ray":
+    _check_executor(vllm_config)
+
+
+def _check_executor(vllm_config: VllmConfig) -> None:
+    """Refuse vLLM's older Ray executor: it calls the runner past the worker."""
+    from vllm.v1.executor import Executor
+
+    executor = Executor.get_class(vllm_config)
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in executor.__mro__}
+    if LEGACY_RAY_EXECUTOR not in names:
+        return
+    backend = vllm_config.parallel_config.distributed_executor_backend
+    if backend == "ray":
         raise _refuse("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", 0, "valid is 1")
+    raise _refuse(
+        "distributed_executor_backend",
+        backend,
+        f"{LEGACY_RAY_EXECUTOR} runs steps past the worker; valid is 'ray'",
+    )
 
 
 def _check_speculation(vllm_config: VllmConfig, policy: PolicyConfig) -> None:

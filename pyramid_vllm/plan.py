@@ -32,8 +32,9 @@ class PromptWindow:
     num_rows: tuple[int, ...] | None = None
     """Rows that each tier computes, where that is fewer than were scheduled in any."""
     pages: tuple[tuple[int, ...] | None, ...] | None = None
-    """Pages that each tier gathers the kept tokens into, where those that they lie in
-    are shared; None: the first ones of those."""
+    """By KV cache group, of which a tier may have several: pages that it gathers the
+    kept tokens into, where those that they lie in are shared; None: the first ones of
+    those."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,12 @@ DIGESTS = {
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": "18da780f3c3f",
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": "da2162a643e4",
         "vllm.v1.worker.gpu.block_table:BlockTables": "c3bb0fbc79b0",
+        "vllm.platforms.interface:Platform.ray_device_key": "7b88d35609e3",
+        "vllm.platforms:resolve_current_platform_cls_qualname": "1941d53ca39f",
+        "vllm.v1.executor.ray_executor_v2:RayExecutorV2._build_runtime_env": "781381662581",
+        "vllm.v1.executor.ray_executor_v2:RayExecutorV2._init_executor": "2852d4ccf3e2",
+        "vllm.v1.executor.ray_executor_v2:RayWorkerProc.get_node_and_physical_gpu_ids": "ae2a768ce40e",
+        "vllm.v1.executor.ray_utils:initialize_ray_cluster": "7afb10e0efaf",
         "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "8963d2ab6518",
         "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm": "379f4e8c3ec9",
         "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics": "0b56bd4efcfa",
@@ -101,6 +107,9 @@ DIGESTS = {
 }
 #: What the first version has and this one has otherwise.
 DIGESTS["0.33.0"] = {MOVED.get(k, k): v for k, v in DIGESTS["0.32.0"].items()} | {
+    "vllm.platforms:resolve_current_platform_cls_qualname": "9afd34b24cc9",
+    "vllm.v1.executor.ray_executor_v2:RayExecutorV2._init_executor": "f1fdc54a6c67",
+    "vllm.v1.executor.ray_utils:initialize_ray_cluster": "0e23a9acbe0c",
     "vllm.engine.arg_utils:EngineArgs.add_cli_args": "28ea69a1405b",
     "vllm.v1.worker.gpu_worker:Worker.__init__": "8bd055ac3b28",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "ae87256d6cee",
@@ -163,6 +172,14 @@ WRAPPED = {
         "num_tokens",
         "*",
     ),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (
+        "scheduler_output",
+        "*",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": (
+        "scheduler_output",
+        "*",
+    ),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": ("*",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": ("input_batch",),
 }
@@ -195,6 +212,7 @@ FUNCTIONS = {
         "max_cache_hit_length",
     ),
     "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.get_all_free_blocks": (),
+    "vllm.v1.executor:Executor.get_class": ("vllm_config",),
     "vllm.v1.request:Request.get_finished_reason": (),
     "vllm.v1.request:Request.take_events": (),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model": (),
@@ -243,7 +261,7 @@ ATTRIBUTES = {
     "vllm.config:CacheConfig": "block_size cache_dtype enable_prefix_caching kv_sharing_fast_prefill num_gpu_blocks prefix_match_unit",
     "vllm.config:CompilationConfig": "static_forward_context",
     "vllm.config:ModelConfig": "dtype get_head_size get_num_attention_heads hf_text_config is_attention_free is_encoder_decoder is_hybrid is_mm_prefix_lm max_model_len model runner_type use_mla",
-    "vllm.config:ParallelConfig": "data_parallel_size decode_context_parallel_size distributed_executor_backend pipeline_parallel_size prefill_context_parallel_size use_ubatching",
+    "vllm.config:ParallelConfig": "data_parallel_size decode_context_parallel_size distributed_executor_backend pipeline_parallel_size placement_group prefill_context_parallel_size ray_runtime_env use_ubatching world_size",
     "vllm.config:SchedulerConfig": "disable_hybrid_kv_cache_manager enable_chunked_prefill max_num_batched_tokens max_num_scheduled_tokens max_num_seqs",
     "vllm.config:SpeculativeConfig": "method",
     "vllm.config:VllmConfig": "additional_config attention_config cache_config device_config kv_transfer_config lora_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner",

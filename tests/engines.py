@@ -19,24 +19,27 @@ class Generation:
     logprobs: list[float]
 
 
+#: What engines of tests have, unless a test asks for something else.
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 16 * MIB,
+    "max_model_len": 1024,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 2048,
+    "enable_prefix_caching": False,
+    "seed": 0,
+}
+
+
 def make_llm(model: str, **settings: Any) -> Any:
     """An engine in this process."""
     import pyramid_vllm  # noqa: F401, I001
     from vllm import LLM
 
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "skip_tokenizer_init": True,
-        "block_size": 32,
-        "kv_cache_memory_bytes": 16 * MIB,
-        "max_model_len": 1024,
-        "max_num_seqs": 32,
-        "max_num_batched_tokens": 2048,
-        "enable_prefix_caching": False,
-        "seed": 0,
-    }
-    return LLM(model=model, **(defaults | settings))
+    return LLM(model=model, **(DEFAULTS | settings))
 
 
 def close(llm: Any) -> None:

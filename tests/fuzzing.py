@@ -212,7 +212,7 @@ class PageWorker:
             return
         kept = held[np.sort(self._rng.choice(len(held), num_kept, replace=False))]
         request.held[tier] = kept
-        pages = None if window.pages is None else window.pages[tier]
+        pages = None if window.pages is None else window.pages[group_id]
         if pages is None:
             self._write(window.req_id, group_id, 0, kept)
             return

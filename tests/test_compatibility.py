@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from vllm.config import VllmConfig
 
 from pyramid_vllm.attention.cpu import PyramidCPUAttentionImpl
-from pyramid_vllm.checks import check_engine
+from pyramid_vllm.checks import LEGACY_RAY_EXECUTOR, check_engine
 from pyramid_vllm.policy import KVPolicyError
 from tests.models import TINY_LLAMA, save_config
 from tests.test_engine_args import (
@@ -140,6 +140,9 @@ REFUSALS: dict[str, Refuse] = {
     ),
     "enable_dbo": by_config("parallel_config", use_ubatching=True),
     "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": by_ray,
+    "distributed_executor_backend": by_setting(
+        distributed_executor_backend=LEGACY_RAY_EXECUTOR
+    ),
     "speculative_config": by_config(
         "", speculative_config=SimpleNamespace(method="eagle")
     ),

@@ -76,6 +76,8 @@ def num_hits(llm: Any) -> int:
     [
         ("pyramid-by-depth", POLICY),
         ("pyramid-by-depth", POLICY | {"selection": "head", "tiers": "layers"}),
+        # Tiers of one and of two layers: of several cache groups each.
+        ("pyramid-by-depth", POLICY | {"tiers": 4}),
         ("streaming", POLICY),
         ("snapkv", {"tiers": 2}),
         ("pyramid-by-depth", POLICY | {"exceed_length_to_compress": 4, "recent": 8}),

@@ -1,1 +1,17 @@
-"""vLLM on Ray clusters without GPUs."""
+"""vLLM on Ray clusters without GPUs. With GPUs vLLM needs nothing of this."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyramid_vllm.ray.executor import CPURayExecutor
+
+__all__ = ["CPURayExecutor"]
+
+
+def __getattr__(name: str) -> Any:
+    # It imports vLLM, which calls the entry point in `platform` while it is imported.
+    if name == "CPURayExecutor":
+        from pyramid_vllm.ray.executor import CPURayExecutor
+
+        return CPURayExecutor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -236,10 +236,11 @@ class PyramidScheduler(AsyncScheduler):
         if window.num_kept is None or not self.kv_cache_manager.enable_caching:
             return window
         request = self.requests[window.req_id]
-        pages: list[tuple[int, ...] | None] = [None] * len(window.num_kept)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        pages: list[tuple[int, ...] | None] = [None] * len(managers)
         for manager in self.tier_managers:
-            pages[manager.kv_cache_spec.tier] = manager.gather_pages(request)
-        if all(of_tier is None for of_tier in pages):
+            pages[manager.kv_cache_group_id] = manager.gather_pages(request)
+        if all(of_group is None for of_group in pages):
             return window
         return replace(window, pages=tuple(pages))
 

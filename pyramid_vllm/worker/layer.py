@@ -49,6 +49,8 @@ class LayerConstants:
     index: int
     """Its place among the tiered layers, from 0."""
     tier: int
+    group_id: int
+    """KV cache group whose pages it has; a tier may have several."""
     prunes_next: bool
     """Whether it is the last layer before another tier, whose rows it chooses."""
     scale: float
@@ -72,6 +74,7 @@ class TieredLayer:
     def __init__(self, constants: LayerConstants, state: WorkerState) -> None:
         self.index = constants.index
         self.tier = constants.tier
+        self._group_id = constants.group_id
         self.scale = constants.scale
         self.logits_soft_cap = constants.logits_soft_cap
         self.sink_logits = constants.sink_logits
@@ -167,7 +170,7 @@ class TieredLayer:
             groups = scores if config.selection == "head" else layer
             assert groups is not None
             kept = select_tokens(groups, num_kept, config.sinks, window.num_recent)
-            pages = None if window.pages is None else window.pages[tier]
+            pages = None if window.pages is None else window.pages[self._group_id]
             target = block_ids if pages is None else torch.tensor(pages)
             compact(cache.key, cache.value, block_ids, target, kept)
             if self._state.record is not None:

@@ -20,6 +20,7 @@ from pyramid_vllm.spec import (
 )
 from pyramid_vllm.worker.adapter import RunnerAdapter, adapter_of
 from pyramid_vllm.worker.counters import WorkerCounters
+from pyramid_vllm.worker.guard import guard_runner
 from pyramid_vllm.worker.layer import LayerConstants
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
@@ -151,6 +152,8 @@ class TieredWorker(RemoteCalls):
         for group_id in tiered:
             self._bind_group(group_id, names, rule)
         self.tier_layers.sort(key=lambda layer: layer.index)
+        assert self.tier_state is not None
+        guard_runner(self.model_runner, self.tier_state.step)
         logger.info(
             "KV policy %s: %d layers of this worker are tiered",
             self.kv_policy.name,
@@ -229,14 +232,16 @@ class TieredWorker(RemoteCalls):
             impl.check_cache(context[first], builder)
             members += attn_group.layer_names
         members.sort(key=extract_layer_index)
-        layers = [(context[n], self._constants(n, names, rule)) for n in members]
+        layers = [
+            (context[n], self._constants(n, group_id, names, rule)) for n in members
+        ]
         bound = path.bind(group_id, layers, state)
         for name, layer in zip(members, bound, strict=True):
             self._impl(name).tier_layer = layer
         self.tier_layers += bound
 
     def _constants(
-        self, name: str, names: list[str], rule: LengthRule
+        self, name: str, group_id: int, names: list[str], rule: LengthRule
     ) -> LayerConstants:
         impl, index = self._impl(name), names.index(name)
         impl.check_movable()
@@ -245,6 +250,7 @@ class TieredWorker(RemoteCalls):
         return LayerConstants(
             index=index,
             tier=tiers[index],
+            group_id=group_id,
             prunes_next=(
                 rule.prunes
                 and index + 1 < len(tiers)

@@ -77,7 +77,7 @@ class V1Runner:
             for group_id, tier in tier_of_group.items():
                 table = self._batch.block_table[group_id]
                 num_blocks = cdiv(num_kept[tier], table.block_size)
-                pages = gathered[req_id][tier] if req_id in gathered else None
+                pages = gathered[req_id][group_id] if req_id in gathered else None
                 if pages is not None:
                     table.block_table.np[row, :num_blocks] = pages
                     block_ids[group_id][:num_blocks] = pages

@@ -142,7 +142,7 @@ class V2Runner:
             index = self._runner.req_states.req_id_to_index[req_id]
             for group_id, tier in tier_of_group.items():
                 num_blocks = cdiv(num_kept[tier], tables.block_sizes[group_id])
-                pages = gathered[req_id][tier] if req_id in gathered else None
+                pages = gathered[req_id][group_id] if req_id in gathered else None
                 if pages is not None:
                     # At once: a staged write may meet the next request's in this row.
                     row = tables.block_tables[group_id].gpu[index, :num_blocks]

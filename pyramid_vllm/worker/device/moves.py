@@ -105,7 +105,7 @@ def _gather_shared(
         count, start = num_kept[group.tier], int(batch.offsets[group.tier, column])
         if count == rows.num_held(group.tier):
             continue
-        target = pages[group.tier]
+        target = pages[group.group_id]
         for place, layer in enumerate(group.layers):
             key, value = layer.cache
             block_ids = table[rows.row]
