@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from engines import (
+    AddressOption,
     Device,
     DeviceOption,
     EngineOption,
@@ -20,6 +21,7 @@ from engines import (
     PolicyOption,
     engine_kwargs,
     find_device,
+    start_ray,
 )
 from rich.console import Console
 from rows import Answers, Row, bundled_rows, kind_of, read_rows
@@ -50,16 +52,6 @@ class Job:
     address: str | None
 
 
-def start_ray(address: str | None) -> None:
-    """Join a cluster, or start one of this machine, on loopback alone."""
-    import ray
-
-    if address is not None:
-        ray.init(address=address)
-        return
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
-
-
 def make_processor(job: Job, kind: str) -> Any:
     """Ray Data's stages for rows of one kind."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -69,7 +61,7 @@ def make_processor(job: Job, kind: str) -> Any:
         vLLMEngineProcessorConfig(
             model_source=job.model,
             engine_kwargs=job.engine_kwargs,
-            placement_group_config={"bundles": [job.device.bundle]},
+            placement_group_config={"bundle_per_worker": job.device.bundle},
             concurrency=(job.num_engines, job.num_engines),
             batch_size=job.batch_size,
             chat_template_stage=stage | {"enabled": kind == "messages"},
@@ -162,12 +154,7 @@ def main(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Times that an engine which died is replaced.")
     ] = 3,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RAY_ADDRESS", help="A Ray cluster; default: one of this machine."
-        ),
-    ] = None,
+    address: AddressOption = None,
 ) -> None:
     """Answer prompts; exit status 1 if rows are missing at the end."""
     kind = or_fail(lambda: find_device(device))

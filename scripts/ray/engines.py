@@ -16,17 +16,22 @@ PolicyOption = Annotated[
 PolicyConfigOption = Annotated[
     str | None, typer.Option(help="Settings that replace the policy's, as JSON.")
 ]
-DeviceOption = Annotated[
-    str, typer.Option(help="What an engine runs on: cpu, or gpu, one of them each.")
-]
+DeviceOption = Annotated[str, typer.Option(help="What engines run on: cpu or gpu.")]
 EngineOption = Annotated[
     str | None, typer.Option(help="Further settings of vLLM's engine, as JSON.")
+]
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS", help="A Ray cluster; default: one of this machine."
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one engine asks of Ray, and what vLLM's defaults lack there."""
+    """What a worker of an engine asks of Ray, and what vLLM's defaults lack."""
 
     bundle: dict[str, float]
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +82,16 @@ def engine_kwargs(
     return settings | {
         "additional_config": given | {"kv_policy": resolved.model_dump()}
     }
+
+
+def start_ray(address: str | None) -> None:
+    """Join a cluster, or start one of this machine whose node is on loopback."""
+    import ray
+
+    if address is not None:
+        ray.init(address=address)
+        return
+    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:
