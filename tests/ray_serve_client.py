@@ -1,11 +1,12 @@
 """A client of Ray Serve, beside a test's cluster: one chat, and what workers did.
 
 Reads JSON: ``base_url``, ``model``, ``prompt``, ``max_tokens``, ``max_retries`` and
-``stats``, whether to ask the workers. Writes JSON behind an "@".
+``start_up_s``, how long to wait for the application first. Writes JSON behind an "@".
 """
 
 import json
 import sys
+import time
 from typing import Any
 
 from openai import OpenAI
@@ -31,21 +32,44 @@ def chat(request: dict[str, Any]) -> str:
     return completion.choices[0].message.content or ""
 
 
-def worker_stats(model: str) -> list[dict[str, Any]]:
-    """``kv_policy_stats`` of the replica's workers, through Ray."""
-    import ray
+def wait_until_it_runs(seconds: float) -> None:
+    """Return once all replicas are up.
+
+    Raises:
+        RuntimeError: they are not in time; says what Ray Serve says of them.
+    """
     from ray import serve
 
-    ray.init(logging_level="ERROR")
+    deadline = time.monotonic() + seconds
+    while True:
+        application = serve.status().applications.get(APPLICATION)
+        if application is not None and application.status == "RUNNING":
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not running: {application}")
+        time.sleep(0.5)
+
+
+def worker_stats(model: str) -> list[dict[str, Any]]:
+    """``kv_policy_stats`` of the replica's workers, through Ray."""
+    from ray import serve
+
     handle = serve.get_deployment_handle(ENGINE + model, APPLICATION)
     response = handle.collective_rpc.remote("kv_policy_stats")
     found: list[dict[str, Any]] = response.result(timeout_s=60)
     return found
 
 
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """What the request asks for."""
+    import ray
+
+    ray.init(logging_level="ERROR")
+    if request["start_up_s"]:
+        wait_until_it_runs(request["start_up_s"])
+    answer = chat(request)
+    return {"answer": answer, "stats": worker_stats(request["model"])}
+
+
 if __name__ == "__main__":
-    wish = json.load(sys.stdin)
-    result = {"answer": chat(wish)}
-    if wish["stats"]:
-        result["stats"] = worker_stats(wish["model"])
-    print("@" + json.dumps(result))
+    print("@" + json.dumps(main(json.load(sys.stdin))))

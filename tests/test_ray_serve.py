@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.engines import close, make_llm
+from tests.engines import MIB, close, make_llm
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
@@ -114,43 +113,37 @@ class Served:
     """A running application."""
 
     cluster: RayCluster
-    url: str
-    log: Path
 
-    def ask(
-        self, max_retries: int = 2, stats: bool = False, timeout: float = 120
-    ) -> dict[str, Any]:
+    def ask(self, max_retries: int = 2, start_up_s: float = 0.0) -> dict[str, Any]:
         """One chat, and what the workers have done since they started."""
         request = {
-            "base_url": f"{self.url}/v1",
+            "base_url": "http://127.0.0.1:8000/v1",
             "model": "smollm2",
             "prompt": TEXT,
             "max_tokens": MAX_TOKENS,
             "max_retries": max_retries,
-            "stats": stats,
+            "start_up_s": start_up_s,
         }
         client = ROOT / "tests" / "ray_serve_client.py"
-        found: dict[str, Any] = self.cluster.run_json(client, request, timeout)
+        found: dict[str, Any] = self.cluster.run_json(client, request, START_UP_S + 120)
         return found
 
 
-def wait_until_it_runs(served: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_UP_S
-    while time.monotonic() < deadline and served.poll() is None:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        if "Deployed app 'llm' successfully" in text:
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"not deployed:\n{log.read_text()[-6000:]}")
+def small_config(model: str) -> Any:
+    """The file's content, for a model of six layers."""
+    config = load(SERVE)
+    (engine,) = engines(config)
+    engine["model_loading_config"]["model_source"] = model
+    engine["engine_kwargs"]["additional_config"]["kv_policy_config"]["tiers"] = 3
+    engine["engine_kwargs"]["kv_cache_memory_bytes"] = 64 * MIB
+    return config
 
 
 @pytest.fixture(scope="module")
 def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The application of `configs/ray/serve.yaml`, with another model."""
     folder = tmp_path_factory.mktemp("serve")
-    config = load(SERVE)
-    (engine,) = engines(config)
-    engine["model_loading_config"]["model_source"] = model
+    config = small_config(model)
     (folder / "serve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     log = folder / "log"
     environment = {"VLLM_LOGGING_LEVEL": "INFO"}
@@ -159,16 +152,17 @@ def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         log.open("wb") as output,
     ):
         command = [SERVE_COMMAND, "run", str(folder / "serve.yaml")]
-        process = cluster.popen(command, stdout=output, stderr=subprocess.STDOUT)
-        wait_until_it_runs(process, log)
-        yield Served(cluster, "http://127.0.0.1:8000", log)
+        cluster.popen(command, stdout=output, stderr=subprocess.STDOUT)
+        running = Served(cluster)
+        running.ask(start_up_s=START_UP_S)
+        yield running
 
 
 def alone(model: str) -> tuple[str, str]:
     """The answer of an engine of this process with the file's policy, and stock's."""
     from vllm import SamplingParams
 
-    (engine,) = engines(load(SERVE))
+    (engine,) = engines(small_config(model))
     llm = make_llm(model, skip_tokenizer_init=False, **engine["engine_kwargs"])
     try:
         texts = [
@@ -190,7 +184,7 @@ def alone(model: str) -> tuple[str, str]:
 @pytest.mark.timeout(600)
 def test_a_chat_is_answered_on_the_policy(served: Served, model: str) -> None:
     """The workers themselves say that they evicted; the answer is the policy's."""
-    result = served.ask(stats=True)
+    result = served.ask()
     (stats,) = result["stats"]
     assert stats["num_plans"] > 0
     assert stats["num_compactions"] > 0
@@ -207,8 +201,8 @@ def test_a_killed_replica_is_replaced(served: Served) -> None:
     before = served.ask()["answer"]
     killed = pid_of(served.cluster, REPLICA)
     kill_with_children(killed)
-    result = served.ask(max_retries=12, stats=True, timeout=START_UP_S)
+    result = served.ask(max_retries=12)
     assert result["answer"] == before
     assert pid_of(served.cluster, REPLICA) != killed
     (stats,) = result["stats"]
-    assert stats["num_compactions"] == 1, "of the one request since it started"
+    assert stats["num_compactions"] > 0
