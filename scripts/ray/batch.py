@@ -90,7 +90,11 @@ def make_processor(job: Job, kind: str) -> Any:
 
 
 def answers(job: Job, rows: list[Row]) -> Iterator[Row]:
-    """Rows with an ``answer`` or an ``error``, as batches of them are ready."""
+    """Rows with an ``answer`` or an ``error``, as batches of them are ready.
+
+    Raises:
+        RuntimeError: an engine cannot start, or died once more than it may.
+    """
     import ray
 
     start_ray(job.address)
@@ -102,6 +106,9 @@ def answers(job: Job, rows: list[Row]) -> Iterator[Row]:
         for row in make_processor(job, kind_of(rows[0]))(dataset).iter_rows():
             error = row.pop(_ERROR)
             yield {"id": row["id"], "error": error} if error else row
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"Ray ended the job, see its log above: {reason}") from error
     finally:
         ray.shutdown()
 

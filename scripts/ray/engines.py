@@ -44,7 +44,7 @@ DEVICES = {
             "dtype": "float32",
             "enforce_eager": True,
             "block_size": 32,
-            "kv_cache_memory_bytes": parse_bytes("256MiB"),
+            "kv_cache_memory_bytes": parse_bytes("1GiB"),
         },
     ),
     "gpu": Device({"CPU": 1, "GPU": 1}),
