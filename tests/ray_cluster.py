@@ -101,7 +101,8 @@ def ray_cluster(
 
 def _environment() -> dict[str, str]:
     # What the tests set for engines of their own process is not for these.
-    engines = ("VLLM_ENABLE_V1_MULTIPROCESSING", "RAY_ADDRESS", "TRITON_INTERPRET")
+    engines = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    engines += ("TRITON_INTERPRET", "RAY_ADDRESS")
     inherited = {k: v for k, v in os.environ.items() if k not in engines}
     return inherited | {
         "PYTHONPATH": str(ROOT),

@@ -17,6 +17,11 @@ from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.ray_processes import kill_with_children, pid_of
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "ray"))
+
+from engines import engine_kwargs, find_device
+from serve import make_config
+
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = ROOT / "configs" / "ray" / "serve.yaml"
 SERVE_COMMAND = str(Path(sys.executable).with_name("serve"))
@@ -27,7 +32,7 @@ def load(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def engines(config: Any) -> list[dict[str, Any]]:
+def engines_of(config: Any) -> list[dict[str, Any]]:
     """The ``LLMConfig`` of each engine in a Serve file."""
     return [
         engine
@@ -52,7 +57,7 @@ def test_every_engine_of_the_file_is_one_that_vllm_makes(model: str) -> None:
     from ray.serve.llm import LLMConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    found = engines(load(SERVE))
+    found = engines_of(load(SERVE))
     assert found
     for engine in found:
         engine["model_loading_config"]["model_source"] = model
@@ -64,13 +69,29 @@ def test_every_engine_of_the_file_is_one_that_vllm_makes(model: str) -> None:
         assert given.items() <= resolved.items()
 
 
+def test_the_script_asks_for_what_a_device_has(model: str) -> None:
+    """A bundle for each tensor-parallel worker, on the policy."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    for name, bundle in (("cpu", {"CPU": 1}), ("gpu", {"CPU": 1, "GPU": 1})):
+        device = find_device(name)
+        settings = engine_kwargs(device, "pyramid", '{"retention": 0.5}', None)
+        settings["tensor_parallel_size"] = 2
+        config = make_config("tiny", model, device, settings, 1).get_engine_config()
+        assert config.placement_bundles == [bundle, bundle]
+        arguments = config.get_initialization_kwargs() | {"tensor_parallel_size": 1}
+        arguments["distributed_executor_backend"] = "mp"
+        policy = AsyncEngineArgs(**arguments).create_engine_config().additional_config
+        assert policy["kv_policy"]["retention"] == 0.5
+
+
 def test_a_bad_policy_of_the_file_is_refused(model: str) -> None:
     from ray.serve.llm import LLMConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from pyramid_vllm import KVPolicyError
 
-    (engine,) = engines(load(SERVE))
+    (engine,) = engines_of(load(SERVE))
     engine["model_loading_config"]["model_source"] = model
     engine["engine_kwargs"]["additional_config"]["kv_policy_config"] = {"retention": 7}
     arguments = LLMConfig(**engine).get_engine_config().get_initialization_kwargs()
@@ -82,7 +103,7 @@ def test_the_policy_is_no_engine_argument_of_its_own_to_ray_serve() -> None:
     """What `configs/ray/serve.yaml` and the README say of `kv_policy`."""
     from ray.serve.llm import LLMConfig
 
-    (engine,) = engines(load(SERVE))
+    (engine,) = engines_of(load(SERVE))
     engine["engine_kwargs"]["kv_policy"] = "pyramid"
     with pytest.raises(ValueError, match="Unknown engine argument: kv_policy"):
         LLMConfig(**engine).get_engine_config()
@@ -132,7 +153,7 @@ class Served:
 def small_config(model: str) -> Any:
     """The file's content, for a model of six layers."""
     config = load(SERVE)
-    (engine,) = engines(config)
+    (engine,) = engines_of(config)
     engine["model_loading_config"]["model_source"] = model
     engine["engine_kwargs"]["additional_config"]["kv_policy_config"]["tiers"] = 3
     engine["engine_kwargs"]["kv_cache_memory_bytes"] = 64 * MIB
@@ -162,7 +183,7 @@ def alone(model: str) -> tuple[str, str]:
     """The answer of an engine of this process with the file's policy, and stock's."""
     from vllm import SamplingParams
 
-    (engine,) = engines(small_config(model))
+    (engine,) = engines_of(small_config(model))
     llm = make_llm(model, skip_tokenizer_init=False, **engine["engine_kwargs"])
     try:
         texts = [

@@ -1,6 +1,7 @@
 """What `batch.py` and `serve.py` give vLLM's engines, on CPUs and on GPUs."""
 
 import json
+import signal
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -90,8 +91,10 @@ def start_ray(address: str | None) -> None:
 
     if address is not None:
         ray.init(address=address)
-        return
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
+    else:
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
+    # Like Ctrl-C, so that what was started is ended; else Ray's handler aborts.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:

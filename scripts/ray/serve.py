@@ -20,15 +20,16 @@ from pyramid_vllm.cli.model import make_model
 
 #: GPUs by this one line, or by ``--device gpu``.
 DEVICE = "cpu"
+APPLICATION = "llm"
 
 
-def make_app(
+def make_config(
     model_id: str, model: str, device: Device, settings: dict[str, Any], replicas: int
 ) -> Any:
-    """The application: one engine a replica behind one ingress."""
-    from ray.serve.llm import LLMConfig, build_openai_app
+    """Ray's settings of the engines."""
+    from ray.serve.llm import LLMConfig
 
-    config = LLMConfig(
+    return LLMConfig(
         model_loading_config={"model_id": model_id, "model_source": model},
         engine_kwargs=settings,
         placement_group_config={"bundle_per_worker": device.bundle},
@@ -38,6 +39,12 @@ def make_app(
             "ray_actor_options": {"num_cpus": 0},
         },
     )
+
+
+def make_app(config: Any) -> Any:
+    """The application: one engine a replica behind one ingress."""
+    from ray.serve.llm import build_openai_app
+
     ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.25}}
     return build_openai_app(
         {"llm_configs": [config], "ingress_deployment_config": ingress}
@@ -66,13 +73,16 @@ def main(
         lambda: engine_kwargs(kind, kv_policy, kv_policy_config, engine_args)
     )
     source = model or or_fail(lambda: str(make_model()))
+    config = make_config(model_id, source, kind, settings, replicas)
     start_ray(address)
 
     from ray import serve
 
     serve.start(http_options={"host": host, "port": port})
-    app = make_app(model_id, source, kind, settings, replicas)
-    serve.run(app, name="llm", blocking=True)
+    try:
+        serve.run(make_app(config), name=APPLICATION, blocking=True)
+    finally:
+        serve.delete(APPLICATION)  # a cluster would go on serving it
 
 
 if __name__ == "__main__":
