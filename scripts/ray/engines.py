@@ -1,0 +1,109 @@
+"""What `batch.py` and `serve.py` give vLLM's engines, on CPUs and on GPUs."""
+
+import json
+import signal
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from pyramid_vllm.cli.sizes import parse_bytes
+from pyramid_vllm.policy import resolve_policy
+
+PolicyOption = Annotated[
+    str,
+    typer.Option(help="A preset, a YAML file or inline JSON; none: stock vLLM."),
+]
+PolicyConfigOption = Annotated[
+    str | None, typer.Option(help="Settings that replace the policy's, as JSON.")
+]
+DeviceOption = Annotated[str, typer.Option(help="What engines run on: cpu or gpu.")]
+EngineOption = Annotated[
+    str | None, typer.Option(help="Further settings of vLLM's engine, as JSON.")
+]
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS", help="A Ray cluster; default: one of this machine."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a worker of an engine asks of Ray, and what vLLM's defaults lack."""
+
+    bundle: dict[str, float]
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+DEVICES = {
+    "cpu": Device(
+        {"CPU": 1},
+        {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": parse_bytes("1GiB"),
+        },
+    ),
+    "gpu": Device({"CPU": 1, "GPU": 1}),
+}
+
+
+def find_device(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"--device is '{name}': valid are {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def engine_kwargs(
+    device: Device, policy: str, policy_config: str | None, further: str | None
+) -> dict[str, Any]:
+    """Settings of vLLM's engine, the policy among them.
+
+    The policy is resolved here: a file's path may mean nothing on another node.
+
+    Raises:
+        ValueError: the policy or a setting is not valid.
+    """
+    settings = device.engine_kwargs | _json_object("--engine-args", further)
+    resolved = resolve_policy(policy, policy_config)
+    if resolved is None:
+        return settings
+    given = settings.get("additional_config", {})
+    if "kv_policy" in settings or "kv_policy" in given:
+        raise ValueError("--engine-args has 'kv_policy': valid is --kv-policy")
+    return settings | {
+        "additional_config": given | {"kv_policy": resolved.model_dump()}
+    }
+
+
+def start_ray(address: str | None) -> None:
+    """Join a cluster, or start one of this machine whose node is on loopback."""
+    import ray
+
+    if address is not None:
+        ray.init(address=address)
+    else:
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
+    # Like Ctrl-C, so that what was started is ended; else Ray's handler aborts.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _json_object(option: str, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} is {text}: valid is a JSON object of settings")
+    return found
