@@ -41,10 +41,10 @@ class _Table:
 class _Request:
     """What the worker knows of a request."""
 
-    def __init__(self, num_tiers: int, tokens: list[int]) -> None:
+    def __init__(self, num_groups: int, tokens: list[int]) -> None:
         self.tokens = tokens
-        self.held: list[Tokens] = [np.empty(0, dtype=np.int64)] * num_tiers
-        """What each tier must find in its pages."""
+        self.held: list[Tokens] = [np.empty(0, dtype=np.int64)] * num_groups
+        """What each cache group must find in its pages."""
         self.evicted = False
         self.block_ids: list[list[int]] = []
 
@@ -82,7 +82,7 @@ class PageWorker:
         starts = self._update_rows(output, plan)
         self._prepare(output, plan, starts)
         for group_id, tier in self._tier_of_group.items():
-            self._run_tier(output, plan, starts, group_id, tier)
+            self._run_group(output, plan, starts, group_id, tier)
         for group in plan.groups:
             for group_id, tier in self._tier_of_group.items():
                 self._compress(group, group_id, tier)
@@ -142,7 +142,7 @@ class PageWorker:
                 table.num_blocks_per_row[row] = 0
             self._free_rows.append(row)
 
-    def _names(self, req_id: str, tier: int, start: int, end: int) -> Tokens:
+    def _names(self, req_id: str, group_id: int, start: int, end: int) -> Tokens:
         """Numbers of tokens: equal where stock vLLM's keys and values are."""
         request = self.requests[req_id]
         request.tokens += [7] * (end - len(request.tokens))  # what tests sample
@@ -150,10 +150,10 @@ class PageWorker:
             prefix = zlib.crc32(f"{req_id} {self._rng.random()}".encode())
             return prefix * 4096 + np.arange(start, end) + 1
         known = np.array(request.tokens[:end], dtype=np.int64)
-        mixed = np.cumsum(known * 1000003 + np.arange(end) * 7919 + 17 + tier)
+        mixed = np.cumsum(known * 1000003 + np.arange(end) * 7919 + 17 + group_id)
         return mixed[start:] * 31 + 1
 
-    def _run_tier(
+    def _run_group(
         self,
         output: Any,
         plan: StepPlan,
@@ -167,22 +167,22 @@ class PageWorker:
         )
         for req_id, num_new in output.num_scheduled_tokens.items():
             start, request = starts[req_id], self.requests[req_id]
-            if not len(request.held[tier]) and start:  # pages of the prefix cache
-                request.held[tier] = self._names(req_id, tier, 0, start)
+            if not len(request.held[group_id]) and start:  # pages of the prefix cache
+                request.held[group_id] = self._names(req_id, group_id, 0, start)
                 self.num_shared_reads += 1
-            num_held = len(request.held[tier])
-            assert num_held == start - evicted[req_id], (req_id, tier, "count")
-            names = self._names(req_id, tier, start, start + num_new)
+            num_held = len(request.held[group_id])
+            assert num_held == start - evicted[req_id], (req_id, group_id, "count")
+            names = self._names(req_id, group_id, start, start + num_new)
             window = windows.get(req_id)
             if window is not None and window.num_rows is not None:
                 rows = self._rng.choice(num_new, window.num_rows[tier], replace=False)
                 names = names[np.sort(rows)]
-            request.held[tier] = np.concatenate((request.held[tier], names))
+            request.held[group_id] = np.concatenate((request.held[group_id], names))
             self._write(req_id, group_id, num_held, names)
         for req_id in output.num_scheduled_tokens:  # attention: all writes are done
-            held = self.requests[req_id].held[tier]
+            held = self.requests[req_id].held[group_id]
             found = self._read(req_id, group_id, len(held))
-            assert np.array_equal(found, held), (req_id, tier, "another's tokens")
+            assert np.array_equal(found, held), (req_id, group_id, "another's tokens")
         for window in plan.windows:
             self._compact(window, group_id, tier)
 
@@ -207,11 +207,11 @@ class PageWorker:
         if window.num_kept is None:
             return
         request = self.requests[window.req_id]
-        held, num_kept = request.held[tier], window.num_kept[tier]
+        held, num_kept = request.held[group_id], window.num_kept[tier]
         if num_kept == len(held):
             return
         kept = held[np.sort(self._rng.choice(len(held), num_kept, replace=False))]
-        request.held[tier] = kept
+        request.held[group_id] = kept
         pages = None if window.pages is None else window.pages[group_id]
         if pages is None:
             self._write(window.req_id, group_id, 0, kept)
@@ -223,14 +223,14 @@ class PageWorker:
 
     def _compress(self, group: GroupWindow, group_id: int, tier: int) -> None:
         request = self.requests[group.req_id]
-        held, start = request.held[tier], group.starts[tier]
+        held, start = request.held[group_id], group.starts[tier]
         chosen = self._rng.choice(group.group, group.group_kept[tier], replace=False)
-        request.held[tier] = np.concatenate(
+        request.held[group_id] = np.concatenate(
             (
                 held[:start],
                 held[start : start + group.group][np.sort(chosen)],
                 held[start + group.group :],
             )
         )
-        assert len(request.held[tier]) == group.num_kept[tier]
-        self._write(group.req_id, group_id, start, request.held[tier][start:])
+        assert len(request.held[group_id]) == group.num_kept[tier]
+        self._write(group.req_id, group_id, start, request.held[group_id][start:])

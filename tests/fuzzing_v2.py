@@ -97,7 +97,7 @@ class V2PageWorker(PageWorker):
                 first, last = rows.starts[tier, row : row + 2].tolist()
                 own = slots[group_id, first:last].numpy().copy()
                 self._slots_of_step[req_id, group_id] = own
-                held = len(self.requests[req_id].held[tier])
+                held = len(self.requests[req_id].held[group_id])
                 if held or not starts[req_id]:  # else pages of the prefix cache
                     assert step.tier_lens[tier, row] == held + last - first
             assert step.tier_lens[tier, batch.num_reqs] == 0

@@ -10,11 +10,16 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_config_from_groups,
+    get_kv_cache_groups,
     get_request_block_hasher,
     init_none_hash,
 )
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -22,6 +27,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 import pyramid_vllm  # noqa: F401
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
 from pyramid_vllm.scheduler import PyramidScheduler
+from pyramid_vllm.scheduler.block_manager import register_spec
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
 
 BLOCK_SIZE = 32
@@ -53,13 +59,15 @@ def scheduler_from(config: Any, num_blocks: int) -> PyramidScheduler:
     )
     num_layers = config.model_config.hf_text_config.num_hidden_layers
     layout = length_rule(required_policy(config), num_layers).layout
-    tiers: dict[int, list[str]] = {}
-    for layer, tier in enumerate(layout.tier_of_layer):
-        tiers.setdefault(tier, []).append(f"model.layers.{layer}.self_attn.attn")
-    groups = [
-        KVCacheGroupSpec(names, TierAttentionSpec.of(plain, tier, num_layers))
-        for tier, names in tiers.items()
-    ]
+    specs: dict[str, KVCacheSpec] = {
+        f"model.layers.{layer}.self_attn.attn": TierAttentionSpec.of(
+            plain, tier, num_layers
+        )
+        for layer, tier in enumerate(layout.tier_of_layer)
+    }
+    register_spec(config)
+    # vLLM's own: a tier of more layers than others has several groups.
+    groups = get_kv_cache_groups(config, specs)
     page_bytes = plain.page_size_bytes * layout.group_size
     kv_config = get_kv_cache_config_from_groups(config, groups, num_blocks * page_bytes)
     config.cache_config.num_gpu_blocks = kv_config.num_blocks

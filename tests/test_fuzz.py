@@ -35,6 +35,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pruned": BASE | {"prune_from": 0, "growth_reserve": "all"},
     "groups": BASE | {"exceed_length_to_compress": 8, "growth_reserve": 0},
     "pruned groups": BASE | {"prune_from": 2, "exceed_length_to_compress": 8},
+    # Tiers of one and of two layers: of several cache groups each.
+    "uneven": BASE | {"tiers": 4, "growth_reserve": 0},
     "streaming": {"base": "streaming", "recent": 8, "min_context": 16, "tiers": 2},
 }
 #: What requests may ask for beside the engine's own policy.
@@ -51,7 +53,7 @@ if BACKEND is None:
 else:  # the V2 runner's tables, whose kernels are interpreted
     from tests.fuzzing_v2 import V2PageWorker
 
-    WORKER, NUM_SCHEDULES = V2PageWorker, 10
+    WORKER, NUM_SCHEDULES = V2PageWorker, 6
 
 #: What all schedules together have met.
 MET: Counter[str] = Counter()

@@ -92,6 +92,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # tests/test_ray.py shows the same on two nodes
 @pytest.mark.timeout(300)
 def test_two_ranks_choose_what_one_does(tiny_llama: str, tmp_path: Path) -> None:
     """Each rank has one of the two KV heads; scores are those of both. Rows that are

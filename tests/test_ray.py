@@ -47,11 +47,16 @@ LOAD: dict[str, Any] = {"lengths": [300, 97], "wishes": WISHES, "max_tokens": 32
 
 
 @pytest.mark.timeout(400)
-def test_two_nodes_answer_as_one_process(tiny_llama: str) -> None:
+def test_two_nodes_answer_as_one_process(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks on two nodes, each with one of the two KV heads: tokens and counts are
     those of one rank without Ray, whatever the request's policy."""
-    llm = make_llm(tiny_llama, **POLICY)
-    expected, counts = answer(llm, **LOAD), worker_of(llm).kv_policy_stats()
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    llm = make_llm(tiny_llama, **POLICY, distributed_executor_backend="mp")
+    expected = answer(llm, **LOAD)
+    (counts,) = llm.collective_rpc("kv_policy_stats")
     counters = scheduler_of(llm).kv_counters
     close(llm)
     for wish in WISHES[:-1]:

@@ -155,7 +155,6 @@ def small_config(model: str) -> Any:
     config = load(SERVE)
     (engine,) = engines_of(config)
     engine["model_loading_config"]["model_source"] = model
-    engine["engine_kwargs"]["additional_config"]["kv_policy_config"]["tiers"] = 3
     engine["engine_kwargs"]["kv_cache_memory_bytes"] = 64 * MIB
     return config
 

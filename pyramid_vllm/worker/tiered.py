@@ -314,6 +314,13 @@ class TieredWorker(RemoteCalls):
         path.end_step(plan, state)
         state.finish(plan, len(self.tier_layers))
         num_freed = adapter.truncate(self._tier_of_group, plan)
+        if num_freed and not state.counters.num_pages_freed:
+            logger.info(
+                "KV policy %s: this worker frees its first %d pages, in step %d",
+                self.kv_policy.name,
+                num_freed,
+                state.counters.num_plans + 1,
+            )
         state.counters.finish(plan, num_freed)
         state.timer.end_step(has_compacted=bool(plan.cache_lengths))
         return with_times(output, state.timer)
