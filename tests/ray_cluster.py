@@ -113,6 +113,8 @@ def _environment() -> dict[str, str]:
         # Else vLLM has a token written into the home folder, which nodes do not know.
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's default is to let all others go first: beside other tests, for minutes.
+        "RAY_worker_niceness": "0",
         # The machine's memory is not the test's alone.
         "RAY_memory_monitor_refresh_ms": "0",
     }

@@ -347,26 +347,31 @@ def test_a_step_s_times_wait_for_an_output(served: Any) -> None:
     assert worker_of(served).tier_state.timer.take() == ()
 
 
-def test_whoever_unpickles_the_configuration_has_the_loggers() -> None:
+def test_whoever_unpickles_the_configuration_has_the_loggers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A front end without them would take the stats for those of a connector."""
     import subprocess
     import sys
 
-    from pyramid_vllm.metrics.config import MarkedConfig, is_marked
+    from pyramid_vllm.metrics.config import MarkedConfig, reaches_plugins
 
     config = MarkedConfig({"kv_policy": "pyramid"})
     code = (
         "import pickle, sys\n"
         "config = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
         "from vllm.v1.metrics.loggers import LoggingStatLogger\n"
-        "from pyramid_vllm.metrics.config import is_marked\n"
-        "assert is_marked(config) and config == {'kv_policy': 'pyramid'}\n"
+        "from pyramid_vllm.metrics.config import reaches_plugins\n"
+        "assert reaches_plugins(config) and config == {'kv_policy': 'pyramid'}\n"
         "print(LoggingStatLogger.__init__.__wrapped__.__qualname__)\n"
     )
     command = [sys.executable, "-c", code, pickle.dumps(config).hex()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout.split()[-1] == "LoggingStatLogger.__init__", result.stderr
-    assert is_marked(pickle.loads(pickle.dumps(config)))
+    assert reaches_plugins(pickle.loads(pickle.dumps(config)))
+    assert not reaches_plugins(dict(config))
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert not reaches_plugins(config)
 
 
 def test_without_the_mark_nothing_is_sent(

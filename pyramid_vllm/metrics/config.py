@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm import envs
+
 
 class MarkedConfig(dict[str, Any]):
     """vLLM's ``additional_config``; whoever unpickles it has the plugin at work."""
@@ -26,6 +28,8 @@ def _marked(additional_config: Mapping[str, Any]) -> MarkedConfig:
     return MarkedConfig(additional_config)
 
 
-def is_marked(additional_config: Any) -> bool:
-    """Whether every process that had the configuration shows the policy's stats."""
-    return isinstance(additional_config, MarkedConfig)
+def reaches_plugins(additional_config: Any) -> bool:
+    """Whether every process that has the configuration has this plugin at work."""
+    # vLLM's Rust front end loads no plugin.
+    is_python = not envs.VLLM_USE_RUST_FRONTEND
+    return is_python and isinstance(additional_config, MarkedConfig)

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
-from pyramid_vllm.metrics.config import is_marked
+from pyramid_vllm.metrics.config import reaches_plugins
 from pyramid_vllm.plan import PLAN_ATTRIBUTE, PromptWindow, StepPlan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
@@ -86,11 +86,11 @@ class PyramidScheduler(AsyncScheduler):
             self.tier_lengths.max_chunk
         )
         self._statistics = Statistics(self.tier_lengths, self.kv_report)
-        self._tells_stats = is_marked(vllm_config.additional_config)
+        self._tells_stats = reaches_plugins(vllm_config.additional_config)
         if self.log_stats and not self._tells_stats:
             logger.warning(
-                "KV policy: no metrics, for the engine's configuration was not made by "
-                "vLLM's EngineArgs, or was changed behind it"
+                "KV policy: no metrics, for the front end is vLLM's Rust one, or the "
+                "configuration was not made by vLLM's EngineArgs, or changed behind it"
             )
         self.kv_report.log()
 
