@@ -59,6 +59,11 @@ class PolicyCounters:
         """Of all tiers."""
         return sum(self.pages_freed.values())
 
+    @property
+    def num_unpruned_requests(self) -> int:
+        """Requests of whose prompts every row is computed though the policy prunes."""
+        return self.unpruned.get(PROMPT_LOGPROBS, 0)
+
     def since(self, before: PolicyCounters) -> PolicyCounters:
         """What came in addition to an earlier count of the same engine."""
         return self._combined(before, -1)

@@ -5,6 +5,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,7 +371,8 @@ def test_whoever_unpickles_the_configuration_has_the_loggers(
     assert result.stdout.split()[-1] == "LoggingStatLogger.__init__", result.stderr
     assert reaches_plugins(pickle.loads(pickle.dumps(config)))
     assert not reaches_plugins(dict(config))
-    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    envs = SimpleNamespace(VLLM_USE_RUST_FRONTEND=True)
+    monkeypatch.setattr("pyramid_vllm.metrics.config.envs", envs)
     assert not reaches_plugins(config)
 
 

@@ -78,7 +78,7 @@ def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
     result = {
         "tokens": [output.tokens for output in outputs],
         "logprobs": [output.logprobs for output in outputs],
-        "counters": None if counters is None else vars(counters).copy(),
+        "counters": None if counters is None else _counts(counters),
         "engine": _describe(llm),
     }
     policy = getattr(worker_of(llm), "kv_policy", None)
@@ -86,6 +86,12 @@ def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
     if name in task["oracles"]:
         result["oracle"] = _oracle(task, policy, prompts, steps, outputs)
     return result
+
+
+def _counts(counters: Any) -> dict[str, int]:
+    """What was counted, over all tiers."""
+    names = ("num_compactions", "num_groups", "num_evicted_tokens", "num_pages_freed")
+    return {name: getattr(counters, name) for name in names}
 
 
 def _choose_graphs(settings: dict[str, Any]) -> None:
