@@ -13,7 +13,7 @@ from tests.engines import MIB, close, generate, make_llm, random_prompts, schedu
 logger = logging.getLogger(__name__)
 
 # With a GPU's backend, kernels are interpreted: each step takes long.
-NUM_REQUESTS, MAX_TOKENS = (64, 140) if BACKEND is None else (14, 80)
+NUM_REQUESTS, MAX_TOKENS = (44, 140) if BACKEND is None else (14, 80)
 SLOWER = pytest.mark.slow if BACKEND is not None else ()
 POLICY: dict[str, Any] = {
     "retention": 0.4,
