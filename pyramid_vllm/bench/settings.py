@@ -129,20 +129,30 @@ def parse_sides(policies: Sequence[str]) -> tuple[Side, ...]:
     return tuple(sides)
 
 
-def parse_engine_args(text: str | None) -> dict[str, Any]:
-    """Further settings of ``LLM``.
+def json_object(option: str, text: str | None) -> dict[str, Any]:
+    """Settings that an option gives as JSON; of an option not given, none.
 
     Raises:
-        ValueError: not a JSON object, or one of them has an option of its own.
+        ValueError: not a JSON object.
     """
     if text is None:
         return {}
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--engine-args is not JSON: {error}") from None
+        raise ValueError(f"{option} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"--engine-args is {text}: valid is a JSON object of settings")
+        raise ValueError(f"{option} is {text}: valid is a JSON object of settings")
+    return found
+
+
+def parse_engine_args(text: str | None) -> dict[str, Any]:
+    """Further settings of ``LLM``.
+
+    Raises:
+        ValueError: not a JSON object, or one of them has an option of its own.
+    """
+    found = json_object("--engine-args", text)
     for key in found:
         if key in OWN_OPTIONS:
             raise ValueError(f"--engine-args has '{key}': valid is {OWN_OPTIONS[key]}")

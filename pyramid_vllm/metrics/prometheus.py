@@ -107,9 +107,7 @@ class PolicyMetrics(KVConnectorPromMetrics):
         num_layers = num_full_attention_layers(vllm_config.model_config.hf_text_config)
         rule = length_rule(policy, num_layers)
         num_tokens = max(1, vllm_config.model_config.max_model_len // 2)
-        entries = zip(rule.cache_lengths(num_tokens), rule.layout.sizes, strict=True)
-        kept = sum(length * size for length, size in entries)
-        retention = kept / num_tokens / num_layers
+        retention = rule.layout.mean(rule.cache_lengths(num_tokens)) / num_tokens
         labels = _info(rule, retention)
         info = self._gauge_cls(
             name=f"{PREFIX}info",

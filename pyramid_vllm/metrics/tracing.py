@@ -53,11 +53,9 @@ def note_policy(request: EngineCoreRequest, rule: LengthRule) -> None:
     if request.prompt_token_ids is None:
         return
     kept = rule.cache_lengths(len(request.prompt_token_ids))
-    layout = rule.layout
-    entries = sum(map(int.__mul__, kept, layout.sizes))
     attributes = {
         NAME: rule.config.name,
-        RETAINED: entries / layout.num_layers,
+        RETAINED: rule.layout.mean(kept),
         RETAINED_BY_TIER: kept,
     }
     headers = dict(request.trace_headers or {})

@@ -1,5 +1,6 @@
 """Tiers: full-attention layers that share one count, runs by depth or by need."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,6 +48,10 @@ class TierLayout:
             layer: tier for tier, layers in enumerate(self.layers) for layer in layers
         }
         return tuple(tiers[layer] for layer in range(self.num_layers))
+
+    def mean(self, counts: Sequence[int]) -> float:
+        """Mean over layers of what each tier has in each of its layers."""
+        return sum(map(int.__mul__, counts, self.sizes)) / self.num_layers
 
     @property
     def group_size(self) -> int:

@@ -49,9 +49,8 @@ class ActivityWatch:
         lengths = getattr(self._scheduler, "tier_lengths", None)
         if lengths is None:
             return 0.0
-        sizes = self._scheduler.kv_rule.layout.sizes
-        evicted = lengths.evicted(req_id)
-        return float(sum(map(int.__mul__, evicted, sizes)) / sum(sizes))
+        layout = self._scheduler.kv_rule.layout
+        return float(layout.mean(lengths.evicted(req_id)))
 
     def _counts(self) -> tuple[int, int, int]:
         counters = getattr(self._scheduler, "kv_counters", None)

@@ -1,12 +1,12 @@
 """What `batch.py` and `serve.py` give vLLM's engines, on CPUs and on GPUs."""
 
-import json
 import signal
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 
+from pyramid_vllm.bench.settings import json_object
 from pyramid_vllm.cli.sizes import parse_bytes
 from pyramid_vllm.policy import resolve_policy
 
@@ -73,7 +73,7 @@ def engine_kwargs(
     Raises:
         ValueError: the policy or a setting is not valid.
     """
-    settings = device.engine_kwargs | _json_object("--engine-args", further)
+    settings = device.engine_kwargs | json_object("--engine-args", further)
     resolved = resolve_policy(policy, policy_config)
     if resolved is None:
         return settings
@@ -95,15 +95,3 @@ def start_ray(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
     # Like Ctrl-C, so that what was started is ended; else Ray's handler aborts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def _json_object(option: str, text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{option} is {text}: valid is a JSON object of settings")
-    return found
