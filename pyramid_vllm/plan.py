@@ -1,11 +1,15 @@
 """The one object that crosses from the scheduler to the workers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-#: Attribute of ``SchedulerOutput`` that carries the plan.
+from pyramid_vllm.native import uses_native_hooks
+
+#: Attribute of ``SchedulerOutput`` that carries the plan; its place among the metadata
+#: of plugins, where vLLM has such.
 PLAN_ATTRIBUTE = "kv_policy_plan"
 
 
@@ -98,3 +102,20 @@ class StepPlan:
             if window.num_kept is not None:
                 kept[window.req_id] = window.num_kept
         return kept
+
+
+def attach_plan(output: Any, plan: StepPlan) -> None:
+    """Send a plan to the workers with vLLM's ``SchedulerOutput`` of its step."""
+    if uses_native_hooks():
+        output.plugin_metadata[PLAN_ATTRIBUTE] = plan
+    else:
+        setattr(output, PLAN_ATTRIBUTE, plan)
+
+
+def plan_of(output: Any) -> StepPlan | None:
+    """The plan that came with a ``SchedulerOutput``; None: vLLM's own step."""
+    if uses_native_hooks():
+        found: StepPlan | None = output.plugin_metadata.get(PLAN_ATTRIBUTE)
+    else:
+        found = getattr(output, PLAN_ATTRIBUTE, None)
+    return found

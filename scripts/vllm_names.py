@@ -143,6 +143,14 @@ DIGESTS["0.33.0"] = {MOVED.get(k, k): v for k, v in DIGESTS["0.32.0"].items()} |
     "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging": "593b288c7b51",
 }
 
+#: What `patches/` bring, and nothing asks for without them.
+PATCHED = (
+    "customize_layer_spec",
+    "truncate",
+    "EagerScope",
+    "register_model_state_resolver",
+)
+
 #: Functions that we put our own around -> what ours takes; "*": anything else too.
 WRAPPED = {
     "vllm.engine.arg_utils:EngineArgs.__init__": ("*",),

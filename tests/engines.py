@@ -145,7 +145,7 @@ def held_kv(llm: Any, req_id: str, layer: int) -> tuple[Any, Any]:
 
     Each is ``[num_held, num_kv_heads, head_size]``.
     """
-    from pyramid_vllm.attention.cpu import cpu_views
+    from pyramid_vllm.attention.access import access_of
 
     scheduler, runner = scheduler_of(llm), worker_of(llm).model_runner
     name = f"model.layers.{layer}.self_attn.attn"
@@ -157,10 +157,9 @@ def held_kv(llm: Any, req_id: str, layer: int) -> tuple[Any, Any]:
         tier = groups[group_id].kv_cache_spec.tier
         num_held -= scheduler.tier_lengths.evicted(req_id)[tier]
     layer = runner.compilation_config.static_forward_context[name]
-    views = getattr(layer.impl, "cache_views", cpu_views)
     key, value = (
         view[block_ids].transpose(1, 2).flatten(0, 1)[:num_held].clone()
-        for view in views(layer.kv_cache)
+        for view in access_of(layer).views(layer.kv_cache)
     )
     return key, value
 

@@ -92,12 +92,14 @@ def run_backend(
         llm = _engine(model, POLICIES[name])
         worker = worker_of(llm)
         assert isinstance(worker.model_runner, GPUModelRunner)
-        impl = worker._impl("model.layers.0.self_attn.attn")
+        impl = worker.compilation_config.static_forward_context[
+            "model.layers.0.self_attn.attn"
+        ].impl
         results[name] = {
             "tokens": _tokens(llm),
             "impl": type(impl).__name__,
-            "layer": type(impl.tier_layer).__name__,
-            "strides": list(impl.tier_layer.cache.key.stride()),
+            "layer": type(worker.tier_layers[0]).__name__,
+            "strides": list(worker.tier_layers[0].cache.key.stride()),
         } | _activity(llm)
         close(llm)
     return results

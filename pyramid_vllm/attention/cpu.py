@@ -15,8 +15,14 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from pyramid_vllm.attention.access import KVAccess
 from pyramid_vllm.attention.layout import KVViews, check_layout
-from pyramid_vllm.attention.tiered import TieredBuilder, TieredImpl
+from pyramid_vllm.attention.tiered import (
+    TieredBackend,
+    TieredBuilder,
+    TieredImpl,
+    chosen,
+)
 from pyramid_vllm.policy import KVPolicyError
 
 
@@ -85,36 +91,41 @@ class PyramidCPUMetadataBuilder(TieredBuilder, CPUAttentionMetadataBuilder):
         )
 
 
-class PyramidCPUAttentionImpl(TieredImpl, CPUAttentionBackendImpl):
-    """Runs stock attention, then the layer's compaction; unbound, it is stock."""
+class CPUAccess(KVAccess):
+    """``CPU_ATTN``'s cache."""
 
-    def cache_views(self, cache: torch.Tensor) -> KVViews:
+    def views(self, cache: torch.Tensor) -> KVViews:
         """See ``cpu_views``."""
         return cpu_views(cache)
 
-    def check_cache(self, layer: Any, builder: Any) -> None:
+    def check(self, builder: Any) -> None:
         """See ``check_cpu_layout``.
 
         Raises:
             KVPolicyError: also for quantized keys, which the references do not read.
         """
-        if layer.kv_cache.dtype == torch.uint8:
+        cache = self.layer.kv_cache
+        if cache.dtype == torch.uint8:
             raise KVPolicyError(
-                f"kv_policy does not support kv_cache_dtype={self.kv_cache_dtype!r} "
-                "with CPU_ATTN: valid is 'auto'"
+                "kv_policy does not support kv_cache_dtype="
+                f"{self.impl.kv_cache_dtype!r} with CPU_ATTN: valid is 'auto'"
             )
-        check_cpu_layout(layer.kv_cache, builder.isa)
+        check_cpu_layout(cache, builder.isa)
 
 
-class PyramidCPUAttentionBackend(CPUAttentionBackend):
-    """``CPU_ATTN`` with a KV policy; keeps the stock name."""
+class PyramidCPUAttentionImpl(TieredImpl, CPUAttentionBackendImpl):
+    """Runs stock attention, then the layer's compaction; unbound, it is stock."""
+
+
+class PyramidCPUAttentionBackend(TieredBackend, CPUAttentionBackend):
+    """``CPU_ATTN`` with a KV policy."""
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """The attention implementation."""
-        return PyramidCPUAttentionImpl
+        return chosen(PyramidCPUAttentionImpl, CPUAttentionBackendImpl)
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
         """The metadata builder."""
-        return PyramidCPUMetadataBuilder
+        return chosen(PyramidCPUMetadataBuilder, CPUAttentionMetadataBuilder)

@@ -8,27 +8,31 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from pyramid_vllm.attention.device import DeviceImpl
-from pyramid_vllm.attention.tiered import TieredBuilder
+from pyramid_vllm.attention.tiered import (
+    TieredBackend,
+    TieredBuilder,
+    TieredImpl,
+    chosen,
+)
 
 
 class PyramidFlashMetadataBuilder(TieredBuilder, FlashAttentionMetadataBuilder):
     """Builds a tier's metadata from cache lengths; unbound, it is the stock builder."""
 
 
-class PyramidFlashImpl(DeviceImpl, FlashAttentionImpl):
+class PyramidFlashImpl(TieredImpl, FlashAttentionImpl):
     """Runs stock attention, then the layer's compaction; unbound, it is stock."""
 
 
-class PyramidFlashBackend(FlashAttentionBackend):
-    """``FLASH_ATTN`` with a KV policy; keeps the stock name."""
+class PyramidFlashBackend(TieredBackend, FlashAttentionBackend):
+    """``FLASH_ATTN`` with a KV policy."""
 
     @staticmethod
     def get_impl_cls() -> type[FlashAttentionImpl]:
         """The attention implementation."""
-        return PyramidFlashImpl
+        return chosen(PyramidFlashImpl, FlashAttentionImpl)
 
     @staticmethod
     def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
         """The metadata builder."""
-        return PyramidFlashMetadataBuilder
+        return chosen(PyramidFlashMetadataBuilder, FlashAttentionMetadataBuilder)

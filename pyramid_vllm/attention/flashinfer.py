@@ -8,27 +8,31 @@ from vllm.v1.attention.backends.flashinfer import (
     FlashInferMetadataBuilder,
 )
 
-from pyramid_vllm.attention.device import DeviceImpl
-from pyramid_vllm.attention.tiered import TieredBuilder
+from pyramid_vllm.attention.tiered import (
+    TieredBackend,
+    TieredBuilder,
+    TieredImpl,
+    chosen,
+)
 
 
 class PyramidFlashInferMetadataBuilder(TieredBuilder, FlashInferMetadataBuilder):
     """Builds a tier's metadata from cache lengths; unbound, it is the stock builder."""
 
 
-class PyramidFlashInferImpl(DeviceImpl, FlashInferImpl):
+class PyramidFlashInferImpl(TieredImpl, FlashInferImpl):
     """Runs stock attention, then the layer's compaction; unbound, it is stock."""
 
 
-class PyramidFlashInferBackend(FlashInferBackend):
-    """``FLASHINFER`` with a KV policy; keeps the stock name."""
+class PyramidFlashInferBackend(TieredBackend, FlashInferBackend):
+    """``FLASHINFER`` with a KV policy."""
 
     @staticmethod
     def get_impl_cls() -> type[FlashInferImpl]:
         """The attention implementation."""
-        return PyramidFlashInferImpl
+        return chosen(PyramidFlashInferImpl, FlashInferImpl)
 
     @staticmethod
     def get_builder_cls() -> type[FlashInferMetadataBuilder]:
         """The metadata builder."""
-        return PyramidFlashInferMetadataBuilder
+        return chosen(PyramidFlashInferMetadataBuilder, FlashInferMetadataBuilder)

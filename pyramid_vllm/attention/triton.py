@@ -8,27 +8,31 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from pyramid_vllm.attention.device import DeviceImpl
-from pyramid_vllm.attention.tiered import TieredBuilder
+from pyramid_vllm.attention.tiered import (
+    TieredBackend,
+    TieredBuilder,
+    TieredImpl,
+    chosen,
+)
 
 
 class PyramidTritonMetadataBuilder(TieredBuilder, TritonAttentionMetadataBuilder):
     """Builds a tier's metadata from cache lengths; unbound, it is the stock builder."""
 
 
-class PyramidTritonImpl(DeviceImpl, TritonAttentionImpl):
+class PyramidTritonImpl(TieredImpl, TritonAttentionImpl):
     """Runs stock attention, then the layer's compaction; unbound, it is stock."""
 
 
-class PyramidTritonBackend(TritonAttentionBackend):
-    """``TRITON_ATTN`` with a KV policy; keeps the stock name."""
+class PyramidTritonBackend(TieredBackend, TritonAttentionBackend):
+    """``TRITON_ATTN`` with a KV policy."""
 
     @staticmethod
     def get_impl_cls() -> type[TritonAttentionImpl]:
         """The attention implementation."""
-        return PyramidTritonImpl
+        return chosen(PyramidTritonImpl, TritonAttentionImpl)
 
     @staticmethod
     def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
         """The metadata builder."""
-        return PyramidTritonMetadataBuilder
+        return chosen(PyramidTritonMetadataBuilder, TritonAttentionMetadataBuilder)

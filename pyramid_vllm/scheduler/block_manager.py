@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from pyramid_vllm.native import uses_native_hooks
 from pyramid_vllm.spec import TierAttentionSpec
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ class _Compaction:
     """New pages, where the request owns too few."""
 
 
-class _Left(NamedTuple):
-    """What a prompt let go that was gathered into other pages."""
+class _Gathered(NamedTuple):
+    """What a prompt's tokens are gathered into."""
 
-    blocks: list[KVCacheBlock]
+    pages: list[KVCacheBlock]
     num_taken: int
-    """New pages that it took for that."""
+    """New ones among them."""
 
 
 class TierBlockManager(FullAttentionManager):
@@ -62,7 +63,7 @@ class TierBlockManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._compactions: dict[str, _Compaction] = {}
-        self._left: dict[str, _Left] = {}
+        self._gathered: dict[str, _Gathered] = {}
 
     @property
     def _tier(self) -> int:
@@ -161,11 +162,12 @@ class TierBlockManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id) + reserved
 
     def gather_pages(self, request: Request) -> tuple[int, ...] | None:
-        """Settle which pages a prompt is gathered into, and make them its table.
+        """Settle which pages a prompt is gathered into; ``free_evicted`` makes them its
+        table.
 
         Call it once ``schedule()`` has returned, when every request of the step has
         its pages: what is free then goes to pages of the prefix cache that would have
-        to be written otherwise. ``free_left`` frees what is left.
+        to be written otherwise.
 
         Returns:
             The ids of the pages; None: the request compacts in place.
@@ -183,12 +185,8 @@ class TierBlockManager(FullAttentionManager):
             self._offer(request, blocks, saved)
         written = [blocks[i] for i in compaction.in_place if i not in saved]
         pages = written + compaction.reserved + fresh
-        kept = {block.block_id for block in pages}
-        self._left[request.request_id] = _Left(
-            [block for block in blocks if block.block_id not in kept],
-            len(compaction.reserved) + len(fresh),
-        )
-        self.req_to_blocks[request.request_id] = pages
+        num_taken = len(compaction.reserved) + len(fresh)
+        self._gathered[request.request_id] = _Gathered(pages, num_taken)
         return tuple(block.block_id for block in pages)
 
     def _offer(
@@ -216,14 +214,28 @@ class TierBlockManager(FullAttentionManager):
         Returns:
             Pages that the request holds fewer.
         """
-        blocks = self.req_to_blocks[request_id]
-        num_kept = cdiv(num_held, self.block_size)
-        tail = blocks[num_kept:]
-        del blocks[num_kept:]
-        left = self._left.pop(request_id, _Left([], 0))
-        self.block_pool.free_blocks(reversed(left.blocks))
-        self.block_pool.free_blocks(reversed(tail))
-        return len(tail) + len(left.blocks) - left.num_taken
+        pages, num_taken = self._gathered.pop(request_id, (None, 0))
+        if uses_native_hooks():
+            return int(super().truncate(request_id, num_held, pages)) - num_taken
+        return self._truncate(request_id, num_held, pages) - num_taken
+
+    def _truncate(
+        self, request_id: str, num_held: int, pages: list[KVCacheBlock] | None
+    ) -> int:
+        """Leave a request the first pages, or those that are given; free the others.
+
+        Returns:
+            Number of pages that are freed.
+        """
+        held = self.req_to_blocks[request_id]
+        source = held if pages is None else pages
+        kept = source[: cdiv(num_held, self.block_size)]
+        freed = {block.block_id: block for block in (*held, *source)}
+        for block in kept:
+            del freed[block.block_id]
+        self.req_to_blocks[request_id] = kept
+        self.block_pool.free_blocks(reversed(freed.values()))
+        return len(freed)
 
     def check_settled(self) -> None:
         """Check that nothing that a step secured or left outlives it.
@@ -232,11 +244,12 @@ class TierBlockManager(FullAttentionManager):
             AssertionError: names the requests.
         """
         assert not self._compactions, f"secured: {list(self._compactions)}"
-        assert not self._left, f"left behind: {list(self._left)}"
+        assert not self._gathered, f"left behind: {list(self._gathered)}"
 
 
 def register_spec(vllm_config: VllmConfig | None) -> None:
     """Tell vLLM which manager serves a tier. Can be called again."""
-    # The registry fills itself only while it is empty, so vLLM's own specs go first.
-    register_all_kvcache_specs(vllm_config)
+    if not uses_native_hooks():
+        # The registry fills itself only while it is empty: vLLM's own specs go first.
+        register_all_kvcache_specs(vllm_config)
     KVCacheSpecRegistry.register(TierAttentionSpec, manager_class=TierBlockManager)

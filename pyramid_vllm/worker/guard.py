@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyramid_vllm.plan import PLAN_ATTRIBUTE
+from pyramid_vllm.plan import plan_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -31,8 +31,7 @@ def guard_runner(runner: Any, step: TierStep) -> None:
         scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> Any:
         # Steps of the runner's own, for warm-up and idle ranks, have none.
-        plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
-        if plan is not step.plan:
+        if plan_of(scheduler_output) is not step.plan:
             raise RuntimeError(
                 "KV policy: the model runner was given a step past the worker, which "
                 "alone runs its plan: the executor has to call the worker's "

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from pyramid_vllm.attention.device import DeviceImpl
+from pyramid_vllm.attention.access import KVAccess
+from pyramid_vllm.attention.device import DeviceAccess
 from pyramid_vllm.worker.groups import CacheGroup, compress_groups
 from pyramid_vllm.worker.layer import LayerConstants, TieredLayer
 from pyramid_vllm.worker.prune import RowPruner
@@ -113,20 +114,20 @@ class ReferencePath:
 
 
 def path_of(
-    impl: Any,
+    access: KVAccess,
     adapter: RunnerAdapter,
     runner: Any,
     policies: Mapping[str, PolicyConfig],
 ) -> ComputePath:
-    """The path of an engine whose attention is ``impl``.
+    """The path of an engine.
 
     Args:
-        impl: a layer's wrapped attention.
+        access: to the cache of one of its layers.
         adapter: the runner's adapter.
         runner: vLLM's runner.
         policies: by the names that plans use.
     """
-    if not isinstance(impl, DeviceImpl):
+    if not isinstance(access, DeviceAccess):
         return ReferencePath(adapter)
     from pyramid_vllm.worker.device.path import DevicePath
 

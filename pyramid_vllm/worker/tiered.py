@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
-from pyramid_vllm.attention.registry import WRAPPED, register_backends
-from pyramid_vllm.attention.tiered import TieredBuilder, TieredImpl
+from pyramid_vllm.attention.registry import register_backends
+from pyramid_vllm.attention.specs import tiered_specs
 from pyramid_vllm.checks import check_engine
 from pyramid_vllm.model_shape import num_full_attention_layers
-from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
+from pyramid_vllm.native import uses_native_hooks
+from pyramid_vllm.plan import plan_of
 from pyramid_vllm.policy import KVPolicyError, LengthRule
 from pyramid_vllm.spec import (
     TierAttentionSpec,
@@ -19,15 +20,15 @@ from pyramid_vllm.spec import (
     request_policies,
 )
 from pyramid_vllm.worker.adapter import RunnerAdapter, adapter_of
+from pyramid_vllm.worker.binding import LayerBinder
 from pyramid_vllm.worker.counters import WorkerCounters
 from pyramid_vllm.worker.guard import guard_runner
-from pyramid_vllm.worker.layer import LayerConstants
+from pyramid_vllm.worker.hooks import bind_metadata, register_model_state
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
 from pyramid_vllm.worker.remote import RemoteCalls
 from pyramid_vllm.worker.shared import WorkerState
-from pyramid_vllm.worker.specs import tiered_specs
 from pyramid_vllm.worker.timing import with_times
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class TieredWorker(RemoteCalls):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         self.kv_policy = check_engine(vllm_config)
         register_backends()
+        if uses_native_hooks() and vllm_config.use_v2_model_runner:
+            register_model_state()
         stock: Any = super()
         stock.__init__(vllm_config, *args, **kwargs)
         self.tier_layers = []
@@ -70,6 +73,9 @@ class TieredWorker(RemoteCalls):
         """Make the runner; its specs are those of tiers from now on."""
         stock: Any = super()
         stock.init_device()
+        if uses_native_hooks():
+            logger.info("KV policy %s: by vLLM's own hooks", self.kv_policy.name)
+            return
         # The runner's own: memory for graphs is estimated on them, past the worker.
         runner = self.model_runner
         stock_specs = runner.get_kv_cache_spec
@@ -148,29 +154,26 @@ class TieredWorker(RemoteCalls):
         names.sort(key=extract_layer_index)
         (block_size,) = {g.kv_cache_spec.block_size for g in tiered.values()}
         self.adapter = adapter_of(self.model_runner, self.use_v2_model_runner)
-        rule = self._make_state(names, block_size)
-        for group_id in tiered:
-            self._bind_group(group_id, names, rule)
-        self.tier_layers.sort(key=lambda layer: layer.index)
-        assert self.tier_state is not None
-        guard_runner(self.model_runner, self.tier_state.step)
+        self._bind(names, block_size)
         logger.info(
             "KV policy %s: %d layers of this worker are tiered",
             self.kv_policy.name,
             len(self.tier_layers),
         )
 
-    def _make_state(self, names: list[str], block_size: int) -> LengthRule:
-        """Build what the layers share; the engine's own rule."""
+    def _bind(self, names: list[str], block_size: int) -> None:
+        """Build what the layers share, and bind them to it."""
         policies = request_policies(
             self.kv_policy, len(names), model_weights(self.vllm_config)
         )
-        adapter, rule = self.adapter, policies.rule
+        runner, adapter, rule = self.model_runner, self.adapter, policies.rule
         assert adapter is not None
-        path = path_of(self._impl(names[0]), adapter, self.model_runner, policies.valid)
+        context = self.compilation_config.static_forward_context
+        binder = LayerBinder(runner, adapter, context, names, rule)
+        path = path_of(binder.access(names[0]), adapter, runner, policies.valid)
         shape = self._query_shape()
         self._path = path
-        self.tier_state = WorkerState(
+        state = self.tier_state = WorkerState(
             step=path.make_step(block_size, self._tier_of_group),
             policies=policies.valid,
             pruner=self._make_pruner(path, rule, names) if rule.prunes else None,
@@ -178,7 +181,11 @@ class TieredWorker(RemoteCalls):
             group_queries=path.make_queries(shape) if shape else None,
             timer=path.make_timer(),
         )
-        return rule
+        bind_metadata(runner, adapter, state.step, self._tier_of_group)
+        for group_id in self._tier_of_group:
+            self.tier_layers += binder.bind(group_id, path, state)
+        self.tier_layers.sort(key=lambda layer: layer.index)
+        guard_runner(runner, state.step)
 
     def _make_pruner(
         self, path: ComputePath, rule: LengthRule, names: list[str]
@@ -192,76 +199,6 @@ class TieredWorker(RemoteCalls):
         model = self.model_runner.get_model()
         layers = decoder_layers(model, names)
         return path.make_pruner(model, layers, rule.layout.tier_of_layer)
-
-    def _impl(self, name: str) -> TieredImpl:
-        """A layer's wrapped attention.
-
-        Raises:
-            KVPolicyError: its backend is not one that we wrap.
-        """
-        impl = self.compilation_config.static_forward_context[name].impl
-        if not isinstance(impl, TieredImpl):
-            raise KVPolicyError(
-                f"kv_policy does not support attention by {type(impl).__name__}: valid "
-                f"are {', '.join(backend.name for backend in WRAPPED)}"
-            )
-        return impl
-
-    def _bind_group(self, group_id: int, names: list[str], rule: LengthRule) -> None:
-        state, adapter, path = self.tier_state, self.adapter, self._path
-        assert state is not None
-        assert adapter is not None
-        assert path is not None
-        groups = self.model_runner.kv_cache_config.kv_cache_groups
-        spec = groups[group_id].kv_cache_spec
-        kernel_block_size = adapter.kernel_block_size(group_id)
-        if kernel_block_size != spec.block_size:
-            raise KVPolicyError(
-                f"kv_policy does not support block_size={spec.block_size}: the kernels "
-                f"split it into blocks of {kernel_block_size}"
-            )
-        context = self.compilation_config.static_forward_context
-        members = []
-        for attn_group in self.model_runner.attn_groups[group_id]:
-            builder = attn_group.get_metadata_builder()
-            first = attn_group.layer_names[0]
-            impl = self._impl(first)
-            assert isinstance(builder, TieredBuilder)
-            builder.tiers, builder.tier = state.step, spec.tier
-            # One spec and one backend: what holds for a layer holds for the group.
-            impl.check_cache(context[first], builder)
-            members += attn_group.layer_names
-        members.sort(key=extract_layer_index)
-        layers = [
-            (context[n], self._constants(n, group_id, names, rule)) for n in members
-        ]
-        bound = path.bind(group_id, layers, state)
-        for name, layer in zip(members, bound, strict=True):
-            self._impl(name).tier_layer = layer
-        self.tier_layers += bound
-
-    def _constants(
-        self, name: str, group_id: int, names: list[str], rule: LengthRule
-    ) -> LayerConstants:
-        impl, index = self._impl(name), names.index(name)
-        impl.check_movable()
-        tiers = rule.layout.tier_of_layer
-        layer = self.compilation_config.static_forward_context[name]
-        return LayerConstants(
-            index=index,
-            tier=tiers[index],
-            group_id=group_id,
-            prunes_next=(
-                rule.prunes
-                and index + 1 < len(tiers)
-                and tiers[index + 1] > tiers[index]
-            ),
-            scale=impl.scale,
-            logits_soft_cap=impl.logits_soft_cap or 0.0,
-            # The weights themselves, for they may be loaded anew.
-            sink_logits=None if impl.sinks is None else impl.sinks.detach(),
-            cache=impl.cache_views(layer.kv_cache),
-        )
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up and capture; such steps carry no plan."""
@@ -291,7 +228,7 @@ class TieredWorker(RemoteCalls):
         return output
 
     def _run_plan(self, scheduler_output: SchedulerOutput, stock: Any) -> Any:
-        plan: StepPlan | None = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
+        plan = plan_of(scheduler_output)
         if plan is None:
             raise RuntimeError(
                 "KV policy: a step came without a plan; the scheduler must be "

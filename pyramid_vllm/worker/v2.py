@@ -17,6 +17,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from pyramid_vllm.native import uses_native_hooks
+
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
 
@@ -39,7 +41,8 @@ class V2Runner:
         self._tables: Sequence[torch.Tensor] = ()
         self._row_of: dict[str, int] = {}
         self._input_batch: Any = None
-        self._wrap()
+        if not uses_native_hooks():
+            self._wrap()
 
     def _wrap(self) -> None:
         runner = self._runner
@@ -52,9 +55,7 @@ class V2Runner:
 
         def prepare_attn(input_batch: Any) -> tuple[Sequence[torch.Tensor], Any]:
             tables, slots = prepare(input_batch)
-            self._set_batch(input_batch, tables)
-            if self.prepare is not None:
-                self.prepare(input_batch, tables, slots)
+            self.begin_attention(input_batch, tables, slots)
             return tables, slots
 
         def dispatch_eagerly(*args: Any, **kwargs: Any) -> Any:
@@ -88,9 +89,25 @@ class V2Runner:
             num_ubatches=desc.num_ubatches,
         )
 
-    def _set_batch(self, input_batch: Any, tables: Sequence[torch.Tensor]) -> None:
+    def begin_attention(
+        self, input_batch: Any, tables: Sequence[torch.Tensor], slots: torch.Tensor
+    ) -> None:
+        """Between the runner's slots and its metadata.
+
+        Args:
+            input_batch: the runner's.
+            tables: block tables, by cache group.
+            slots: ``[num_groups, num_tokens]``, int64: rewritten in place.
+        """
         self._input_batch, self._tables = input_batch, tables
         self._row_of = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
+        if self.prepare is not None:
+            self.prepare(input_batch, tables, slots)
+
+    def bind_metadata(self, metadata: Any) -> None:
+        """Let vLLM's own hook ask for the lengths of each cache group."""
+        state = self._runner.model_state
+        state.adapter, state.group_metadata = self, metadata
 
     @property
     def req_ids(self) -> Sequence[str]:
@@ -131,7 +148,7 @@ class V2Runner:
 
     def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> int:
         """Cut compacted requests' rows to the pages that they keep, or replace them by
-        those that their tokens were gathered into.
+        those that their tokens were gathered into; where vLLM does, only count.
 
         The runner publishes rows and their lengths before its next step.
         """
@@ -142,11 +159,13 @@ class V2Runner:
             index = self._runner.req_states.req_id_to_index[req_id]
             for group_id, tier in tier_of_group.items():
                 num_blocks = cdiv(num_kept[tier], tables.block_sizes[group_id])
+                num_fewer += int(tables.num_blocks.np[group_id, index]) - num_blocks
+                if uses_native_hooks():
+                    continue
                 pages = gathered[req_id][group_id] if req_id in gathered else None
                 if pages is not None:
                     # At once: a staged write may meet the next request's in this row.
                     row = tables.block_tables[group_id].gpu[index, :num_blocks]
                     async_tensor_h2d(list(pages), dtype=row.dtype, out=row)
-                num_fewer += int(tables.num_blocks.np[group_id, index]) - num_blocks
                 tables.num_blocks.np[group_id, index] = num_blocks
         return num_fewer

@@ -1,0 +1,59 @@
+"""How the policy reads and moves what a layer's attention has cached."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from pyramid_vllm.attention.layout import KVViews
+from pyramid_vllm.policy import KVPolicyError
+
+
+class KVAccess(ABC):
+    """A layer's cache, by its backend.
+
+    Args:
+        layer: vLLM's attention layer.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.impl = layer, layer.impl
+
+    def check_movable(self) -> None:
+        """Refuse attention that depends on a token's place in the cache.
+
+        Raises:
+            KVPolicyError: names the feature.
+        """
+        if self.impl.alibi_slopes is not None:
+            raise KVPolicyError(
+                "kv_policy does not support attention with alibi_slopes"
+            )
+
+    @abstractmethod
+    def views(self, cache: torch.Tensor) -> KVViews:
+        """A cache of the layer's kind as keys and values."""
+
+    @abstractmethod
+    def check(self, builder: Any) -> None:
+        """Check ``views`` by the backend's own write.
+
+        Args:
+            builder: the metadata builder of the layer's group.
+
+        Raises:
+            KVPolicyError: this backend keeps keys or values elsewhere.
+        """
+
+
+def access_of(layer: Any) -> KVAccess:
+    """Access to a layer's cache, whatever its backend among those that are wrapped."""
+    if layer.attn_backend.get_name() == "CPU_ATTN":
+        from pyramid_vllm.attention.cpu import CPUAccess
+
+        return CPUAccess(layer)
+    from pyramid_vllm.attention.device import DeviceAccess
+
+    return DeviceAccess(layer)

@@ -1,0 +1,83 @@
+"""The KV cache specs of a model's layers, by tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+
+from pyramid_vllm.model_shape import num_full_attention_layers
+from pyramid_vllm.policy import KVPolicyError, PolicyConfig
+from pyramid_vllm.spec import TierAttentionSpec, engine_policy, length_rule
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def tiers_by_name(
+    names: Sequence[str], policy: PolicyConfig, num_layers: int
+) -> dict[str, int]:
+    """The tier of each full-attention layer, first to last.
+
+    Args:
+        names: of the runner's layers.
+        policy: the engine's.
+        num_layers: full-attention layers of the model, by its configuration.
+
+    Raises:
+        KVPolicyError: the runner has other layers.
+    """
+    if len(names) != num_layers:
+        raise KVPolicyError(
+            f"kv_policy does not support this model: {len(names)} of its layers "
+            f"have full attention, its configuration says {num_layers}"
+        )
+    tiers = length_rule(policy, num_layers).layout.tier_of_layer
+    return dict(zip(sorted(names, key=extract_layer_index), tiers, strict=True))
+
+
+def tiered_specs(
+    specs: dict[str, KVCacheSpec], policy: PolicyConfig, num_layers: int
+) -> dict[str, KVCacheSpec]:
+    """Specs by layer, those of full attention in tiers.
+
+    Args:
+        specs: a runner's own, by name of the layer.
+        policy: the engine's.
+        num_layers: full-attention layers of the model, by its configuration.
+
+    Raises:
+        KVPolicyError: the runner has other layers.
+    """
+    names = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec]
+    tiered = {
+        name: TierAttentionSpec.of(specs[name], tier, num_layers)
+        for name, tier in tiers_by_name(names, policy, num_layers).items()
+    }
+    return specs | tiered
+
+
+def tiered_spec(
+    spec: AttentionSpec, layer_name: str, vllm_config: VllmConfig
+) -> AttentionSpec:
+    """A layer's spec in its tier; as it is without a policy or full attention.
+
+    For a vLLM that asks for each layer's spec by its name.
+    """
+    policy = engine_policy(vllm_config)
+    if policy is None or type(spec) is not FullAttentionSpec:
+        return spec
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    names = [
+        name
+        for name, layer in layers.items()
+        if type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec
+        and layer.kv_sharing_target_layer_name is None
+    ]
+    num_layers = num_full_attention_layers(vllm_config.model_config.hf_text_config)
+    tier = tiers_by_name(names, policy, num_layers)[layer_name]
+    return TierAttentionSpec.of(spec, tier, num_layers)

@@ -1,0 +1,115 @@
+"""Binds vLLM's attention layers to their parts in the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.utils import extract_layer_index
+
+from pyramid_vllm.attention.access import KVAccess, access_of
+from pyramid_vllm.attention.registry import WRAPPED
+from pyramid_vllm.attention.tiered import TieredBackend
+from pyramid_vllm.policy import KVPolicyError, LengthRule
+from pyramid_vllm.worker.hooks import builders_of, follow_attention
+from pyramid_vllm.worker.layer import LayerConstants
+
+if TYPE_CHECKING:
+    from pyramid_vllm.worker.adapter import RunnerAdapter
+    from pyramid_vllm.worker.path import ComputePath
+    from pyramid_vllm.worker.shared import WorkerState
+
+
+class LayerBinder:
+    """One worker's layers.
+
+    Args:
+        runner: vLLM's runner, once its cache is allocated.
+        adapter: the same runner's.
+        context: vLLM's attention layers, by name.
+        names: the tiered ones, first to last.
+        rule: the engine's.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        adapter: RunnerAdapter,
+        context: dict[str, Any],
+        names: Sequence[str],
+        rule: LengthRule,
+    ) -> None:
+        self._runner, self._adapter, self._context = runner, adapter, context
+        self._names, self._rule = names, rule
+
+    def access(self, name: str) -> KVAccess:
+        """How a layer's cache is read and written.
+
+        Raises:
+            KVPolicyError: its backend is not one that we wrap.
+        """
+        layer = self._context[name]
+        if not issubclass(layer.attn_backend, TieredBackend):
+            raise KVPolicyError(
+                f"kv_policy does not support attention by {type(layer.impl).__name__}: "
+                f"valid are {', '.join(backend.name for backend in WRAPPED)}"
+            )
+        return access_of(layer)
+
+    def bind(self, group_id: int, path: ComputePath, state: WorkerState) -> list[Any]:
+        """Bind the layers of one cache group.
+
+        Returns:
+            Their parts, first to last.
+
+        Raises:
+            KVPolicyError: a layer's attention, or where it keeps what it caches, is
+                not supported.
+        """
+        self._check_block_size(group_id)
+        groups = self._runner.attn_groups[group_id]
+        for group, builder in zip(
+            groups, builders_of(self._runner, group_id), strict=True
+        ):
+            # One spec and one backend: what holds for a layer holds for the group.
+            self.access(group.layer_names[0]).check(builder)
+        members = [name for group in groups for name in group.layer_names]
+        members.sort(key=extract_layer_index)
+        layers = [
+            (self._context[name], self._constants(name, group_id)) for name in members
+        ]
+        parts = path.bind(group_id, layers, state)
+        for (layer, _), part in zip(layers, parts, strict=True):
+            follow_attention(layer, part)
+        return parts
+
+    def _check_block_size(self, group_id: int) -> None:
+        groups = self._runner.kv_cache_config.kv_cache_groups
+        block_size = groups[group_id].kv_cache_spec.block_size
+        kernel_block_size = self._adapter.kernel_block_size(group_id)
+        if kernel_block_size != block_size:
+            raise KVPolicyError(
+                f"kv_policy does not support block_size={block_size}: the kernels "
+                f"split it into blocks of {kernel_block_size}"
+            )
+
+    def _constants(self, name: str, group_id: int) -> LayerConstants:
+        access, index = self.access(name), self._names.index(name)
+        access.check_movable()
+        impl = access.impl
+        tiers = self._rule.layout.tier_of_layer
+        return LayerConstants(
+            index=index,
+            tier=tiers[index],
+            group_id=group_id,
+            prunes_next=(
+                self._rule.prunes
+                and index + 1 < len(tiers)
+                and tiers[index + 1] > tiers[index]
+            ),
+            scale=impl.scale,
+            logits_soft_cap=impl.logits_soft_cap or 0.0,
+            # The weights themselves, for they may be loaded anew.
+            sink_logits=None if impl.sinks is None else impl.sinks.detach(),
+            cache=access.views(access.layer.kv_cache),
+        )
