@@ -119,7 +119,13 @@ class PolicyConfig(BaseModel):
         return value
 
     @field_validator(
-        "prune_from", "exceed_length_to_compress", "layer_weights", mode="before"
+        "layer_weights",
+        "prefill_decay_ratio",
+        "capacity",
+        "queries",
+        "prune_from",
+        "exceed_length_to_compress",
+        mode="before",
     )
     @classmethod
     def _none_by_name(cls, value: Any) -> Any:
