@@ -1,6 +1,8 @@
 """What the documents say of policies, files and tests is what there is."""
 
+import json
 import re
+import statistics
 
 import pytest
 
@@ -83,6 +85,31 @@ def test_settings_have_the_defaults_of_their_table(setting: str) -> None:
 
 def _shown(value: object) -> str:
     return "none" if value is None else str(value)
+
+
+def test_the_readme_has_the_figures_of_the_results() -> None:
+    """And calls a goal missed where it is."""
+    results = json.loads(read("docs/results.json"))
+    values = [goal["value"] for goal in results["goals"]]
+    loss, needles, second_loss, second_needles, *_, memory, first, bound, free = values
+    best = min(peer["share"]["value"] for peer in results["peers"].values())
+    found = max(statistics.mean(p["scores"]) for p in results["peers"].values())
+    table = rows(read("README.md"), "| `pyramid` against the full cache")
+    shown = [cells[1:3] for cells in table.values()]
+    assert [first_cell.partition(" (")[0] for first_cell, _ in shown[:7]] == [
+        f"{memory:.0%}",
+        f"{loss:+.2%}",
+        f"{needles:.0%}",
+        f"{best:+.2%}; {found:.0%}",
+        f"{bound:.2f}",
+        f"{free:.2f}",
+        f"{first:.2f}",
+    ]
+    assert shown[1][1] == f"{second_loss:+.2%}"
+    assert shown[2][1].startswith(f"{second_needles:.0%} ")
+    missed = [row for row, cells in table.items() if "missed" in cells[-1]]
+    assert len(missed) == sum(not goal["met"] for goal in results["goals"])
+    assert missed == [list(table)[4], list(table)[6]]
 
 
 #: Folders that paths in documents begin with; else they are the package's.
