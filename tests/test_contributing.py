@@ -1,6 +1,9 @@
 """docs/contributing.md: its scorer in one file decides which tokens an engine keeps."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,64 @@ def test_the_scorer_of_the_document_decides(tiny_llama: str, scorer: str) -> Non
                 torch.testing.assert_close(value[:, head], full[1][kept, head])
     finally:
         close(llm)
+
+
+TRACED = """\
+import os
+from pathlib import Path
+from pyramid_vllm.policy import Queries, scorer
+from {module} import {function} as inner
+
+@scorer(Queries.NONE)
+def traced(inputs, config):
+    with Path("called").open("a") as file:
+        print(os.getpid(), file=file)
+    return inner(inputs, config)
+"""
+
+ENGINE = """\
+import os
+from vllm import SamplingParams
+from tests.engines import make_llm
+
+if __name__ == "__main__":
+    policy = {"base": "knorm", "name": "mine", "scorer": "traced:traced"}
+    llm = make_llm(
+        os.environ["MODEL"], kv_policy=policy, distributed_executor_backend="mp"
+    )
+    prompt = {"prompt_token_ids": list(range(300))}
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False)
+    llm.generate([prompt], sampling)
+    print("mine", os.getpid())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_engine_core_and_workers_find_it(
+    tiny_llama: str, tmp_path: Path, scorer: str
+) -> None:
+    """In processes of their own, by the module search path alone."""
+    module, _, function = scorer.partition(":")
+    source = TRACED.format(module=module, function=function)
+    (tmp_path / "traced.py").write_text(source)
+    (tmp_path / "engine.py").write_text(ENGINE)
+    result = subprocess.run(
+        [sys.executable, "engine.py"],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "MODEL": tiny_llama,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    mine = re.search(r"^mine (\d+)$", result.stdout, flags=re.M)
+    assert mine is not None
+    called = (tmp_path / "called").read_text().split()
+    assert len(called) == TINY_LLAMA["num_hidden_layers"]
+    assert mine.group(1) not in called
