@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import BACKEND
 from tests.engines import close, held_kv, make_llm, random_prompts, scheduler_of
 from tests.models import TINY_LLAMA
 
@@ -43,6 +44,7 @@ def expected(key: torch.Tensor, num_kept: int) -> list[list[int]]:
     return kept
 
 
+@pytest.mark.skipif(BACKEND is not None, reason="no kernel computes it")
 def test_the_scorer_of_the_document_decides(tiny_llama: str, scorer: str) -> None:
     """In every layer and head; the whole keys are those of a request without policy."""
     from vllm import SamplingParams
