@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from pyramid_vllm.attention.cpu import CPUAccess
 from pyramid_vllm.checks import LEGACY_RAY_EXECUTOR, check_engine
 from pyramid_vllm.policy import KVPolicyError
+from tests.documents import functions, read
 from tests.models import TINY_LLAMA, save_config
 from tests.test_engine_args import (
     engine_config,
@@ -22,8 +23,7 @@ from tests.test_engine_args import (
     sliding_config,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+DOCUMENT = read("docs/compatibility.md")
 
 
 def section(title: str) -> str:
@@ -41,8 +41,7 @@ def refused_at_start() -> set[str]:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`(tests/.+?)`", DOCUMENT))))
 def test_every_test_that_is_named_exists(path: str) -> None:
     file, _, name = path.partition("::")
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    assert name in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    assert name in functions(file)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +190,7 @@ def test_refusals_at_start(
 
 def test_no_refusal_is_missing_from_the_table() -> None:
     """Every setting that the checks name."""
-    source = (ROOT / "pyramid_vllm" / "checks.py").read_text(encoding="utf-8")
+    source = read("pyramid_vllm/checks.py")
     named = set()
     for node in ast.walk(ast.parse(source)):
         is_refusal = isinstance(node, ast.Call) and getattr(node.func, "id", "") == (

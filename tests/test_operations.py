@@ -1,28 +1,17 @@
 """What docs/operations.md lists is what there is."""
 
 import re
-from pathlib import Path
 
 import yaml
 
 from pyramid_vllm.metrics.prometheus import COUNTERS, GAUGES, PREFIX
+from tests.documents import ROOT, read, rows
 
-ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-
-
-def rows(header: str) -> dict[str, list[str]]:
-    """A table's rows by their first cell, found by its header."""
-    table = TEXT[TEXT.index(header) :].split("\n\n")[0]
-    cells = [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in table.splitlines()[2:]
-    ]
-    return {first.strip("`"): rest for first, *rest in cells}
+TEXT = read("docs/operations.md")
 
 
 def test_the_table_of_metrics_is_whole() -> None:
-    table = rows("| metric | kind |")
+    table = rows(TEXT, "| metric | kind |")
     kinds = dict.fromkeys(COUNTERS, "counter") | dict.fromkeys(GAUGES, "gauge")
     kinds |= {"info": "gauge", "compaction_time_seconds": "histogram"}
     assert {name: cells[0] for name, cells in table.items()} == {
@@ -35,7 +24,9 @@ def test_the_table_of_metrics_is_whole() -> None:
 def test_the_table_of_alerts_is_whole() -> None:
     path = ROOT / "configs/prometheus/alerts.yaml"
     (group,) = yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
-    assert set(rows("| alert | threshold |")) == {r["alert"] for r in group["rules"]}
+    assert set(rows(TEXT, "| alert | threshold |")) == {
+        r["alert"] for r in group["rules"]
+    }
 
 
 def test_links_lead_somewhere() -> None:

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from pyramid_vllm.policy import (
-    SCORERS,
     KVPolicyError,
     PolicyConfig,
     preset_names,
@@ -127,12 +126,6 @@ def test_bad_yaml_is_named(policy_file: Path, content: str, word: str) -> None:
     with pytest.raises(KVPolicyError, match=word) as error:
         resolve_policy(str(policy_file))
     assert str(policy_file) in str(error.value)
-
-
-def test_every_scorer_name_has_a_scorer() -> None:
-    from pyramid_vllm.worker.scorers import SCORERS as IMPLEMENTED
-
-    assert set(IMPLEMENTED) == set(SCORERS)
 
 
 def test_a_policy_is_frozen() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from pyramid_vllm.kernels import select_tokens
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries
-from pyramid_vllm.worker.scorers import SCORERS, ScoreInputs
+from pyramid_vllm.worker import scorers
 
 _ATTENTION = "pyramid_vllm_dense"
 
@@ -129,7 +129,7 @@ def layer_scores(
     cache: LayerCache, config: PolicyConfig, num_queries: int, num_recent: int
 ) -> torch.Tensor:
     """A layer's scores: ``[num_kv_heads or 1, num_tokens]``."""
-    inputs = ScoreInputs(
+    inputs = scorers.ScoreInputs(
         query=cache.query[-num_queries:] if num_queries else None,
         key=cache.key.transpose(0, 1),
         scale=cache.scale,
@@ -137,7 +137,7 @@ def layer_scores(
         sink_logits=None,
         num_recent=num_recent,
     )
-    return SCORERS[config.scorer](inputs, config)
+    return scorers.layer_scores(inputs, config)
 
 
 def gathered(cache: LayerCache, kept: torch.Tensor) -> LayerCache:

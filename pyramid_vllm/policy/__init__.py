@@ -1,6 +1,6 @@
 """Integer policy: which share of a request's tokens each layer keeps."""
 
-from pyramid_vllm.policy.config import SCORERS, PolicyConfig, Queries
+from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
 from pyramid_vllm.policy.lengths import LengthRule
 from pyramid_vllm.policy.memory import MemoryModel, num_pages
@@ -17,6 +17,7 @@ from pyramid_vllm.policy.requests import (
     RequestPolicies,
     asks_for_policy,
 )
+from pyramid_vllm.policy.scorers import SCORERS, Queries, Scorer, scorer
 from pyramid_vllm.policy.tiers import TierLayout, tier_layout
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "PolicyConfig",
     "Queries",
     "RequestPolicies",
+    "Scorer",
     "TierLayout",
     "asks_for_policy",
     "fitted",
@@ -38,5 +40,6 @@ __all__ = [
     "preset_names",
     "profile_weights",
     "resolve_policy",
+    "scorer",
     "tier_layout",
 ]

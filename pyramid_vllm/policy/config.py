@@ -1,6 +1,5 @@
 """The frozen, validated settings of a KV policy."""
 
-from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,26 +14,7 @@ from pydantic import (
 )
 
 from pyramid_vllm.policy.errors import KVPolicyError
-
-
-class Queries(Enum):
-    """Which queries of a prompt a scorer reads."""
-
-    NONE = "none"
-    WINDOW = "window"
-    """Those of the newest tokens."""
-    ALL = "all"
-    """Every one; scores add up from chunk to chunk."""
-
-
-#: Scorers by name, and what each reads.
-SCORERS: dict[str, Queries] = {
-    "attention": Queries.WINDOW,
-    "accumulated": Queries.ALL,
-    "key_norm": Queries.NONE,
-    "recency": Queries.NONE,
-    "votes": Queries.WINDOW,
-}
+from pyramid_vllm.policy.scorers import Queries, Scorer, find_scorer
 
 #: Names of PyramidInfer's released code for settings that have another name here.
 ALIASES = {
@@ -95,6 +75,7 @@ class PolicyConfig(BaseModel):
     """A prompt up to this length is kept whole, and no layer ever keeps less. Budget
     ``pyramidinfer``: of the tokens before the recent window."""
     scorer: str = "attention"
+    """How tokens are ranked: a name of ``policy.scorers``, or ``module:name``."""
     distance_weight: float = Field(default=1.2, ge=1)
     """Weight of the newest query in the scores; the oldest in the window has 1."""
     queries: PositiveInt | None = None
@@ -134,12 +115,17 @@ class PolicyConfig(BaseModel):
     @field_validator("scorer")
     @classmethod
     def _known_scorer(cls, value: str) -> str:
-        if value not in SCORERS:
-            raise ValueError(f"valid scorers are {', '.join(sorted(SCORERS))}")
+        find_scorer(value)
         return value
 
     @field_validator(
-        "prune_from", "exceed_length_to_compress", "layer_weights", mode="before"
+        "layer_weights",
+        "prefill_decay_ratio",
+        "capacity",
+        "queries",
+        "prune_from",
+        "exceed_length_to_compress",
+        mode="before",
     )
     @classmethod
     def _none_by_name(cls, value: Any) -> Any:
@@ -163,7 +149,7 @@ class PolicyConfig(BaseModel):
                 f"scorer='{self.scorer}' adds up over the whole prompt: valid with it "
                 "are prune_from none and evict 'prompt_end'"
             )
-        if self.generation and self.scorer not in ("attention", "recency"):
+        if self.generation and not self.scoring.scores_groups:
             raise ValueError(
                 f"scorer='{self.scorer}' has no scores for generated tokens: valid "
                 "with it is exceed_length_to_compress none"
@@ -203,14 +189,24 @@ class PolicyConfig(BaseModel):
         return None if self.layer_weights == "auto" else self.layer_weights
 
     @property
+    def scoring(self) -> Scorer:
+        """The scorer itself."""
+        return find_scorer(self.scorer)
+
+    @property
     def scored_queries(self) -> Queries:
         """Which queries the scorer reads."""
-        return SCORERS[self.scorer]
+        return self.scoring.queries
 
     @property
     def needs_queries(self) -> bool:
         """Whether the scorer reads queries at all."""
         return self.scored_queries is not Queries.NONE
+
+    @property
+    def pools(self) -> bool:
+        """Whether scores are pooled."""
+        return self.pooling != "none" and self.scoring.is_pooled
 
     @property
     def generation(self) -> bool:

@@ -15,7 +15,7 @@ from vllm.utils.math_utils import cdiv
 from pyramid_vllm.kernels import compact, select_tokens
 from pyramid_vllm.policy import PolicyConfig, Queries
 from pyramid_vllm.worker.query_slots import GroupQueries
-from pyramid_vllm.worker.scorers import SCORERS, ScoreInputs
+from pyramid_vllm.worker.scorers import ScoreInputs, layer_scores
 
 if TYPE_CHECKING:
     from pyramid_vllm.attention.layout import KVViews
@@ -162,7 +162,7 @@ class TieredLayer:
             self._state.accumulated.retain(window.req_id, self.index, scores)
         layer = None
         if narrows or config.selection == "layer":
-            layer = over_heads(scores, config.scorer != "recency")
+            layer = over_heads(scores, not config.scoring.is_same_for_all_heads)
         if narrows:
             assert layer is not None
             self._narrow(rows, self._kept_rows(rows, layer, config))
@@ -199,7 +199,7 @@ class TieredLayer:
             self.sink_logits,
             window.num_recent,
         )
-        scores = SCORERS[config.scorer](inputs, config)
+        scores = layer_scores(inputs, config)
         if config.scored_queries is Queries.ALL:
             return self._state.accumulated.add(window.req_id, self.index, scores)
         return scores

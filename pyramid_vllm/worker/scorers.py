@@ -1,4 +1,4 @@
-"""Scorers by the names of ``pyramid_vllm.policy.SCORERS``."""
+"""The scorers of ``pyramid_vllm.policy.SCORERS``."""
 
 from typing import NamedTuple, Protocol
 
@@ -35,21 +35,18 @@ class ScoreInputs(NamedTuple):
         return self.logits_soft_cap, self.sink_logits
 
 
-class Scorer(Protocol):
-    """From a layer's queries and keys to scores."""
+class ScoreFunction(Protocol):
+    """From a layer's queries and keys to scores: what a ``Scorer`` calls."""
 
     def __call__(self, inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
         """``[num_kv_heads or 1, num_tokens]``, float32; more is more important."""
 
 
 def attention(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
-    """Attention paid by the newest tokens: see ``window_scores`` and ``pooled``."""
-    query, key, scale, _, _, num_recent = inputs
+    """Attention paid by the newest tokens: see ``window_scores``."""
+    query, key, scale = inputs.query, inputs.key, inputs.scale
     assert query is not None
-    scores = window_scores(query, key, scale, config.distance_weight, *inputs.softmax)
-    if config.pooling == "none":
-        return scores
-    return pooled(scores, num_recent, config.pooling, config.pool_kernel)
+    return window_scores(query, key, scale, config.distance_weight, *inputs.softmax)
 
 
 def accumulated(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
@@ -74,10 +71,23 @@ def recency(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
     return recency_scores(inputs.key.shape[0], inputs.key.device)
 
 
-SCORERS: dict[str, Scorer] = {
-    "attention": attention,
-    "accumulated": accumulated,
-    "key_norm": key_norm,
-    "recency": recency,
-    "votes": votes,
-}
+def layer_scores(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """Scores of one request in one layer, pooled where the policy says so.
+
+    Returns:
+        ``[num_kv_heads or 1, num_tokens]``, float32.
+
+    Raises:
+        RuntimeError: the scorer gave something else.
+    """
+    scores: torch.Tensor = config.scoring(inputs, config)
+    num_tokens, num_heads, _ = inputs.key.shape
+    rows = 1 if config.scoring.is_same_for_all_heads else num_heads
+    if scores.shape != (rows, num_tokens) or scores.dtype != torch.float32:
+        raise RuntimeError(
+            f"KV policy: scorer '{config.scorer}' gave {scores.dtype} of shape "
+            f"{tuple(scores.shape)}: valid is torch.float32 of {(rows, num_tokens)}"
+        )
+    if not config.pools:
+        return scores
+    return pooled(scores, inputs.num_recent, config.pooling, config.pool_kernel)

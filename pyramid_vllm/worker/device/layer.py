@@ -8,25 +8,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyramid_vllm.kernels.requests_triton import PagedLayers
-from pyramid_vllm.kernels.score_triton import (
-    ACCUMULATED,
-    ATTENTION,
-    VOTES,
-    score,
-    score_key_norms,
-)
+from pyramid_vllm.kernels.score_triton import score, score_key_norms
 from pyramid_vllm.kernels.select_triton import select
 from pyramid_vllm.policy import Queries
 from pyramid_vllm.worker.device.moves import final_scores, move_group
 from pyramid_vllm.worker.device.pruner import DevicePruner
+from pyramid_vllm.worker.device.scorers import KEY_NORM, KINDS, check_scorers
 from pyramid_vllm.worker.device.step import DeviceStep
 from pyramid_vllm.worker.device.windows import WindowBatch
 from pyramid_vllm.worker.layer import LayerConstants, over_heads
 
 if TYPE_CHECKING:
     from pyramid_vllm.worker.shared import WorkerState
-
-KINDS = {"attention": ATTENTION, "accumulated": ACCUMULATED, "votes": VOTES}
 
 
 @dataclass
@@ -63,6 +56,7 @@ class DeviceLayer:
         state: WorkerState,
         query_scale: torch.Tensor,
     ) -> None:
+        check_scorers(state.policies.values())
         self.index, self.tier = constants.index, constants.tier
         self.sink_logits = constants.sink_logits
         self.scale = constants.scale
@@ -152,7 +146,7 @@ class DeviceLayer:
         own = scores[self._place : self._place + 1]
         table = self._state.step.batch.pages(self._group.group_id)
         config = batch.config
-        if config.scorer == "key_norm" and (size.moves or batch.sizes[self.tier].moves):
+        if config.scorer == KEY_NORM and (size.moves or batch.sizes[self.tier].moves):
             score_key_norms(self._keys, table, spans, own, max_tokens=size.max_tokens)
         if not (config.needs_queries and size.is_scored):
             return
@@ -218,7 +212,7 @@ class DeviceLayer:
                 continue
             config, spans = batch.config, batch.narrow_spans[self.tier]
             by_head = final_scores(scores, config, spans, size, step)
-            layer = over_heads(by_head, config.scorer != "recency")
+            layer = over_heads(by_head, not config.scoring.is_same_for_all_heads)
             rows = batch.row_spans[self.tier]
             select(layer, kept[None, None], rows, max_tokens=size.max_tokens)
         pruner.set_rows(self.tier, step, kept)

@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from pyramid_vllm.kernels.compact_triton import compact_pages, gather_into_pages
 from pyramid_vllm.kernels.score_triton import pool_scores
 from pyramid_vllm.kernels.select_triton import select
+from pyramid_vllm.worker.device.scorers import RECENCY
 from pyramid_vllm.worker.layer import over_heads
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ def final_scores(
     Returns:
         ``[num_layers, 1 or num_kv_heads, num_scores]``
     """
-    if config.scorer == "recency":
+    if config.scorer == RECENCY:
         newer = torch.arange(
             scores.shape[-1], dtype=torch.float32, device=scores.device
         )
         return newer.expand(scores.shape[0], 1, -1)
-    if config.pooling == "none" or config.scorer != "attention":
+    if not config.pools:
         return scores
     pooled = step.scratch.get("pooled", tuple(scores.shape), torch.float32)
     pool_scores(
@@ -76,7 +77,7 @@ def move_group(
         return
     chosen = final_scores(scores, config, spans, size, step)
     if config.selection == "layer":
-        chosen = over_heads(chosen, config.scorer != "recency")
+        chosen = over_heads(chosen, not config.scoring.is_same_for_all_heads)
     kept = step.scratch.get("kept", tuple(chosen.shape), torch.int32)
     select(chosen, kept, spans, max_tokens=size.max_tokens)
     table = step.batch.pages(group.group_id)

@@ -12,7 +12,8 @@ from pyramid_vllm.kernels.requests_triton import Spans
 from pyramid_vllm.kernels.score_triton import pool_scores, score, score_key_norms
 from pyramid_vllm.kernels.select_triton import select
 from pyramid_vllm.policy import PolicyConfig
-from pyramid_vllm.worker.device.layer import KINDS, DeviceGroup
+from pyramid_vllm.worker.device.layer import DeviceGroup
+from pyramid_vllm.worker.device.scorers import KEY_NORM, KINDS
 from pyramid_vllm.worker.device.step import DeviceStep
 
 #: Lengths whose kernels differ: of queries, and of tokens to choose from.
@@ -51,7 +52,7 @@ def compile_kernels(
     lengths = _QUERIES if config.needs_queries else ()
     for queries in lengths:
         _score(group, config, query, table, spans, scores, queries)
-    if config.scorer == "key_norm":
+    if config.scorer == KEY_NORM:
         score_key_norms(group.keys, table, spans, scores, max_tokens=1)
     return len(lengths) + _choose(group, config, table, spans, scores)
 
@@ -71,8 +72,7 @@ def _choose(
     scores: torch.Tensor,
 ) -> int:
     """Pool, select and compact; how many launches there were."""
-    pools = config.pooling != "none"
-    if pools:
+    if config.pools:
         pooled = torch.zeros_like(scores)
         kind, kernel = config.pooling, config.pool_kernel
         pool_scores(scores, pooled, spans, kind, kernel, max_tokens=1)
@@ -81,7 +81,7 @@ def _choose(
     for tokens in _TOKENS:
         select(chosen, kept, spans, max_tokens=tokens)
     compact_pages(group.keys, group.values, table, spans, kept)
-    return pools + len(_TOKENS) + 1
+    return config.pools + len(_TOKENS) + 1
 
 
 def _score(
