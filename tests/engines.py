@@ -1,6 +1,8 @@
 """Small engines, and what tests look at in them."""
 
+import functools
 import gc
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,11 +36,33 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+_engines = itertools.count()
+_freeze = gc.freeze
+
+
+@functools.cache
+def _spare_repeats() -> None:
+    """Let vLLM do once in a process what it does for each engine, and need not.
+
+    It collects the garbage of the whole heap eight times around an engine, all that was
+    imported too, for seconds; and looks through all modules for kernels to replace.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
+    replace_kernels = functools.cache(CpuPlatform.register_triton_kernel_overrides)
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(replace_kernels)
+
+
 def make_llm(model: str, **settings: Any) -> Any:
     """An engine in this process."""
     import pyramid_vllm  # noqa: F401, I001
     from vllm import LLM
 
+    _spare_repeats()
+    if next(_engines) == 1:  # the first one has imported the rest, and is gone
+        gc.collect()
+        _freeze()
     return LLM(model=model, **(DEFAULTS | settings))
 
 

@@ -10,6 +10,7 @@ All this is decided when vLLM is imported, so it needs a process of its own::
 """
 
 import functools
+import gc
 import importlib
 import json
 import math
@@ -206,6 +207,7 @@ def main() -> None:
     prepare()
     for module in ("pyramid_vllm.worker", "vllm", "vllm.v1.worker.gpu.model_runner"):
         importlib.import_module(module)
+    gc.freeze()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
