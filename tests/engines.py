@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +35,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-_engines = itertools.count()
 _freeze = gc.freeze
+#: Objects of a heap that is slow to collect: more than those of an engine.
+_MANY = 20_000
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def make_llm(model: str, **settings: Any) -> Any:
     from vllm import LLM
 
     _spare_repeats()
-    if next(_engines) == 1:  # the first one has imported the rest, and is gone
+    if len(gc.get_objects()) > _MANY:  # modules that were imported since the last time
         gc.collect()
         _freeze()
     return LLM(model=model, **(DEFAULTS | settings))
