@@ -12,7 +12,7 @@ from pyramid_vllm.policy import (
     resolve_policy,
 )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = ["KVPolicyError", "PolicyConfig", "preset_names", "resolve_policy"]
 
 expect_vllm()

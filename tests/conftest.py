@@ -61,6 +61,25 @@ def policy_file(tmp_path: Path) -> Iterator[Path]:
     return tmp_path / "policy.yaml"
 
 
+#: Files that take longest. They start first: with one of them at the end, the other
+#: processes would have nothing left to do.
+LONGEST = (
+    "test_gpu_backends",
+    "test_fuzz",
+    "test_oracle",
+    "test_kill",
+    "test_ray_data",
+    "test_ray",
+    "test_gpu_check",
+    "test_serve",
+    "test_speculation",
+    "test_cross_talk",
+    "test_bench",
+    "test_pruning",
+    "test_mrope",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run tests that take minutes")
     parser.addoption("--long", action="store_true", help="fuzz ten times as long")
@@ -69,6 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for name in ("slow", "long"):
         if config.getoption(f"--{name}"):
             continue

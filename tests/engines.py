@@ -1,5 +1,6 @@
 """Small engines, and what tests look at in them."""
 
+import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,11 +35,34 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+_freeze = gc.freeze
+#: Objects of a heap that is slow to collect: more than those of an engine.
+_MANY = 20_000
+
+
+@functools.cache
+def _spare_repeats() -> None:
+    """Let vLLM do once in a process what it does for each engine, and need not.
+
+    It collects the garbage of the whole heap eight times around an engine, all that was
+    imported too, for seconds; and looks through all modules for kernels to replace.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
+    replace_kernels = functools.cache(CpuPlatform.register_triton_kernel_overrides)
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(replace_kernels)
+
+
 def make_llm(model: str, **settings: Any) -> Any:
     """An engine in this process."""
     import pyramid_vllm  # noqa: F401, I001
     from vllm import LLM
 
+    _spare_repeats()
+    if len(gc.get_objects()) > _MANY:  # modules that were imported since the last time
+        gc.collect()
+        _freeze()
     return LLM(model=model, **(DEFAULTS | settings))
 
 

@@ -9,12 +9,17 @@ All this is decided when vLLM is imported, so it needs a process of its own::
     result = run_in_process("tests.test_x:function", {"argument": 1})
 """
 
+import functools
+import gc
 import importlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +152,7 @@ _REPLACE: dict[str, Any] = {
 
 
 def run_in_process(
-    target: str,
-    arguments: dict[str, Any],
-    timeout: float = 120.0,
-    environment: dict[str, str] | None = None,
+    target: str, arguments: dict[str, Any], timeout: float = 120.0
 ) -> Any:
     """Call a function in a process that is set up, and hand back what it returns.
 
@@ -158,31 +160,73 @@ def run_in_process(
         target: ``module:function``; the function takes and returns what JSON can hold.
         arguments: Its keyword arguments.
         timeout: Seconds after which the process is ended.
-        environment: More variables for the process.
     """
     with tempfile.TemporaryDirectory() as folder:
+        call = [target, arguments, folder, math.ceil(timeout)]
+        status = _server().ask(json.dumps(call))
         result = Path(folder, "result.json")
-        call = json.dumps([target, arguments, str(result)])
-        done = subprocess.run(
-            [sys.executable, "-c", "from tests import gpu_on_cpu; gpu_on_cpu.main()"],
-            input=call,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=Path(__file__).parents[1],
-            env=os.environ | (environment or {}),
-            check=False,
-        )
-        if done.returncode or not result.exists():
-            tail = done.stderr[-_STDERR_CHARS:]
-            raise RuntimeError(f"{target} ended with {done.returncode}:\n{tail}")
+        if status or not result.exists():
+            tail = Path(folder, "log").read_text(errors="replace")[-_STDERR_CHARS:]
+            raise RuntimeError(f"{target} ended with {status}:\n{tail}")
         return json.loads(result.read_text())
 
 
+class _Server:
+    """A process that is set up once, and forks for every call: imports take long.
+
+    It ends when its input does: with this process at the latest.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from tests import gpu_on_cpu; gpu_on_cpu.main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+
+    def ask(self, call: str) -> int:
+        """The exit status of the process that the call got."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(call + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+@functools.cache
+def _server() -> _Server:
+    return _Server()
+
+
 def main() -> None:
-    """The process's side of ``run_in_process``."""
-    target, arguments, result = json.load(sys.stdin)
+    """The server's side of ``run_in_process``."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     prepare()
-    module, function = target.split(":")
-    value = getattr(importlib.import_module(module), function)(**arguments)
-    Path(result).write_text(json.dumps(value))
+    for module in ("pyramid_vllm.worker", "vllm", "vllm.v1.worker.gpu.model_runner"):
+        importlib.import_module(module)
+    gc.freeze()
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _call(*json.loads(line))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(status, file=answers, flush=True)
+
+
+def _call(target: str, arguments: dict[str, Any], folder: str, seconds: int) -> None:
+    """In a process of its own, which ends here or at its alarm."""
+    with Path(folder, "log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    signal.alarm(seconds)
+    try:
+        module, function = target.split(":")
+        value = getattr(importlib.import_module(module), function)(**arguments)
+        Path(folder, "result.json").write_text(json.dumps(value))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

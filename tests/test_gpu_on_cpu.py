@@ -158,6 +158,11 @@ def test_a_failure_names_its_cause() -> None:
         run_in_process("tests.gpu_on_cpu:use_backend", {"name": "NO_ATTN"})
 
 
+def test_a_process_that_does_not_end_is_ended() -> None:
+    with pytest.raises(RuntimeError, match="signal:pause ended with -14"):
+        run_in_process("signal:pause", {}, timeout=1)
+
+
 def run_fp8(model: str) -> dict[str, Any]:
     """First layer's keys in a cache of floats, and in one of 8 bits."""
     use_backend("TRITON_ATTN")

@@ -1,7 +1,7 @@
-"""What the distribution says of itself."""
+"""What the distribution says of itself; `scripts/check-package` builds and uses it."""
 
+import re
 import subprocess
-import sys
 import tomllib
 import zipfile
 from importlib.metadata import Distribution, entry_points
@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+import pyramid_vllm
 import pyramid_vllm.cli.name_vllm as name_vllm
+from pyramid_vllm.cli import app
 from pyramid_vllm.compat import SUPPORTED_VLLM, check_vllm_version
-from pyramid_vllm.policy import KVPolicyError, preset_names
+from pyramid_vllm.policy import KVPolicyError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,29 +30,16 @@ def test_vllm_loads_the_plugin() -> None:
     assert entry.value == "pyramid_vllm.plugin:register"
 
 
-def test_the_wheel_ships_presets_and_pages(tmp_path: Path) -> None:
-    """And, installed from it, the package finds them there."""
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
-    subprocess.run([*command, "--directory", str(tmp_path)], cwd=ROOT, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
-    code = (
-        "from pyramid_vllm.policy import preset_dir, preset_names, resolve_policy\n"
-        "assert preset_dir().parent.parent.name == 'pyramid_vllm', preset_dir()\n"
-        "print(*preset_names())\n"
-        "assert resolve_policy('pyramid').layer_weights == 'auto'\n"
-        "from pyramid_vllm.inspection.page import page\n"
-        "assert 'KV heads' in page({'policy': {'name': 'p'}, 'model': 'm'})"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "installed",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.split() == preset_names()
+def test_the_changelog_has_this_version() -> None:
+    """As its newest."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d[^\]]*)\] - \d{4}-\d\d-\d\d$", text, re.M)
+    assert released[0] == pyramid_vllm.__version__
+
+
+def test_the_command_tells_its_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.stdout == f"pyramid-vllm {pyramid_vllm.__version__}\n"
 
 
 def test_the_extras_are_in_the_supported_range(project: Any) -> None:

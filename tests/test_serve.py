@@ -274,6 +274,7 @@ def test_metrics_of_several_front_ends_and_engines(
         check_metrics(server, "0")
 
 
+@pytest.mark.slow  # scripts/check-package shows the same of the installed package
 def test_help_lists_the_flags_in_a_group() -> None:
     result = subprocess.run(
         [str(VLLM), "serve", "--help=KVPolicy"],

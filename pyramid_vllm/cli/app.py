@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pyramid_vllm import __version__
 from pyramid_vllm.cli.analyze import analyze
 from pyramid_vllm.cli.bench import bench
 from pyramid_vllm.cli.eval import evaluate
@@ -16,7 +17,6 @@ from pyramid_vllm.cli.top import top
 
 app = typer.Typer(
     name="pyramid-vllm",
-    help="A pyramid KV cache for stock vLLM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -34,6 +34,22 @@ OverridesOption = Annotated[
     str | None,
     typer.Option("--kv-policy-config", help="Settings that replace it, as JSON."),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pyramid-vllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """A pyramid KV cache for stock vLLM."""
 
 
 @app.command()
