@@ -2,7 +2,8 @@
 
 One prompt at a time, in one chunk. One process a side; stock and a few settings at a
 time take turns, as many as fit into memory, and ratios are to stock within a round.
-and the share of what these rows promise that was gained.
+Beside them stand the rows that layers computed, and the share of the gain that these
+rows promise.
 """
 
 import json

@@ -136,13 +136,6 @@ def peer_goals(results: Results, figures: Results, command: str) -> list[Goal]:
     ]
 
 
-def bench_point(results: Results, label: str) -> Results:
-    """One point of a benchmark."""
-    (found,) = [point for point in results["points"] if point["label"] == label]
-    point: Results = found
-    return point
-
-
 def _ratio_goal(name: str, aim: str, ratio: Results, met: bool, command: str) -> Goal:
     return goal(name, aim, ratio["median"], (ratio["min"], ratio["max"]), met, command)
 

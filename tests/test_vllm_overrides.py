@@ -1,8 +1,8 @@
 """Every vLLM name that we override still is what it was when we read it.
 
 A failing line means: read the new source, mend the override, then write the new digest
-into scripts/vllm_names.py. Sources are read as text: not every module of vLLM can be
-imported on every device.
+into scripts/vllm_api/vllm_names.py. Sources are read as text: not every module of vLLM
+can be imported on every device.
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "vllm_api"))
 
 from check_vllm_api import installed
 from vllm_names import DIGESTS

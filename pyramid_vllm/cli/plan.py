@@ -53,16 +53,13 @@ class MemoryPlan:
     @property
     def mean_kept(self) -> float:
         """Mean over layers."""
-        return self._mean_over_layers(self.kept)
+        return self.memory.rule.layout.mean(self.kept)
 
     @property
     def mean_rows(self) -> float:
         """Rows of the prompt, in one chunk, that a layer computes, mean over layers."""
-        return self._mean_over_layers(self.memory.rule.num_rows(0, self.prompt_tokens))
-
-    def _mean_over_layers(self, counts: tuple[int, ...]) -> float:
-        sizes = self.memory.rule.layout.sizes
-        return sum(map(int.__mul__, counts, sizes)) / sum(sizes)
+        rule = self.memory.rule
+        return rule.layout.mean(rule.num_rows(0, self.prompt_tokens))
 
     @property
     def request_bytes(self) -> tuple[int, int]:

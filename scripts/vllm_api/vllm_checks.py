@@ -15,7 +15,7 @@ from vllm_signatures import (
 from vllm_tree import Tree
 from vllm_uses import OURS, THEIRS, Use, all_uses
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: What does not work; "changed" is to be read.
 ERRORS = ("gone", "differs")
 
