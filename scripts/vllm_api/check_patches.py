@@ -8,17 +8,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile
 from typing import Annotated, Any
 
 import typer
+from check_vllm_api import installed
 from vllm_tree import version_of
 
 from pyramid_vllm.native import SWITCH
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATCHES = ROOT / "patches"
 RUNNERS = ("v1", "v2")
 #: Tests of whole engines whose tokens are compared with an oracle's, with stock vLLM's,
@@ -39,19 +39,6 @@ TESTS = (
 TESTS_V2 = ("test_native_hooks.py", "test_oracle.py", "test_cross_talk.py")
 #: They replace what the hooks make superfluous.
 OF_OVERRIDES = "override"
-
-
-def installed() -> Path:
-    """The folder that the installed vLLM lies in.
-
-    Raises:
-        SystemExit: there is none.
-    """
-    spec = find_spec("vllm")
-    places = spec.submodule_search_locations if spec else None
-    if not places:
-        raise SystemExit("vLLM is not installed: scripts/setup cpu does that")
-    return Path(next(iter(places))).parent
 
 
 def series(version: str) -> list[Path]:
@@ -186,6 +173,8 @@ def main(
 ) -> None:
     """Check the patches; exit status 1 if tokens differ or a test fails."""
     place = apply_only or installed()
+    if place is None:
+        raise SystemExit("vLLM is not installed: scripts/setup cpu does that")
     version = version_of(place)
     if version is None:
         raise SystemExit(f"{place} holds no vLLM")
