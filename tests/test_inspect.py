@@ -349,7 +349,7 @@ TASK = EngineTask("m", None, [1], 1, [], {})
         ("print('out of luck'); sys.exit(3)", RuntimeError, "out of luck"),
         ("print('gone')", RuntimeError, "the engine failed"),
         (
-            "print(json.dumps({'error': 'refused'}), file=open(task['file'], 'w'))",
+            "print('@pyramid-vllm', json.dumps({'error': 'refused'}))",
             KVPolicyError,
             "refused",
         ),

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from pyramid_vllm.cli.measure import MARK, Measured, MeasureTask
+from pyramid_vllm.cli.measure import Measured, MeasureTask
 from pyramid_vllm.cli.prompts import long_prompts
 from pyramid_vllm.cli.provenance import provenance
 from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.engine_process import run_child
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages, resolve_policy
 
@@ -120,33 +118,16 @@ def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         "HF_HUB_OFFLINE": "1",
     }
-    with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pyramid_vllm.cli.measure"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            text=True,
-        )
-        assert child.stdin is not None
-        assert child.stdout is not None
-        with child.stdin:
-            json.dump(asdict(task), child.stdin)
-        result = None
-        for line in child.stdout:
-            if not line.startswith(MARK):
-                log.write(line)
-                continue
-            message = json.loads(line.removeprefix(MARK))
-            if "result" in message:
-                result = Measured(**message["result"])
-            else:
-                advance(message.get("done", 0))
-        if child.wait() != 0 or result is None:
-            log.seek(0)
-            raise RuntimeError(f"the engine failed:\n{log.read()[-4000:]}")
-        return result
+    results: list[Measured] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if "result" in message:
+            results.append(Measured(**message["result"]))
+        else:
+            advance(message.get("done", 0))
+
+    run_child("pyramid_vllm.cli.measure", asdict(task), hear, environment)
+    return results[0]
 
 
 def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:
