@@ -400,8 +400,8 @@ def rows_of(dom: str) -> list[list[str]]:
 
 
 def expected_rows(report: dict[str, Any]) -> list[list[str]]:
-    from pyramid_vllm.cli.sizes import format_bytes
     from pyramid_vllm.policy.tiers import runs
+    from pyramid_vllm.sizes import format_bytes
 
     return [
         [

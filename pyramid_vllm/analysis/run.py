@@ -19,7 +19,6 @@ from pyramid_vllm.analysis.settings import WINDOW, AnalyzeSettings
 from pyramid_vllm.analysis.suggest import layer_shares, not_rising
 from pyramid_vllm.analysis.tables import layer_table, trial_table
 from pyramid_vllm.bench.plots import check_plots
-from pyramid_vllm.cli.provenance import provenance
 from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
@@ -31,6 +30,7 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.config import validated
 from pyramid_vllm.policy.profiles import IDENTITY
+from pyramid_vllm.provenance import provenance
 from pyramid_vllm.quality.retrieval import make_samples
 from pyramid_vllm.quality.texts import read_part, windows
 

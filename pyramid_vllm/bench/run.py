@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pyramid_vllm.bench.figures import check_activation
+from pyramid_vllm.bench.measure import MeasureTask
 from pyramid_vllm.bench.offline import offline_task, run_offline
 from pyramid_vllm.bench.online import OnlineTask, check_online, online_task, run_online
 from pyramid_vllm.bench.plots import check_plots, save_plots
@@ -17,11 +18,10 @@ from pyramid_vllm.bench.settings import BenchSettings, Side
 from pyramid_vllm.bench.store import RunResult, RunStore, package_version, run_key
 from pyramid_vllm.bench.summary import memory_binds, summarize
 from pyramid_vllm.bench.workload import Point, Workload, make_workload
-from pyramid_vllm.cli.measure import MeasureTask
-from pyramid_vllm.cli.provenance import provenance
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.policy import NONE
+from pyramid_vllm.provenance import provenance
+from pyramid_vllm.sizes import format_bytes
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.cli.sizes import parse_bytes
 from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
+from pyramid_vllm.sizes import parse_bytes
 
 WORKLOADS = ("offline", "online")
 DTYPES = ("auto", "float32", "float16", "bfloat16")

@@ -1,7 +1,6 @@
 """``pyramid-vllm demo``: one batch, stock vLLM and a policy, the same KV bytes."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from pyramid_vllm.cli.measure import Measured, MeasureTask
+from pyramid_vllm.bench.measure import Measured, MeasureTask
+from pyramid_vllm.bench.offline import measure
 from pyramid_vllm.cli.prompts import long_prompts
-from pyramid_vllm.cli.provenance import provenance
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.compat import check_vllm_version
-from pyramid_vllm.engine_process import run_child
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages, resolve_policy
+from pyramid_vllm.provenance import provenance
+from pyramid_vllm.sizes import format_bytes
 
 _BLOCK_SIZE = 32
 _SEED = 0
@@ -104,30 +103,6 @@ def _measure_all(
 
             measured[name] = measure(task, advance)
     return measured
-
-
-def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
-    """Run a task in a process of its own.
-
-    Raises:
-        RuntimeError: the process failed; the message ends with its last lines.
-    """
-    environment = os.environ | {
-        # The child watches its scheduler, so the engine has to be in its process.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-        "HF_HUB_OFFLINE": "1",
-    }
-    results: list[Measured] = []
-
-    def hear(message: dict[str, Any]) -> None:
-        if "result" in message:
-            results.append(Measured(**message["result"]))
-        else:
-            advance(message.get("done", 0))
-
-    run_child("pyramid_vllm.cli.measure", asdict(task), hear, environment)
-    return results[0]
 
 
 def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:

@@ -62,8 +62,8 @@ def _settings(
 ) -> "EvalSettings":
     """The options as the evaluation takes them."""
     from pyramid_vllm.cli.model import make_model
-    from pyramid_vllm.cli.sizes import parse_bytes
     from pyramid_vllm.quality.settings import EvalSettings, parse_engine_args
+    from pyramid_vllm.sizes import parse_bytes
 
     return EvalSettings(
         kv_policies=_once(kv_policy, ["pyramid"]),
@@ -107,6 +107,7 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from pyramid_vllm.compat import check_vllm_version
+    from pyramid_vllm.generation import stop_ids
     from pyramid_vllm.model_shape import ModelShape
     from pyramid_vllm.policy import profile_weights
     from pyramid_vllm.quality.evaluation import Evaluation
@@ -134,19 +135,6 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
     console.print(f"results are in {out}")
 
 
-def stop_ids(model: str, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer."""
-    from transformers import GenerationConfig
-
-    try:
-        given = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # not every model has one
-        given = None
-    found = given if isinstance(given, list) else [given]
-    ids = {*found, tokenizer.eos_token_id} - {None}
-    return sorted(ids)
-
-
 def _print(
     outcomes: "list[Outcome]",
     summaries: "list[Summary]",
@@ -171,7 +159,7 @@ def _write(
 ) -> None:
     from dataclasses import asdict
 
-    from pyramid_vllm.cli.provenance import provenance
+    from pyramid_vllm.provenance import provenance
     from pyramid_vllm.quality.report import as_json
 
     content = {

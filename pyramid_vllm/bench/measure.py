@@ -1,6 +1,6 @@
 """One policy, one process: runs a batch through vLLM and counts what happens.
 
-Run as ``python -m pyramid_vllm.cli.measure``, with a ``MeasureTask`` as JSON on its
+Run as ``python -m pyramid_vllm.bench.measure``, with a ``MeasureTask`` as JSON on its
 standard input. It tells ``ready``, then ``done`` with the finished requests after every
 step, then ``result``.
 """
