@@ -16,11 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pyramid_vllm.cli import eval as command
+from pyramid_vllm.plotting import check_matplotlib
 from pyramid_vllm.quality import processes
 from pyramid_vllm.quality.activity import Activity
 from pyramid_vllm.quality.evaluation import Evaluation, check_activity
 from pyramid_vllm.quality.jobs import EngineTask, JobResult
-from pyramid_vllm.quality.plots import import_pyplot
 from pyramid_vllm.quality.report import retention_label, summarize, text_table
 from pyramid_vllm.quality.settings import EvalSettings, make_sides
 from pyramid_vllm.quality.tasks import Task, agreement_task, continuation_task
@@ -235,7 +235,7 @@ def test_what_is_wrong_is_named_before_a_model_loads(
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pyramid-vllm\[plots\]"):
-        import_pyplot()
+        check_matplotlib()
 
 
 def test_an_engine_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

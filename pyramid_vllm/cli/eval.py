@@ -109,14 +109,14 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
     from pyramid_vllm.compat import check_vllm_version
     from pyramid_vllm.generation import stop_ids
     from pyramid_vllm.model_shape import ModelShape
+    from pyramid_vllm.plotting import check_matplotlib
     from pyramid_vllm.policy import profile_weights
     from pyramid_vllm.quality.evaluation import Evaluation
-    from pyramid_vllm.quality.plots import import_pyplot
     from pyramid_vllm.quality.report import summarize
     from pyramid_vllm.quality.settings import make_sides, make_tasks
 
     check_vllm_version()
-    import_pyplot()  # before hours of work, not after them
+    check_matplotlib()  # before hours of work, not after them
     config = AutoConfig.from_pretrained(settings.model)
     num_layers = ModelShape.of(config).num_layers
     weights = profile_weights(config.get_text_config())

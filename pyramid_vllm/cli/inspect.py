@@ -81,10 +81,10 @@ def _run(settings: "InspectSettings", out: Path | None, json_only: bool) -> None
         report,
         write_report,
     )
-    from pyramid_vllm.quality.plots import import_pyplot
+    from pyramid_vllm.plotting import check_matplotlib
 
     if out is not None:
-        import_pyplot()  # before the model runs, not after it
+        check_matplotlib()  # before the model runs, not after it
     found = inspect_prompt(settings)
     if out is not None:
         write_report(found, out)
