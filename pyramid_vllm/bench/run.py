@@ -15,7 +15,7 @@ from pyramid_vllm.bench.online import OnlineTask, check_online, online_task, run
 from pyramid_vllm.bench.plots import save_plots
 from pyramid_vllm.bench.report import PointReport, point_table, sweep_table
 from pyramid_vllm.bench.settings import BenchSettings, Side
-from pyramid_vllm.bench.store import RunResult, RunStore, package_version, run_key
+from pyramid_vllm.bench.store import RunResult, RunStore, run_key
 from pyramid_vllm.bench.summary import memory_binds, summarize
 from pyramid_vllm.bench.workload import Point, Workload, make_workload
 from pyramid_vllm.compat import check_vllm_version
@@ -168,8 +168,6 @@ def _content(
     results: list[RunResult],
     reports: list[PointReport],
 ) -> dict[str, Any]:
-    shared = provenance(settings.seed)
-    shared["versions"]["pyramid_vllm"] = package_version()
     return {
         "settings": settings.describe(),
         "prompts": workload.requests.source,
@@ -178,4 +176,4 @@ def _content(
             run.labels | asdict(result)
             for run, result in zip(runs, results, strict=True)
         ],
-    } | shared
+    } | provenance(settings.seed)

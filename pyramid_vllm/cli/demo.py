@@ -17,6 +17,7 @@ from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages, resolve_policy
 from pyramid_vllm.provenance import provenance
+from pyramid_vllm.quality.tasks import match_length
 from pyramid_vllm.sizes import format_bytes
 
 _BLOCK_SIZE = 32
@@ -107,13 +108,10 @@ def _measure_all(
 
 def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:
     """Mean share of an output that equals the reference, up to the first difference."""
-    shares = []
-    for ours, theirs in zip(outputs, reference, strict=True):
-        same = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b),
-            len(theirs),
-        )
-        shares.append(same / len(theirs))
+    shares = [
+        match_length(ours, theirs) / len(theirs)
+        for ours, theirs in zip(outputs, reference, strict=True)
+    ]
     return sum(shares) / len(shares)
 
 

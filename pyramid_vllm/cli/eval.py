@@ -62,7 +62,8 @@ def _settings(
 ) -> "EvalSettings":
     """The options as the evaluation takes them."""
     from pyramid_vllm.cli.model import make_model
-    from pyramid_vllm.quality.settings import EvalSettings, parse_engine_args
+    from pyramid_vllm.json_settings import json_object
+    from pyramid_vllm.quality.settings import EvalSettings
     from pyramid_vllm.sizes import parse_bytes
 
     return EvalSettings(
@@ -73,7 +74,7 @@ def _settings(
         retrieval_tokens=_once(retrieval_tokens, [1024]),
         gsm8k=None if gsm8k is None else str(gsm8k),
         kv_bytes=parse_bytes(kv_memory),
-        engine_args=parse_engine_args(engine_args),
+        engine_args=json_object("--engine-args", engine_args),
         model=model or str(make_model()),
         **others,
     )

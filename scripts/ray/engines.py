@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pyramid_vllm.bench.settings import json_object
+from pyramid_vllm.json_settings import json_object
 from pyramid_vllm.policy import resolve_policy
 from pyramid_vllm.sizes import parse_bytes
 
