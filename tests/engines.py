@@ -100,6 +100,26 @@ def generate(
     return results
 
 
+def texts_of_policy_and_stock(
+    model: str, prompts: list[str], max_tokens: int, **settings: Any
+) -> tuple[list[str], list[str]]:
+    """Greedy answers of an engine made for them: by its policy, and without it."""
+    from vllm import SamplingParams
+
+    llm = make_llm(model, skip_tokenizer_init=False, **settings)
+    found = []
+    try:
+        for extra_args in (None, {"kv_policy": "none"}):
+            sampling = SamplingParams(
+                temperature=0.0, max_tokens=max_tokens, extra_args=extra_args
+            )
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            found.append([output.outputs[0].text for output in outputs])
+    finally:
+        close(llm)
+    return found[0], found[1]
+
+
 def scheduler_of(llm: Any) -> Any:
     """The engine's scheduler."""
     return llm.llm_engine.engine_core.engine_core.scheduler

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines import close, make_llm
+from tests.engines import texts_of_policy_and_stock
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
@@ -88,28 +88,16 @@ def alone(
     model: str, rows: list[dict[str, Any]]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The same rows through an engine of this process: its policy's, and stock's."""
-    from vllm import SamplingParams
-
-    llm = make_llm(
+    ours, stock = texts_of_policy_and_stock(
         model,
-        **ENGINE,
-        skip_tokenizer_init=False,
+        [row["prompt"] for row in rows],
+        MAX_TOKENS,
         kv_policy="pyramid",
         kv_policy_config=POLICY,
+        **ENGINE,
     )
-    try:
-        prompts = [row["prompt"] for row in rows]
-        found = []
-        for extra_args in (None, {"kv_policy": "none"}):
-            sampling = SamplingParams(
-                max_tokens=MAX_TOKENS, temperature=0.0, extra_args=extra_args
-            )
-            outputs = llm.generate(prompts, sampling, use_tqdm=False)
-            texts = (output.outputs[0].text for output in outputs)
-            found.append(dict(zip((row["id"] for row in rows), texts, strict=True)))
-    finally:
-        close(llm)
-    return found[0], found[1]
+    ids = [row["id"] for row in rows]
+    return dict(zip(ids, ours, strict=True)), dict(zip(ids, stock, strict=True))
 
 
 @pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.engines import MIB, close, make_llm
+from tests.engines import MIB, texts_of_policy_and_stock
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
@@ -180,24 +180,11 @@ def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 def alone(model: str) -> tuple[str, str]:
     """The answer of an engine of this process with the file's policy, and stock's."""
-    from vllm import SamplingParams
-
     (engine,) = engines_of(small_config(model))
-    llm = make_llm(model, skip_tokenizer_init=False, **engine["engine_kwargs"])
-    try:
-        texts = [
-            llm.generate(
-                [TEXT],
-                SamplingParams(max_tokens=MAX_TOKENS, temperature=0, extra_args=extra),
-                use_tqdm=False,
-            )[0]
-            .outputs[0]
-            .text
-            for extra in (None, {"kv_policy": "none"})
-        ]
-    finally:
-        close(llm)
-    return texts[0], texts[1]
+    (ours,), (stock,) = texts_of_policy_and_stock(
+        model, [TEXT], MAX_TOKENS, **engine["engine_kwargs"]
+    )
+    return ours, stock
 
 
 @pytest.mark.slow
