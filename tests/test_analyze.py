@@ -16,7 +16,7 @@ from tokenizers.trainers import WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from pyramid_vllm.analysis.run import Found
+from pyramid_vllm.analysis.found import Found
 from pyramid_vllm.analysis.settings import (
     AnalyzeSettings,
     parse_distances,

@@ -1,17 +1,14 @@
 """Plots of what an analysis found."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyramid_vllm.analysis.found import Found
 from pyramid_vllm.plotting import new_figure
 
-if TYPE_CHECKING:
-    from pyramid_vllm.analysis.run import Found
 
-
-def plot_costs(found: "Found", path: Path) -> None:
+def plot_costs(found: Found, path: Path) -> None:
     """ICR: what cutting one layer alone costs, by layer, a line a ratio."""
     figure = new_figure(figsize=(8, 6))
     for axes, column, label in zip(
@@ -31,7 +28,7 @@ def plot_costs(found: "Found", path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_overlaps(found: "Found", path: Path) -> None:
+def plot_overlaps(found: Found, path: Path) -> None:
     """RAC: overlap of crucial tokens by layer and distance."""
     figure = new_figure(figsize=(8, 4))
     axes = figure.subplots()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -13,22 +13,18 @@ from rich.console import Console
 from rich.progress import track
 
 from pyramid_vllm.analysis.dense import DenseModel
+from pyramid_vllm.analysis.found import Found, retention_of, suggestion
 from pyramid_vllm.analysis.hypotheses import Continuation, crucial_overlap
 from pyramid_vllm.analysis.plots import plot_costs, plot_overlaps
 from pyramid_vllm.analysis.settings import WINDOW, AnalyzeSettings
-from pyramid_vllm.analysis.suggest import layer_shares, not_rising
 from pyramid_vllm.analysis.tables import layer_table, trial_table
 from pyramid_vllm.plotting import check_matplotlib
 from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
-    PolicyConfig,
-    fitted,
-    profile_weights,
     resolve_policy,
     tier_layout,
 )
-from pyramid_vllm.policy.config import validated
 from pyramid_vllm.policy.profiles import IDENTITY
 from pyramid_vllm.provenance import provenance
 from pyramid_vllm.quality.retrieval import make_samples
@@ -36,95 +32,8 @@ from pyramid_vllm.quality.texts import read_part, windows
 
 #: Share of the tokens that a window chooses, when windows are compared.
 _SHARE = 0.2
-#: What a suggestion leaves every layer at least.
-_LEAST = 0.15
 _SEED = 0
 Prompt = tuple[Sequence[int], Sequence[int]]
-
-
-@dataclass
-class Found:
-    """What the analysis found."""
-
-    settings: AnalyzeSettings
-    model: Any
-    """The model's configuration."""
-    policy: PolicyConfig
-    text_costs: list[np.ndarray] = field(default_factory=list)
-    """Of each window, ``[num_ratios, num_layers, 2]``: loss and divergence."""
-    needle_costs: list[np.ndarray] = field(default_factory=list)
-    """The same of the answers of needles that the full cache finds."""
-    overlaps: list[np.ndarray] = field(default_factory=list)
-    """Of each window, ``[num_distances, num_layers]``."""
-    trial: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    """By policy: what it costs on each window that the suggestion did not see."""
-
-    @property
-    def costs(self) -> np.ndarray:
-        """``[num_ratios, num_layers, 2]``: the mean over text and needles."""
-        kinds = [
-            np.mean(kind, axis=0)
-            for kind in (self.text_costs, self.needle_costs)
-            if kind
-        ]
-        mean: np.ndarray = np.mean(kinds, axis=0)
-        return mean
-
-    @property
-    def retention(self) -> float:
-        """Mean share that the suggestion keeps."""
-        return _retention(self.settings, self.policy)
-
-    @property
-    def rule(self) -> LengthRule:
-        """The policy's counts on this model."""
-        layers = self.model.num_hidden_layers
-        return LengthRule(self.policy, tier_layout(self.policy, layers))
-
-    @property
-    def shares(self) -> list[float]:
-        """What each layer should keep, as a share of its context: layers of a tier
-        keep equally much."""
-        falling = self.settings.falling or self.policy.prune_from is not None
-        asked = (self.settings.ratios, self.costs[..., 1], self.retention, _LEAST)
-        shares = layer_shares(*asked)
-        if falling:
-            return [round(share, 4) for share in not_rising(shares)]
-        apart = _suggestion(self.policy, self.retention, shares)
-        tiers = tier_layout(apart, len(shares)).layers
-        return [round(share, 4) for share in layer_shares(*asked, tiers)]
-
-    @property
-    def suggested(self) -> PolicyConfig:
-        """The policy with these shares."""
-        return _suggestion(self.policy, self.retention, self.shares)
-
-    def compared(self) -> list[PolicyConfig]:
-        """The suggestion, the policy as it is, and as it is for unknown models."""
-        base = self.policy.model_copy(update={"retention": self.retention})
-        known = fitted(base, profile_weights(self.model))
-        flat = {"layer_weights": None, "name": f"{base.name}, no profile"}
-        weighted = [known] if known.given_weights else []
-        return [self.suggested, *weighted, base.model_copy(update=flat)]
-
-
-def _retention(settings: AnalyzeSettings, policy: PolicyConfig) -> float:
-    return policy.retention if settings.retention is None else settings.retention
-
-
-def _suggestion(
-    policy: PolicyConfig, retention: float, weights: Sequence[float] | None
-) -> PolicyConfig:
-    changes = {
-        "name": f"{policy.name}-suggested",
-        "budget": "retention",
-        "retention": retention,
-        "layer_weights": weights,
-        # One tier has one count, whatever the weights.
-        "tiers": "auto" if policy.tiers == 1 else policy.tiers,
-        "capacity": None,
-    }
-    return validated(policy.model_dump() | changes, "suggested")
 
 
 def run_analysis(settings: AnalyzeSettings) -> None:
@@ -141,7 +50,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' chooses no tokens")
-    _suggestion(policy, _retention(settings, policy), None)  # fails early
+    suggestion(policy, retention_of(settings, policy), None)  # fails early
     text, source = _text(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     parts: list[Prompt] = [

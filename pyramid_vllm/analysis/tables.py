@@ -1,16 +1,14 @@
 """Tables of what an analysis found."""
 
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from pyramid_vllm.analysis.run import Found
+from pyramid_vllm.analysis.found import Found
 
 
-def layer_table(found: "Found") -> Table:
+def layer_table(found: Found) -> Table:
     """A row a layer: what cutting it costs, overlaps, the suggested share."""
     settings = found.settings
     table = Table(
