@@ -12,7 +12,7 @@ from pyramid_vllm.policy import KVPolicyError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "vllm_api"))
 
-from check_patches import TESTS, TESTS_V2, apply, copy_tree, series
+from check_patches import TESTS, TESTS_V2, apply, compare, copy_tree, series
 from check_vllm_api import installed
 from vllm_names import DIGESTS
 
@@ -27,14 +27,28 @@ def name_of(patch: Path) -> str:
     return patch.stem.partition("-")[2]
 
 
-def test_the_series_applies_to_the_installed_vllm(tmp_path: Path) -> None:
-    place = installed()
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the installed vLLM, patched."""
+    place, tree = installed(), tmp_path_factory.mktemp("patches") / "tree"
     assert place is not None
-    copy_tree(place, tmp_path)
-    apply(series("0.32.0"), tmp_path)
-    output = (tmp_path / "vllm/v1/core/sched/output.py").read_text(encoding="utf-8")
+    copy_tree(place, tree)
+    apply(series("0.32.0"), tree)
+    return tree
+
+
+def test_the_series_applies_to_the_installed_vllm(patched: Path) -> None:
+    output = (patched / "vllm/v1/core/sched/output.py").read_text(encoding="utf-8")
     assert "plugin_metadata" in output
     assert "plugin_metadata" not in SchedulerOutput.__dataclass_fields__
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+def test_hooks_give_the_tokens_of_overrides(patched: Path, runner: str) -> None:
+    """Three ways of evicting, in processes of their own, of which each asserts that
+    something was evicted; counts are compared with the tokens."""
+    assert compare(patched, patched.parent, (runner,)) == []
 
 
 def test_a_patch_that_does_not_apply_is_named(tmp_path: Path) -> None:

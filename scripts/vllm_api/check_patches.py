@@ -121,14 +121,19 @@ def run_engine(runner: str, tree: Path | None, result: Path) -> dict[str, Any]:
     return found
 
 
-def compare(tree: Path, folder: Path) -> list[str]:
+def compare(tree: Path, folder: Path, runners: tuple[str, ...] = RUNNERS) -> list[str]:
     """Run the same requests by overrides and by hooks.
+
+    Args:
+        tree: the folder of the patched copy.
+        folder: for results.
+        runners: of ``RUNNERS``.
 
     Returns:
         What differs, by runner and policy.
     """
     wrong = []
-    for runner in RUNNERS:
+    for runner in runners:
         ours = run_engine(runner, None, folder / f"{runner}-overrides.json")
         hooks = run_engine(runner, tree, folder / f"{runner}-hooks.json")
         assert str(tree) in hooks.pop("vllm"), "the hooks ran on another vLLM"
