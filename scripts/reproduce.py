@@ -19,7 +19,7 @@ from results import write_results
 from rich.console import Console
 
 from pyramid_vllm.cli.model import make_model
-from pyramid_vllm.cli.provenance import provenance
+from pyramid_vllm.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -91,7 +91,7 @@ def peers(out: Path, first: Step) -> Step:
     """kvpress on the windows and needles of the first step, at the same share kept."""
     from transformers import AutoTokenizer
 
-    from pyramid_vllm.cli.eval import stop_ids
+    from pyramid_vllm.generation import stop_ids
     from pyramid_vllm.quality.settings import make_tasks
 
     found = load(first)

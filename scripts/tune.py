@@ -21,7 +21,6 @@ from rich.table import Table
 from pyramid_vllm.analysis.dense import DenseModel
 from pyramid_vllm.analysis.hypotheses import Continuation
 from pyramid_vllm.cli.model import make_model
-from pyramid_vllm.cli.provenance import provenance
 from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
@@ -31,6 +30,7 @@ from pyramid_vllm.policy import (
     resolve_policy,
     tier_layout,
 )
+from pyramid_vllm.provenance import provenance
 from pyramid_vllm.quality.retrieval import make_samples
 from pyramid_vllm.quality.texts import read_part, windows
 

@@ -142,6 +142,19 @@ def make_request(
     )
 
 
+def sampled(scheduler: Any, step: Any) -> ModelRunnerOutput:
+    """As the runner's: a token for each request whose known tokens are through."""
+    tokens = {
+        req_id: [] if scheduler.requests[req_id].is_prefill_chunk else [7]
+        for req_id in step.num_scheduled_tokens
+    }
+    return ModelRunnerOutput(
+        req_ids=list(tokens),
+        req_id_to_index={req_id: i for i, req_id in enumerate(tokens)},
+        sampled_token_ids=list(tokens.values()),
+    )
+
+
 class Driver:
     """Schedules steps, and returns each one's output ``depth - 1`` steps later."""
 
@@ -167,30 +180,17 @@ class Driver:
         plan: StepPlan = getattr(output, PLAN_ATTRIBUTE)
         self.plans.append(plan)
         self.scheduler.check_integrity()
-        requests = self.scheduler.requests
-        # As the runner does: a token for every request whose known tokens are through.
-        sampled = {
-            req_id: [] if requests[req_id].is_prefill_chunk else [7]
-            for req_id in output.num_scheduled_tokens
-        }
-        self._flying.append((output, sampled))
+        self._flying.append((output, sampled(self.scheduler, output)))
         if len(self._flying) >= self._depth:
             self.land()
         return plan
 
     def land(self) -> None:
         """Return the oldest step's output."""
-        output, sampled = self._flying.popleft()
+        output, result = self._flying.popleft()
         if self.worker is not None:
             self.worker.run(output)
-        outputs = self.scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=list(sampled),
-                req_id_to_index={req_id: i for i, req_id in enumerate(sampled)},
-                sampled_token_ids=list(sampled.values()),
-            ),
-        )
+        outputs = self.scheduler.update_from_output(output, result)
         for of_client in outputs.values():
             for told in of_client.outputs:
                 if told.finish_reason is not None:

@@ -4,10 +4,9 @@ import random
 from typing import Any, NamedTuple
 
 import pytest
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from tests.scheduling import make_request, make_scheduler, make_stock_scheduler
+from tests.scheduling import make_request, make_scheduler, make_stock_scheduler, sampled
 
 #: A page of our pool has a third of the layers.
 NUM_TIERS = 3
@@ -49,16 +48,7 @@ def run(scheduler: Any, load: Load) -> Result:
         step = scheduler.schedule()
         num_steps += 1
         max_num_running = max(max_num_running, len(scheduler.running))
-        sampled = {
-            req_id: [] if scheduler.requests[req_id].is_prefill_chunk else [7]
-            for req_id in step.num_scheduled_tokens
-        }
-        result = ModelRunnerOutput(
-            req_ids=list(sampled),
-            req_id_to_index={req_id: i for i, req_id in enumerate(sampled)},
-            sampled_token_ids=list(sampled.values()),
-        )
-        scheduler.update_from_output(step, result)
+        scheduler.update_from_output(step, sampled(scheduler, step))
         done = [r for r in ends if r in scheduler.requests and over(scheduler, r, ends)]
         scheduler.finish_requests(done, RequestStatus.FINISHED_STOPPED)
     num_preemptions = sum(request.num_preemptions for request in requests)

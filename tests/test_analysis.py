@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyramid_vllm.analysis.dense import DenseModel, LayerCache, Prefill, gathered
+from pyramid_vllm.analysis.choice import LayerCache, gathered
+from pyramid_vllm.analysis.dense import DenseModel, Prefill
 from pyramid_vllm.analysis.hypotheses import Continuation, crucial_overlap
 from pyramid_vllm.policy import (
     LengthRule,

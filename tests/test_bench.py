@@ -14,6 +14,7 @@ from pyramid_vllm.bench.figures import (
     offline_figures,
     online_figures,
 )
+from pyramid_vllm.bench.measure import Measured, MeasureTask
 from pyramid_vllm.bench.plots import draw_ratios, save_plots
 from pyramid_vllm.bench.report import PointReport, format_ratio
 from pyramid_vllm.bench.requests import (
@@ -33,7 +34,6 @@ from pyramid_vllm.bench.store import RunResult, RunStore, run_key
 from pyramid_vllm.bench.summary import memory_binds, ratios, summarize
 from pyramid_vllm.bench.workload import Point
 from pyramid_vllm.cli import app
-from pyramid_vllm.cli.measure import Measured, MeasureTask
 from pyramid_vllm.policy import KVPolicyError
 
 

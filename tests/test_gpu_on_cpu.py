@@ -31,11 +31,6 @@ IMPLS = {
     "FLASH_ATTN": "FlashAttentionImpl",
     "FLASHINFER": "FlashInferImpl",
 }
-# Of tokens and of heads, in blocks of 32.
-STRIDES = {
-    "NHD": [4 * HEAD_SIZE, 2 * HEAD_SIZE],
-    "HND": [2 * HEAD_SIZE, 64 * HEAD_SIZE],
-}
 KERNELS = {
     "TRITON_ATTN": {"unified_attention", "write"},
     "FLASH_ATTN": {"flash_attn_varlen_func", "write"},

@@ -349,7 +349,7 @@ TASK = EngineTask("m", None, [1], 1, [], {})
         ("print('out of luck'); sys.exit(3)", RuntimeError, "out of luck"),
         ("print('gone')", RuntimeError, "the engine failed"),
         (
-            "print(json.dumps({'error': 'refused'}), file=open(task['file'], 'w'))",
+            "print('@pyramid-vllm', json.dumps({'error': 'refused'}))",
             KVPolicyError,
             "refused",
         ),
@@ -400,8 +400,8 @@ def rows_of(dom: str) -> list[list[str]]:
 
 
 def expected_rows(report: dict[str, Any]) -> list[list[str]]:
-    from pyramid_vllm.cli.sizes import format_bytes
     from pyramid_vllm.policy.tiers import runs
+    from pyramid_vllm.sizes import format_bytes
 
     return [
         [

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from pyramid_vllm.attention.cpu import cpu_views
 from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.stats import PROMPT_LOGPROBS
 from tests.engines import (
     MIB,
     close,
@@ -223,7 +224,7 @@ def test_prompt_logprobs_are_served_unpruned(tiny_llama: str) -> None:
     counters = worker_of(llm).tier_state.counters
     pruned = LayerCounts(worker_of(llm).kv_policy, 6).rows(0, 300)
     assert counters.num_computed.tolist() == [300 + rows for rows in pruned]
-    assert scheduler_of(llm).kv_counters.num_unpruned_requests == 1
+    assert scheduler_of(llm).kv_counters.unpruned == {PROMPT_LOGPROBS: 1}
     close(llm)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import typer
 from typer.testing import CliRunner
 
 from pyramid_vllm.cli.eval import evaluate
-from pyramid_vllm.quality import processes
 from pyramid_vllm.quality.distributions import FullRows, PolicyRows
 from pyramid_vllm.quality.jobs import EngineTask, Job, JobResult, Request
 from pyramid_vllm.quality.runner import make_engine, run_job
@@ -191,7 +191,7 @@ def test_the_command_from_end_to_end(
     for name in ("loss.png", "retrieval-pyramid.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     # What is there needs no engine.
-    monkeypatch.setattr(processes.subprocess, "Popen", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     again = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
     assert again.exit_code == 0, again.stderr
     assert "pyramid: 3 of 3 runs are there" in again.stdout

@@ -1,6 +1,7 @@
 """The evaluation's runs: resumed, checked and reported, over a faked engine."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pyramid_vllm.cli import eval as command
+from pyramid_vllm.plotting import check_matplotlib
 from pyramid_vllm.quality import processes
 from pyramid_vllm.quality.activity import Activity
 from pyramid_vllm.quality.evaluation import Evaluation, check_activity
 from pyramid_vllm.quality.jobs import EngineTask, JobResult
-from pyramid_vllm.quality.plots import import_pyplot
 from pyramid_vllm.quality.report import retention_label, summarize, text_table
 from pyramid_vllm.quality.settings import EvalSettings, make_sides
 from pyramid_vllm.quality.tasks import Task, agreement_task, continuation_task
@@ -221,7 +222,7 @@ def test_what_is_wrong_is_named_before_a_model_loads(
     arguments: list[str],
     words: str,
 ) -> None:
-    monkeypatch.setattr(processes.subprocess, "Popen", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     text = tmp_path / "text.txt"
     text.write_text("All is quiet in the old town tonight. " * 300, encoding="utf-8")
     given = [str(text) if a == "TEXT" else a for a in arguments]
@@ -234,11 +235,11 @@ def test_what_is_wrong_is_named_before_a_model_loads(
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pyramid-vllm\[plots\]"):
-        import_pyplot()
+        check_matplotlib()
 
 
 def test_an_engine_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     task = EngineTask("m", None, "auto", 1, 1, 1, 0, {}, [])
     with pytest.raises(RuntimeError, match="the engine failed"):
         processes.run_engine(task, lambda _: None, lambda _: None)

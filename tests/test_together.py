@@ -18,6 +18,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.core.sched.interface import PauseState
 
 from pyramid_vllm.plan import PLAN_ATTRIBUTE
+from pyramid_vllm.stats import PROMPT_LOGPROBS
 from tests.engines import (
     MIB,
     generate,
@@ -207,7 +208,8 @@ def test_prompt_logprobs_are_those_of_stock(
 ) -> None:
     """Every row is computed for them, beside requests whose rows are pruned; the
     eviction at the prompt's end comes behind them."""
-    before = scheduler_of(llm).kv_counters.num_unpruned_requests
+    counted = scheduler_of(llm).kv_counters.unpruned
+    before = counted.get(PROMPT_LOGPROBS, 0)
     asking = (0, 3)
     sampling = [ask(prompt_logprobs=2 if i in asking else None) for i in range(4)]
     outputs = serve(llm, PROMPTS, sampling)
@@ -218,7 +220,7 @@ def test_prompt_logprobs_are_those_of_stock(
             assert_near(numbers(rows), engines.stock[index])
         if name != "pruned" or index not in asking:
             assert tokens_of([output]) == [alone[index]]
-    unpruned = scheduler_of(llm).kv_counters.num_unpruned_requests - before
+    unpruned = counted.get(PROMPT_LOGPROBS, 0) - before
     assert unpruned == (2 if name == "pruned" else 0)
 
 

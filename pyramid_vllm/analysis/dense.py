@@ -1,7 +1,7 @@
 """A transformers model whose layers keep chosen tokens, one sequence at a time.
 
 Slower than an engine, but it tries many policies on one prefill: what layers keep is
-a mask away. Its choices are those of the worker: the same rule, scores and selection.
+a mask away.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,25 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pyramid_vllm.kernels import select_tokens
+from pyramid_vllm.analysis.choice import (
+    LayerCache,
+    Pruning,
+    choose,
+    gathered,
+    layer_before_pruning,
+)
 from pyramid_vllm.model_shape import num_full_attention_layers
-from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries
-from pyramid_vllm.worker import scorers
+from pyramid_vllm.policy import LengthRule
 
 _ATTENTION = "pyramid_vllm_dense"
-
-
-@dataclass
-class LayerCache:
-    """What one layer holds of a sequence."""
-
-    key: torch.Tensor
-    """``[num_kv_heads, num_tokens, head_size]``, rotated."""
-    value: torch.Tensor
-    """The same shape."""
-    query: torch.Tensor
-    """``[num_queries, num_heads, head_size]``, of the newest tokens."""
-    scale: float
 
 
 @dataclass
@@ -53,7 +45,7 @@ class _Pass:
     past: list[LayerCache] | None = None
     num_queries: int = 0
     layers: dict[int, LayerCache] = field(default_factory=dict)
-    prune: "_Pruning | None" = None
+    prune: Pruning | None = None
 
 
 _current = _Pass()
@@ -97,100 +89,6 @@ def _attend(
         enable_gqa=True,
     )
     return output.transpose(1, 2), None
-
-
-def choose(
-    cache: LayerCache, config: PolicyConfig, rule: LengthRule, num_kept: int, end: int
-) -> torch.Tensor:
-    """Tokens of a layer that stay: ``[num_kv_heads or 1, num_kept]``, ascending.
-
-    Args:
-        cache: the layer's, of the whole prompt.
-        config: how to choose.
-        rule: how long windows are.
-        num_kept: how many stay.
-        end: length of the prompt.
-    """
-    num_recent = rule.num_recent(end)
-    scores = layer_scores(cache, config, num_queries_read(rule, end), num_recent)
-    if config.selection == "layer":
-        scores = scores.mean(dim=0, keepdim=True)
-    return select_tokens(scores, num_kept, config.sinks, num_recent)
-
-
-def num_queries_read(rule: LengthRule, num_tokens: int) -> int:
-    """Newest of a whole prompt's queries that the rule's scorer reads."""
-    if rule.config.scored_queries is Queries.ALL:
-        return num_tokens
-    return rule.num_queries(num_tokens)
-
-
-def layer_scores(
-    cache: LayerCache, config: PolicyConfig, num_queries: int, num_recent: int
-) -> torch.Tensor:
-    """A layer's scores: ``[num_kv_heads or 1, num_tokens]``."""
-    inputs = scorers.ScoreInputs(
-        query=cache.query[-num_queries:] if num_queries else None,
-        key=cache.key.transpose(0, 1),
-        scale=cache.scale,
-        logits_soft_cap=0.0,
-        sink_logits=None,
-        num_recent=num_recent,
-    )
-    return scorers.layer_scores(inputs, config)
-
-
-def gathered(cache: LayerCache, kept: torch.Tensor) -> LayerCache:
-    """The kept tokens alone."""
-    heads, _, size = cache.key.shape
-    index = kept.expand(heads, -1)[..., None].expand(-1, -1, size)
-    key, value = cache.key.gather(1, index), cache.value.gather(1, index)
-    return LayerCache(key, value, cache.query, cache.scale)
-
-
-def layer_before_pruning(rule: LengthRule) -> int:
-    """The last layer that computes all rows."""
-    return sum(rule.layout.sizes[: rule.first_pruned_tier]) - 1
-
-
-class _Pruning:
-    """Rows that layers compute, narrowed from tier to tier."""
-
-    def __init__(self, rule: LengthRule, num_tokens: int) -> None:
-        self._rule, self._num_tokens = rule, num_tokens
-        self._rows = rule.num_rows(0, num_tokens)
-        self._tiers = rule.layout.tier_of_layer
-        self._next: torch.Tensor | None = None
-
-    def after(self, layer: int, cache: LayerCache) -> None:
-        """Choose the next tier's rows, at a tier's end."""
-        tier = self._tiers[layer]
-        last = layer + 1 == len(self._tiers) or self._tiers[layer + 1] != tier
-        if not last or tier + 1 == self._rule.layout.num_tiers:
-            return
-        if self._rows[tier + 1] < cache.key.shape[1]:
-            config = self._rule.config.model_copy(update={"selection": "layer"})
-            self._next = choose(
-                cache, config, self._rule, self._rows[tier + 1], self._num_tokens
-            )[0]
-
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Hook of a layer: drop the rows that it is not to compute."""
-        rows, self._next = self._next, None
-        if rows is not None:
-            self._left = rows if self._left is None else self._left[rows]
-        if self._left is None:
-            return args, kwargs
-        values = dict(kwargs)
-        if rows is not None:
-            args = (args[0][:, rows], *args[1:])
-        cos, sin = values["position_embeddings"]
-        values["position_embeddings"] = (cos[:, self._left], sin[:, self._left])
-        return args, values
-
-    _left: torch.Tensor | None = None
 
 
 class DenseModel:
@@ -275,7 +173,7 @@ class DenseModel:
         ``full`` has to hold the input of the last layer before the first pruned tier.
         """
         first = layer_before_pruning(rule)
-        pruning = _Pruning(rule, full.num_tokens)
+        pruning = Pruning(rule, full.num_tokens)
         hooks = [
             layer.register_forward_pre_hook(pruning.before, with_kwargs=True)
             for layer in self._layers[first:]

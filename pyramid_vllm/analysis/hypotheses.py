@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pyramid_vllm.analysis.dense import (
-    DenseModel,
+from pyramid_vllm.analysis.choice import (
     LayerCache,
-    Prefill,
     choose,
     gathered,
     layer_before_pruning,
     layer_scores,
     num_queries_read,
 )
+from pyramid_vllm.analysis.dense import DenseModel, Prefill
 from pyramid_vllm.policy import LengthRule, PolicyConfig, tier_layout
 
 

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyramid_vllm.plotting import new_figure
+
 if TYPE_CHECKING:
     from pyramid_vllm.analysis.run import Found
 
 
 def plot_costs(found: "Found", path: Path) -> None:
     """ICR: what cutting one layer alone costs, by layer, a line a ratio."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(figsize=(8, 6))
     for axes, column, label in zip(
         figure.subplots(2, 1, sharex=True),
         (0, 1),
@@ -33,9 +33,7 @@ def plot_costs(found: "Found", path: Path) -> None:
 
 def plot_overlaps(found: "Found", path: Path) -> None:
     """RAC: overlap of crucial tokens by layer and distance."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure(figsize=(8, 4))
     axes = figure.subplots()
     for distance, layers in zip(
         found.settings.distances, np.mean(found.overlaps, axis=0), strict=True

@@ -18,8 +18,7 @@ from pyramid_vllm.analysis.plots import plot_costs, plot_overlaps
 from pyramid_vllm.analysis.settings import WINDOW, AnalyzeSettings
 from pyramid_vllm.analysis.suggest import layer_shares, not_rising
 from pyramid_vllm.analysis.tables import layer_table, trial_table
-from pyramid_vllm.bench.plots import check_plots
-from pyramid_vllm.cli.provenance import provenance
+from pyramid_vllm.plotting import check_matplotlib
 from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
@@ -31,6 +30,7 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.config import validated
 from pyramid_vllm.policy.profiles import IDENTITY
+from pyramid_vllm.provenance import provenance
 from pyramid_vllm.quality.retrieval import make_samples
 from pyramid_vllm.quality.texts import read_part, windows
 
@@ -132,11 +132,12 @@ def run_analysis(settings: AnalyzeSettings) -> None:
 
     Raises:
         KVPolicyError: the policy is not valid.
-        ValueError: the text is too short, or matplotlib is missing.
+        ValueError: the text is too short.
+        RuntimeError: matplotlib is missing.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    check_plots()
+    check_matplotlib()
     policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' chooses no tokens")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.cli.measure import Measured, MeasureTask
+from pyramid_vllm.bench.measure import Measured, MeasureTask
 
 PERCENTILES = (50, 95, 99)
 #: Servers log what they have done only every few seconds.

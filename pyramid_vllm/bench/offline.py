@@ -1,13 +1,16 @@
 """All requests at once, through an engine whose scheduler is watched."""
 
+import os
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 from pyramid_vllm.bench.figures import offline_figures
+from pyramid_vllm.bench.measure import Measured, MeasureTask
 from pyramid_vllm.bench.settings import BenchSettings, Side
 from pyramid_vllm.bench.store import RunResult
 from pyramid_vllm.bench.workload import Point, Workload
-from pyramid_vllm.cli.demo import measure
-from pyramid_vllm.cli.measure import MeasureTask
+from pyramid_vllm.engine_process import run_child
 
 
 def offline_task(
@@ -31,6 +34,30 @@ def offline_task(
         engine_args=engine_args | settings.engine_args,
         warm_up=True,
     )
+
+
+def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
+    """Run a task in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with its last lines.
+    """
+    environment = os.environ | {
+        # The child watches its scheduler, so the engine has to be in its process.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "HF_HUB_OFFLINE": "1",
+    }
+    results: list[Measured] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if "result" in message:
+            results.append(Measured(**message["result"]))
+        else:
+            advance(message.get("done", 0))
+
+    run_child("pyramid_vllm.bench.measure", asdict(task), hear, environment)
+    return results[0]
 
 
 def run_offline(task: MeasureTask, advance: Callable[[int], None]) -> RunResult:

@@ -1,12 +1,12 @@
-"""Plots; matplotlib is imported where they are drawn."""
+"""Plots of a sweep."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pyramid_vllm.bench.figures import PERCENTILES
 from pyramid_vllm.bench.report import STOCK_LABEL, PointReport
+from pyramid_vllm.plotting import new_figure
 from pyramid_vllm.policy import NONE
 
 _LATENCIES = (
@@ -16,27 +16,12 @@ _LATENCIES = (
 )
 
 
-def check_plots() -> None:
-    """Refuse before anything runs where plots cannot be drawn.
-
-    Raises:
-        ValueError: matplotlib is missing.
-    """
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "plots need matplotlib, which is not installed: "
-            "pip install 'pyramid-vllm[plots]'"
-        )
-
-
 def save_plots(reports: Sequence[PointReport], folder: Path) -> list[Path]:
     """Draw the ratios over the sweep, and latencies point by point."""
-    from matplotlib.figure import Figure
-
     pictures = {"ratio.png": draw_ratios, "latency.png": _draw_latencies}
     files = []
     for name, draw in pictures.items():
-        figure = Figure(layout="constrained")
+        figure = new_figure()
         draw(figure, reports)
         figure.savefig(folder / name, dpi=150)
         files.append(folder / name)

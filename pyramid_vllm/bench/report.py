@@ -9,8 +9,8 @@ from rich.table import Table
 from pyramid_vllm.bench.figures import METRICS, Metric
 from pyramid_vllm.bench.summary import Summary
 from pyramid_vllm.bench.workload import Point
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.policy import NONE
+from pyramid_vllm.sizes import format_bytes
 
 STOCK_LABEL = "stock vLLM"
 

@@ -9,19 +9,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pyramid_vllm.bench.figures import check_activation
+from pyramid_vllm.bench.measure import MeasureTask
 from pyramid_vllm.bench.offline import offline_task, run_offline
 from pyramid_vllm.bench.online import OnlineTask, check_online, online_task, run_online
-from pyramid_vllm.bench.plots import check_plots, save_plots
+from pyramid_vllm.bench.plots import save_plots
 from pyramid_vllm.bench.report import PointReport, point_table, sweep_table
 from pyramid_vllm.bench.settings import BenchSettings, Side
-from pyramid_vllm.bench.store import RunResult, RunStore, package_version, run_key
+from pyramid_vllm.bench.store import RunResult, RunStore, run_key
 from pyramid_vllm.bench.summary import memory_binds, summarize
 from pyramid_vllm.bench.workload import Point, Workload, make_workload
-from pyramid_vllm.cli.measure import MeasureTask
-from pyramid_vllm.cli.provenance import provenance
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.plotting import check_matplotlib
 from pyramid_vllm.policy import NONE
+from pyramid_vllm.provenance import provenance
+from pyramid_vllm.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def run_bench(settings: BenchSettings) -> None:
 
     Raises:
         ValueError: an option is not valid.
-        RuntimeError: a run failed, or a policy did not act.
+        RuntimeError: a run failed, a policy did not act, or matplotlib is missing.
     """
-    check_plots()
+    check_matplotlib()
     check_vllm_version()
     if settings.workload == "online":
         check_online(settings)
@@ -167,8 +168,6 @@ def _content(
     results: list[RunResult],
     reports: list[PointReport],
 ) -> dict[str, Any]:
-    shared = provenance(settings.seed)
-    shared["versions"]["pyramid_vllm"] = package_version()
     return {
         "settings": settings.describe(),
         "prompts": workload.requests.source,
@@ -177,4 +176,4 @@ def _content(
             run.labels | asdict(result)
             for run, result in zip(runs, results, strict=True)
         ],
-    } | shared
+    } | provenance(settings.seed)

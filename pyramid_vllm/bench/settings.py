@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.cli.sizes import parse_bytes
+from pyramid_vllm.json_settings import json_object
 from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
+from pyramid_vllm.sizes import parse_bytes
 
 WORKLOADS = ("offline", "online")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -127,23 +128,6 @@ def parse_sides(policies: Sequence[str]) -> tuple[Side, ...]:
             f"--kv-policy is only '{NONE}': valid is at least one policy to compare"
         )
     return tuple(sides)
-
-
-def json_object(option: str, text: str | None) -> dict[str, Any]:
-    """Settings that an option gives as JSON; of an option not given, none.
-
-    Raises:
-        ValueError: not a JSON object.
-    """
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{option} is {text}: valid is a JSON object of settings")
-    return found
 
 
 def parse_engine_args(text: str | None) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pyramid_vllm import __version__
 from pyramid_vllm.bench.figures import Figures
 from pyramid_vllm.compat import installed_vllm_version
 
@@ -20,14 +20,6 @@ class RunResult:
     """Per request, where there is such a thing."""
 
 
-def package_version() -> str:
-    """Of pyramid-vllm."""
-    try:
-        return version("pyramid-vllm")
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def run_key(task: Any, repeat: int) -> str:
     """Name of a run: another task, repeat or version has another."""
     whole = {
@@ -35,7 +27,7 @@ def run_key(task: Any, repeat: int) -> str:
         "task": asdict(task),
         "repeat": repeat,
         "vllm": installed_vllm_version(),
-        "pyramid_vllm": package_version(),
+        "pyramid_vllm": __version__,
     }
     text = json.dumps(whole, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -10,9 +10,9 @@ from pyramid_vllm.bench.requests import (
     text_prompts,
 )
 from pyramid_vllm.bench.settings import BenchSettings, KVMemory, Side
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import LengthRule, MemoryModel, num_pages, tier_layout
+from pyramid_vllm.sizes import format_bytes
 
 DEFAULT_BLOCK_SIZE = 32
 #: Prompts that vLLM's client sends as text may have some tokens more than asked for.

@@ -12,8 +12,8 @@ from pyramid_vllm.cli.eval import evaluate
 from pyramid_vllm.cli.failing import or_fail
 from pyramid_vllm.cli.inspect import inspect
 from pyramid_vllm.cli.name_vllm import name_vllm
-from pyramid_vllm.cli.sizes import parse_bytes
 from pyramid_vllm.cli.top import top
+from pyramid_vllm.sizes import parse_bytes
 
 app = typer.Typer(
     name="pyramid-vllm",

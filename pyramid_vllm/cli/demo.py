@@ -1,10 +1,6 @@
 """``pyramid-vllm demo``: one batch, stock vLLM and a policy, the same KV bytes."""
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from pyramid_vllm.cli.measure import MARK, Measured, MeasureTask
+from pyramid_vllm.bench.measure import Measured, MeasureTask
+from pyramid_vllm.bench.offline import measure
 from pyramid_vllm.cli.prompts import long_prompts
-from pyramid_vllm.cli.provenance import provenance
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages, resolve_policy
+from pyramid_vllm.provenance import provenance
+from pyramid_vllm.quality.tasks import match_length
+from pyramid_vllm.sizes import format_bytes
 
 _BLOCK_SIZE = 32
 _SEED = 0
@@ -108,56 +106,12 @@ def _measure_all(
     return measured
 
 
-def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
-    """Run a task in a process of its own.
-
-    Raises:
-        RuntimeError: the process failed; the message ends with its last lines.
-    """
-    environment = os.environ | {
-        # The child watches its scheduler, so the engine has to be in its process.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-        "HF_HUB_OFFLINE": "1",
-    }
-    with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pyramid_vllm.cli.measure"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            text=True,
-        )
-        assert child.stdin is not None
-        assert child.stdout is not None
-        with child.stdin:
-            json.dump(asdict(task), child.stdin)
-        result = None
-        for line in child.stdout:
-            if not line.startswith(MARK):
-                log.write(line)
-                continue
-            message = json.loads(line.removeprefix(MARK))
-            if "result" in message:
-                result = Measured(**message["result"])
-            else:
-                advance(message.get("done", 0))
-        if child.wait() != 0 or result is None:
-            log.seek(0)
-            raise RuntimeError(f"the engine failed:\n{log.read()[-4000:]}")
-        return result
-
-
 def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:
     """Mean share of an output that equals the reference, up to the first difference."""
-    shares = []
-    for ours, theirs in zip(outputs, reference, strict=True):
-        same = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b),
-            len(theirs),
-        )
-        shares.append(same / len(theirs))
+    shares = [
+        match_length(ours, theirs) / len(theirs)
+        for ours, theirs in zip(outputs, reference, strict=True)
+    ]
     return sum(shares) / len(shares)
 
 

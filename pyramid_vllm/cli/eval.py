@@ -62,8 +62,9 @@ def _settings(
 ) -> "EvalSettings":
     """The options as the evaluation takes them."""
     from pyramid_vllm.cli.model import make_model
-    from pyramid_vllm.cli.sizes import parse_bytes
-    from pyramid_vllm.quality.settings import EvalSettings, parse_engine_args
+    from pyramid_vllm.json_settings import json_object
+    from pyramid_vllm.quality.settings import EvalSettings
+    from pyramid_vllm.sizes import parse_bytes
 
     return EvalSettings(
         kv_policies=_once(kv_policy, ["pyramid"]),
@@ -73,7 +74,7 @@ def _settings(
         retrieval_tokens=_once(retrieval_tokens, [1024]),
         gsm8k=None if gsm8k is None else str(gsm8k),
         kv_bytes=parse_bytes(kv_memory),
-        engine_args=parse_engine_args(engine_args),
+        engine_args=json_object("--engine-args", engine_args),
         model=model or str(make_model()),
         **others,
     )
@@ -107,15 +108,16 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from pyramid_vllm.compat import check_vllm_version
+    from pyramid_vllm.generation import stop_ids
     from pyramid_vllm.model_shape import ModelShape
+    from pyramid_vllm.plotting import check_matplotlib
     from pyramid_vllm.policy import profile_weights
     from pyramid_vllm.quality.evaluation import Evaluation
-    from pyramid_vllm.quality.plots import import_pyplot
     from pyramid_vllm.quality.report import summarize
     from pyramid_vllm.quality.settings import make_sides, make_tasks
 
     check_vllm_version()
-    import_pyplot()  # before hours of work, not after them
+    check_matplotlib()  # before hours of work, not after them
     config = AutoConfig.from_pretrained(settings.model)
     num_layers = ModelShape.of(config).num_layers
     weights = profile_weights(config.get_text_config())
@@ -132,19 +134,6 @@ def run_eval(settings: "EvalSettings", out: Path, console: Console) -> None:
     _write(settings, outcomes, summaries, tasks, out)
     _draw(outcomes, summaries, tasks, out)
     console.print(f"results are in {out}")
-
-
-def stop_ids(model: str, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer."""
-    from transformers import GenerationConfig
-
-    try:
-        given = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # not every model has one
-        given = None
-    found = given if isinstance(given, list) else [given]
-    ids = {*found, tokenizer.eos_token_id} - {None}
-    return sorted(ids)
 
 
 def _print(
@@ -171,7 +160,7 @@ def _write(
 ) -> None:
     from dataclasses import asdict
 
-    from pyramid_vllm.cli.provenance import provenance
+    from pyramid_vllm.provenance import provenance
     from pyramid_vllm.quality.report import as_json
 
     content = {

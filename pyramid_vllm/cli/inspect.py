@@ -57,12 +57,12 @@ def inspect(
     """Run one prompt and show which of its tokens each tier kept."""
     from pyramid_vllm.cli.model import make_model
     from pyramid_vllm.inspection.settings import InspectSettings, read_prompt
-    from pyramid_vllm.quality.settings import parse_engine_args
+    from pyramid_vllm.json_settings import json_object
 
     settings = or_fail(
         lambda: InspectSettings(
             prompt=read_prompt(prompt, prompt_file),
-            engine_args=parse_engine_args(engine_args),
+            engine_args=json_object("--engine-args", engine_args),
             model=model or str(make_model()),
             kv_policy=kv_policy,
             kv_policy_config=kv_policy_config,
@@ -81,10 +81,10 @@ def _run(settings: "InspectSettings", out: Path | None, json_only: bool) -> None
         report,
         write_report,
     )
-    from pyramid_vllm.quality.plots import import_pyplot
+    from pyramid_vllm.plotting import check_matplotlib
 
     if out is not None:
-        import_pyplot()  # before the model runs, not after it
+        check_matplotlib()  # before the model runs, not after it
     found = inspect_prompt(settings)
     if out is not None:
         write_report(found, out)

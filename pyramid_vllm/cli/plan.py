@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import (
     KVPolicyError,
@@ -18,6 +17,7 @@ from pyramid_vllm.policy import (
     tier_layout,
 )
 from pyramid_vllm.policy.tiers import runs
+from pyramid_vllm.sizes import format_bytes
 
 
 @dataclass(frozen=True)

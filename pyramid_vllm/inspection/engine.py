@@ -1,18 +1,14 @@
 """One request, one process: runs it and writes down what the cache then holds.
 
 Run as ``python -m pyramid_vllm.inspection.engine``, with an ``EngineTask`` as JSON on
-its standard input. What it finds goes to the task's file.
+its standard input. It tells a ``result``, or the ``error`` of a policy it refuses.
 """
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from pyramid_vllm.engine_process import leave, read_task, run_child, tell
 from pyramid_vllm.policy import KVPolicyError
 
 
@@ -26,7 +22,6 @@ class EngineTask:
     max_tokens: int
     stop_ids: list[int]
     engine_args: dict[str, Any]
-    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,23 +45,15 @@ def run_engine(task: EngineTask) -> EngineResult:
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     } | os.environ
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "result.json"
-        child = subprocess.run(
-            [sys.executable, "-m", "pyramid_vllm.inspection.engine"],
-            input=json.dumps(asdict(replace(task, file=str(file)))),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            text=True,
-            check=False,
-        )
-        if child.returncode != 0 or not file.exists():
-            raise RuntimeError(f"the engine failed:\n{child.stdout[-4000:]}")
-        found = json.loads(file.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise KVPolicyError(found["error"])
-    return EngineResult(**found)
+    results: list[EngineResult] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if "error" in message:
+            raise KVPolicyError(message["error"])
+        results.append(EngineResult(**message["result"]))
+
+    run_child("pyramid_vllm.inspection.engine", asdict(task), hear, environment)
+    return results[0]
 
 
 def inspect_request(task: EngineTask) -> EngineResult:
@@ -111,15 +98,12 @@ def inspect_request(task: EngineTask) -> EngineResult:
 
 def main() -> None:
     """Entry point of the child process."""
-    task = EngineTask(**json.load(sys.stdin))
+    task = EngineTask(**read_task())
     try:
-        found = asdict(inspect_request(task))
+        tell("result", asdict(inspect_request(task)))
     except KVPolicyError as error:
-        found = {"error": str(error)}
-    Path(task.file).write_text(json.dumps(found), encoding="utf-8")
-    sys.stdout.flush()
-    # vLLM's in-process engine leaves threads behind; nothing is left to save.
-    os._exit(0)
+        tell("error", str(error))
+    leave()
 
 
 if __name__ == "__main__":

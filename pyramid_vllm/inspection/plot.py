@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyramid_vllm.inspection.view import Inspection
-from pyramid_vllm.quality.plots import import_pyplot
+from pyramid_vllm.plotting import new_figure
 
 
 def kept_shares(inspection: Inspection) -> npt.NDArray[np.float64]:
@@ -30,16 +30,9 @@ def tier_runs(inspection: Inspection) -> list[tuple[int, int, int]]:
 
 def plot(inspection: Inspection, path: Path) -> None:
     """Draw which tokens are kept: a column a token, a row a layer, tiers beside."""
-    pyplot = import_pyplot()
     num_layers = len(inspection.layers)
-    figure, (strip, axes) = pyplot.subplots(
-        1,
-        2,
-        figsize=(12, max(3.0, 1.6 + 0.18 * num_layers)),
-        width_ratios=(1, 40),
-        sharey=True,
-        layout="constrained",
-    )
+    figure = new_figure(figsize=(12, max(3.0, 1.6 + 0.18 * num_layers)))
+    strip, axes = figure.subplots(1, 2, width_ratios=(1, 40), sharey=True)
     image = axes.imshow(
         kept_shares(inspection),
         vmin=0,
@@ -61,7 +54,6 @@ def plot(inspection: Inspection, path: Path) -> None:
     )
     figure.colorbar(image, ax=axes, label="share of KV heads that keep it", pad=0.01)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _mark_positions(axes: Any, inspection: Inspection) -> None:

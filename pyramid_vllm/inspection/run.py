@@ -8,9 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pyramid_vllm.cli.provenance import provenance
-from pyramid_vllm.cli.sizes import format_bytes
 from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.generation import stop_ids
 from pyramid_vllm.inspection.engine import EngineTask, run_engine
 from pyramid_vllm.inspection.settings import BLOCK_SIZE, InspectSettings
 from pyramid_vllm.inspection.view import (
@@ -31,6 +30,8 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.requests import KEEP_ALL
 from pyramid_vllm.policy.tiers import TierLayout, runs
+from pyramid_vllm.provenance import provenance
+from pyramid_vllm.sizes import format_bytes
 
 _SEED = 0
 
@@ -134,8 +135,6 @@ def _task(
     model: _Model,
     prompt_ids: list[int],
 ) -> EngineTask:
-    from pyramid_vllm.cli.eval import stop_ids
-
     longest = len(prompt_ids) + settings.max_tokens
     (pages,) = num_pages((longest,), BLOCK_SIZE)
     layers = model.config.get_text_config().num_hidden_layers

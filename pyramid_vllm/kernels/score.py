@@ -1,6 +1,6 @@
 """How much each cached token matters."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
@@ -57,6 +57,25 @@ def _attention(
         yield start, logits.sub_(torch.logaddexp(normalizer, shares)).exp_()
 
 
+def _summed(
+    attention: Iterator[tuple[int, torch.Tensor]],
+    key: torch.Tensor,
+    count: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """``[num_kv_heads, num_tokens]``: what queries count for, mean over query heads.
+
+    Args:
+        attention: of ``_attention``.
+        key: as given to it.
+        count: sums some of its queries; takes what it yields and returns
+            ``[num_kv_heads, heads of each, tokens they see]``.
+    """
+    scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
+    for start, part in attention:
+        scores[:, : part.shape[3]] += count(start, part).mean(dim=1)
+    return scores
+
+
 def window_scores(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -87,11 +106,12 @@ def window_scores(
     """
     weights = torch.linspace(1.0, distance_weight, len(query), device=key.device)
     weights = weights / weights.sum()
-    scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
-    for start, part in _attention(query, key, scale, logits_soft_cap, sink_logits):
-        share = weights[start : start + part.shape[2]]
-        scores[:, : part.shape[3]] += torch.matmul(share, part).mean(dim=1)
-    return scores
+
+    def count(start: int, part: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(weights[start : start + part.shape[2]], part)
+
+    attention = _attention(query, key, scale, logits_soft_cap, sink_logits)
+    return _summed(attention, key, count)
 
 
 def accumulated_scores(
@@ -118,10 +138,8 @@ def accumulated_scores(
         ``[num_kv_heads, num_tokens]``, float32; each row sums to ``num_queries``, if
         there are no sinks.
     """
-    scores = key.new_zeros((key.shape[1], key.shape[0]), dtype=torch.float32)
-    for _, part in _attention(query, key, scale, logits_soft_cap, sink_logits):
-        scores[:, : part.shape[3]] += part.sum(dim=2).mean(dim=1)
-    return scores
+    attention = _attention(query, key, scale, logits_soft_cap, sink_logits)
+    return _summed(attention, key, lambda _, part: part.sum(dim=2))
 
 
 def vote_scores(
@@ -147,14 +165,14 @@ def vote_scores(
     Returns:
         ``[num_kv_heads, num_tokens]``, float32, in votes.
     """
-    num_queries, num_tokens = len(query), len(key)
-    scores = key.new_zeros((key.shape[1], num_tokens), dtype=torch.float32)
-    for start, part in _attention(query, key, scale, logits_soft_cap, sink_logits):
-        first = num_tokens - num_queries + start + 1
+
+    def count(start: int, part: torch.Tensor) -> torch.Tensor:
+        first = len(key) - len(query) + start + 1
         seen = torch.arange(first, first + part.shape[2], device=key.device)
-        votes = (part * seen[:, None] >= 1.0).float().sum(dim=2).mean(dim=1)
-        scores[:, : part.shape[3]] += votes
-    return scores
+        return (part * seen[:, None] >= 1.0).float().sum(dim=2)
+
+    attention = _attention(query, key, scale, logits_soft_cap, sink_logits)
+    return _summed(attention, key, count)
 
 
 def key_norm_scores(key: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,6 @@ from typing import Any
 
 from pyramid_vllm.quality.activity import Activity
 
-#: Starts the lines that are messages.
-MARK = "@pyramid-vllm "
-
 
 @dataclass(frozen=True)
 class Request:

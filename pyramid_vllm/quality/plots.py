@@ -4,36 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyramid_vllm.plotting import new_figure
 from pyramid_vllm.quality.evaluation import Outcome
 from pyramid_vllm.quality.report import Summary, retention_label
 from pyramid_vllm.quality.tasks import Task
-
-
-def import_pyplot() -> Any:
-    """matplotlib's drawing functions, without a display.
-
-    Raises:
-        RuntimeError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise RuntimeError(
-            "pictures need matplotlib, which is not installed: "
-            "pip install 'pyramid-vllm[plots]'"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def plot_losses(
     outcomes: Sequence[Outcome], summaries: Sequence[Summary], path: Path
 ) -> None:
     """Loss against memory, one curve a policy."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     pairs = list(zip(outcomes, summaries, strict=True))
     full = pairs[0][1]["continuation"]["loss"].value
     axes.axhline(full, color="0.6", linestyle="--", linewidth=1, label="full cache")
@@ -49,7 +31,6 @@ def plot_losses(
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _points(pairs: list[tuple[Outcome, Summary]], label: str) -> list[Any]:
@@ -75,15 +56,10 @@ def plot_retrieval(
         tasks: of retrieval.
         path: of the picture.
     """
-    pyplot = import_pyplot()
     kinds = list(dict.fromkeys(task.cells[0]["task"] for task in tasks))
-    figure, grid = pyplot.subplots(
-        len(kinds),
-        len(outcomes),
-        figsize=(1 + 2.6 * len(outcomes), 0.8 + 2.2 * len(kinds)),
-        layout="constrained",
-        squeeze=False,
-    )
+    size = (1 + 2.6 * len(outcomes), 0.8 + 2.2 * len(kinds))
+    figure = new_figure(figsize=size)
+    grid = figure.subplots(len(kinds), len(outcomes), squeeze=False)
     for row, kind in enumerate(kinds):
         own = [task for task in tasks if task.cells[0]["task"] == kind]
         for column, outcome in enumerate(outcomes):
@@ -95,7 +71,6 @@ def plot_retrieval(
                 axes.set_ylabel(f"{kind.replace('_', ' ')}\ndepth")
     figure.colorbar(image, ax=grid, label="share of right answers", shrink=0.8)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _heat_map(axes: Any, tasks: Sequence[Task], summary: Summary) -> Any:

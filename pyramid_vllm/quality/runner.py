@@ -1,23 +1,20 @@
 """One policy, one process: runs jobs through vLLM.
 
 Run as ``python -m pyramid_vllm.quality.runner``, with an ``EngineTask`` as JSON on its
-standard input. It prints JSON objects, each on a line of its own behind ``MARK``:
-``ready``, then ``done`` with the requests finished so far after every step, and
-``result`` after every job.
+standard input. It tells ``ready``, then ``done`` with the requests finished so far
+after every step, and ``result`` after every job.
 """
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pyramid_vllm.engine_process import leave, read_task, tell
 from pyramid_vllm.policy import RETENTION_ARG
 from pyramid_vllm.quality.activity import ActivityWatch
-from pyramid_vllm.quality.jobs import MARK, EngineTask, Job, JobResult, Request
+from pyramid_vllm.quality.jobs import EngineTask, Job, JobResult, Request
 
 
 def make_engine(task: EngineTask) -> Any:
@@ -135,24 +132,19 @@ def _forced_logprobs(request: Request, completion: Any) -> list[float]:
 
 def main() -> None:
     """Entry point of the child process."""
-    task = EngineTask.read(json.load(sys.stdin))
-
-    def report(kind: str, value: Any) -> None:
-        print(f"{MARK}{json.dumps({kind: value})}", flush=True)
-
+    task = EngineTask.read(read_task())
     engine = make_engine(task)
-    report("ready", True)
+    tell("ready", True)
     before = 0
     for job in task.jobs:
 
         def progress(done: int, before: int = before) -> None:
-            report("done", before + done)
+            tell("done", before + done)
 
         result = run_job(engine, job, task.kv_policy is not None, progress)
-        report("result", asdict(result))
+        tell("result", asdict(result))
         before += len(job.requests)
-    # vLLM's in-process engine leaves threads behind; nothing is left to save.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

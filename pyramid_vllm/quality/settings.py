@@ -1,6 +1,5 @@
 """What is evaluated: options, sides and tasks, checked before any model loads."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,21 +114,6 @@ def make_sides(
 def _rule(policies: RequestPolicies, retention: float | None) -> LengthRule:
     wish = None if retention is None else {RETENTION_ARG: retention}
     return policies.rule_for(wish)
-
-
-def parse_engine_args(text: str | None) -> dict[str, Any]:
-    """Arguments of ``LLM``, as JSON.
-
-    Raises:
-        ValueError: the text is no JSON object.
-    """
-    try:
-        parsed = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"engine_args={text!r} is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"engine_args={text!r}: valid is a JSON object of arguments")
-    return parsed
 
 
 def make_tasks(

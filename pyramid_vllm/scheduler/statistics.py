@@ -96,9 +96,9 @@ class Statistics:
         represented = int(computed.sum()) * self._num_layers
         num_stock = self._report.num_stock_sequences(computed)
         times, self._times = tuple(self._times), []
-        told, self._told = self._told, self.counters.copy()
+        news, self._told = self.counters.since(self._told), self.counters.copy()
         stats = PolicyStats(
-            counters=self._told.since(told),
+            counters=news,
             tokens_held=represented - int(evicted.sum(axis=0) @ self._sizes),
             tokens_represented=represented,
             num_above_stock=len(running) - num_stock,

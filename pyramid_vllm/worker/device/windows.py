@@ -47,11 +47,6 @@ class WindowBatch:
     row_spans: list[Spans] = field(default_factory=list)
     """By tier: the chunk's rows, of which the next tier computes some."""
 
-    @property
-    def num_packed(self) -> int:
-        """Queries of a packed batch."""
-        return sum(rows.window.num_queries for rows in self.windows)
-
     def host_arrays(self) -> npt.NDArray[np.int32]:
         """``[3, num_tiers, num_fields, num_windows]``: the three kinds of spans."""
         num_tiers = len(self.offsets)

@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from pyramid_vllm import __version__
 from pyramid_vllm.compat import installed_vllm_version
 
 
@@ -15,6 +16,7 @@ def provenance(seed: int) -> dict[str, Any]:
         "argv": sys.argv,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
+            "pyramid_vllm": __version__,
             "vllm": installed_vllm_version(),
             "python": platform.python_version(),
         },

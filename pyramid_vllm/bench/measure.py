@@ -1,20 +1,17 @@
 """One policy, one process: runs a batch through vLLM and counts what happens.
 
-Run as ``python -m pyramid_vllm.cli.measure``, with a ``MeasureTask`` as JSON on its
-standard input. It prints JSON objects, each on a line of its own behind ``MARK``:
-``ready``, then ``done`` with the finished requests after every step, then ``result``.
+Run as ``python -m pyramid_vllm.bench.measure``, with a ``MeasureTask`` as JSON on its
+standard input. It tells ``ready``, then ``done`` with the finished requests after every
+step, then ``result``.
 """
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-MARK = "@pyramid-vllm "
+from pyramid_vllm.engine_process import leave, read_task, tell
 
 
 @dataclass(frozen=True)
@@ -234,20 +231,14 @@ def run_batch(
 
 def main() -> None:
     """Entry point of the child process."""
-    task = MeasureTask(**json.load(sys.stdin))
-
-    def report(kind: str, value: Any) -> None:
-        print(f"{MARK}{json.dumps({kind: value})}", flush=True)
-
+    task = MeasureTask(**read_task())
     engine = make_engine(task)
     if task.warm_up:
         warm_up(engine, task)
-    report("ready", True)
-    measured = run_batch(engine, task, lambda done: report("done", done))
-    report("result", asdict(measured))
-    sys.stdout.flush()
-    # vLLM's in-process engine leaves threads behind; nothing is left to save.
-    os._exit(0)
+    tell("ready", True)
+    measured = run_batch(engine, task, lambda done: tell("done", done))
+    tell("result", asdict(measured))
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""What becomes of a process that is given a task."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyramid_vllm.engine_process import MARK, run_child
+
+#: More than a pipe holds.
+LONG = {"prompts": [0] * 100_000}
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What runs in Python's place: the test writes it."""
+    file = tmp_path / "child"
+    file.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(file))
+    return file
+
+
+def test_a_child_that_reads_no_task_says_why(script: Path) -> None:
+    script.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run_child("any", LONG, print, os.environ)
+
+
+def test_a_child_that_tells_less_than_asked_has_failed(script: Path) -> None:
+    script.write_text(
+        f"#!/bin/sh\ncat >/dev/null\necho so far so good\n"
+        f"""echo '{MARK}{{"done": 1}}'\necho '{MARK}{{"result": 2}}'\n"""
+    )
+    told: list[dict[str, Any]] = []
+    run_child("any", LONG, told.append, os.environ)
+    assert told == [{"done": 1}, {"result": 2}]
+    with pytest.raises(RuntimeError, match="so far so good"):
+        run_child("any", LONG, told.append, os.environ, num_results=2)
+
+
+def test_an_interrupt_leaves_no_child(script: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    script.write_text(
+        f"#!/bin/sh\ncat >/dev/null\necho $$ >{pid}\n"
+        f"""echo '{MARK}{{"done": 1}}'\nexec sleep 300\n"""
+    )
+
+    def interrupt(message: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child("any", LONG, interrupt, os.environ)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
