@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.native import check_native_hooks
-from pyramid_vllm.policy import KVPolicyError, PolicyConfig
+from pyramid_vllm.policy import SCORERS, KVPolicyError, PolicyConfig
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
 
 if TYPE_CHECKING:
@@ -129,6 +129,10 @@ def _check_speculation(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
 
 def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     cache = vllm_config.cache_config
+    is_cuda = vllm_config.device_config.device_type == "cuda"
+    if is_cuda and policy.scorer not in SCORERS:
+        valid = ", ".join(repr(name) for name in SCORERS)
+        raise _refuse("scorer", policy.scorer, f"valid on 'cuda' are {valid}")
     _check_speculation(vllm_config, policy)
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector

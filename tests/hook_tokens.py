@@ -19,6 +19,7 @@ POLICIES: dict[str, dict[str, Any]] = {
             "recent": 24,
             "min_context": 40,
             "retention": 0.4,
+            "growth_reserve": 0,
         },
         "max_num_batched_tokens": 128,
     },
@@ -29,6 +30,7 @@ POLICIES: dict[str, dict[str, Any]] = {
             "min_context_length": 8,
             "recent": 4,
             "exceed_length_to_compress": 8,
+            "growth_reserve": 0,
         },
         "max_num_batched_tokens": 512,
     },
@@ -39,6 +41,7 @@ POLICIES: dict[str, dict[str, Any]] = {
             "recent": 16,
             "min_context": 40,
             "retention": 0.3,
+            "growth_reserve": 0,
         },
         "enable_prefix_caching": True,
     },
@@ -49,9 +52,21 @@ def run(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Tokens and counts of one engine, whose requests preempt each other."""
     from tests.engines import close, generate, make_llm, random_prompts, scheduler_of
 
-    kv_memory = 4 * 2**20
-    llm = make_llm(model, kv_cache_memory_bytes=kv_memory, max_num_seqs=8, **settings)
+    small = {
+        "kv_cache_memory_bytes": 2 * 2**20,
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+    }
+    llm = make_llm(model, **small, **settings)
     scheduler = scheduler_of(llm)
+    preempt, num_preempted = scheduler._preempt_request, 0
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_preempted
+        num_preempted += 1
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = count
     prompts = random_prompts([60, 129, 333, 333, 200], seed=3)
     # A second round of the same prompts: what is cached of them is hit.
     tokens = [
@@ -65,6 +80,7 @@ def run(model: str, settings: dict[str, Any]) -> dict[str, Any]:
         "compactions": counters.num_compactions,
         "pages": counters.num_pages_freed,
         "groups": counters.num_groups,
+        "preempted": num_preempted,
     }
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     counts["worker pages"] = worker.tier_state.counters.num_pages_freed

@@ -102,6 +102,14 @@ def by_runner(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
     check_engine(config)
 
 
+def by_scorer(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    config = engine_config(llama, kv_policy="pyramid")
+    patch.setattr(config.device_config, "device_type", "cuda")
+    patch.setattr(VllmConfig, "use_v2_model_runner", True)
+    patch.setattr("pyramid_vllm.checks.SCORERS", {"recency": None})
+    check_engine(config)
+
+
 def by_drafts_on_v2(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
     config = engine_config(llama, kv_policy="pyramid", speculative_config=NGRAM)
     patch.setattr(VllmConfig, "use_v2_model_runner", True)
@@ -128,6 +136,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 REFUSALS: dict[str, Refuse] = {
     "device": by_config("device_config", device_type="xpu"),
     "vLLM's V1 model runner on device": by_runner,
+    "scorer": by_scorer,
     "speculative_config with vLLM's V2 model runner": by_drafts_on_v2,
     "vLLM": by_version,
     "pipeline_parallel_size": by_setting(pipeline_parallel_size=2),

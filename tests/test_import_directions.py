@@ -12,6 +12,12 @@ FORBIDDEN = {
     "policy": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "plan.py": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "model_shape.py": ("torch", "vllm"),
+    "native.py": (
+        "torch",
+        "pyramid_vllm.scheduler",
+        "pyramid_vllm.worker",
+        "pyramid_vllm.attention",
+    ),
     "kernels": ("vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "scheduler": ("torch", "pyramid_vllm.worker", "pyramid_vllm.attention"),
     "worker": ("pyramid_vllm.scheduler",),

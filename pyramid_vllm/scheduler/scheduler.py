@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,12 +17,13 @@ from pyramid_vllm.plan import PromptWindow, StepPlan, attach_plan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import TierBlockManager, register_spec
+from pyramid_vllm.scheduler.chunks import ChunkEnds
 from pyramid_vllm.scheduler.integrity import check_pool
-from pyramid_vllm.scheduler.lengths import TierLengths, can_share, needs_all_rows
+from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.statistics import Statistics
-from pyramid_vllm.scheduler.windows import group_window, prompt_window, to_next_group
+from pyramid_vllm.scheduler.windows import group_window, prompt_window
 from pyramid_vllm.spec import (
     max_chunk,
     model_weights,
@@ -79,8 +79,7 @@ class PyramidScheduler(AsyncScheduler):
             manager.lengths = self.tier_lengths
         self.tier_managers[0].reserve = self._reserve
         self._last_log = -_LOG_INTERVAL_S
-        self._chunk_ends: WeakKeyDictionary[Request, list[int]] = WeakKeyDictionary()
-        """Where prompts were cut whose eviction depends on it, for their replay."""
+        self._chunk_ends = ChunkEnds(self.tier_lengths)
         self._refusals = Refusals()
         self.kv_report = KVReport(vllm_config, kv_cache_config, self.kv_rule)
         self.tier_lengths.max_unpruned_chunk = self.kv_report.max_unpruned_chunk(
@@ -202,7 +201,7 @@ class PyramidScheduler(AsyncScheduler):
             before = request.num_computed_tokens - num_scheduled
             if before < request.num_prompt_tokens:
                 num_prompt_tokens += num_scheduled
-                self._note_chunk_end(request)
+                self._chunk_ends.note(request)
                 window = prompt_window(self.tier_lengths, request, before)
                 if window is not None:
                     windows.append(self._with_pages(window))
@@ -225,14 +224,6 @@ class PyramidScheduler(AsyncScheduler):
         self._free_evicted(plan)
         self._count(plan)
         return output
-
-    def _note_chunk_end(self, request: Request) -> None:
-        """Remember where a chunk ended, if what is evicted depends on it."""
-        if can_share(self.tier_lengths.rule_of(request)):
-            return
-        ends = self._chunk_ends.setdefault(request, [])
-        if not ends or request.num_computed_tokens > ends[-1]:
-            ends.append(request.num_computed_tokens)
 
     def _with_pages(self, window: PromptWindow) -> PromptWindow:
         """The window with pages to gather into, where its prompt's are shared."""
@@ -284,31 +275,11 @@ class PyramidScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """Also end a chunk where tokens are to be evicted: at the prompt's end, before
-        it where a chunk ended at first if that matters, and behind it wherever a group
-        of generated tokens is compressed.
-
-        Only the replay of a preempted request would go past these: its outputs must
-        see what they saw at first.
-        """
+        """Also end a chunk where tokens are to be evicted: see ``ChunkEnds.limit``."""
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        if num_computed_tokens + num_new_tokens > request.num_tokens:
-            return num_new_tokens  # a last token with drafts behind it
-        to_prompt_end = request.num_prompt_tokens - num_computed_tokens
-        rule = self.tier_lengths.rule_of(request)
-        if to_prompt_end > 0:
-            if rule.prunes and needs_all_rows(request):
-                most = self.tier_lengths.max_unpruned_chunk
-                num_new_tokens = min(num_new_tokens, most)
-            ends = self._chunk_ends.get(request, ())
-            behind = (end for end in ends if end > num_computed_tokens)
-            to_chunk_end = next(behind, request.num_prompt_tokens) - num_computed_tokens
-            return min(num_new_tokens, to_prompt_end, to_chunk_end)
-        if num_new_tokens > 1 and rule.config.generation:
-            return to_next_group(rule, request, num_computed_tokens, num_new_tokens)
-        return num_new_tokens
+        return self._chunk_ends.limit(request, num_computed_tokens, num_new_tokens)
 
     def _free_evicted(self, plan: StepPlan) -> None:
         """Give the evicted tokens' pages back, for later steps to use."""
