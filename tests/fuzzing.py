@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyramid_vllm.plan import PLAN_ATTRIBUTE, GroupWindow, PromptWindow, StepPlan
+from pyramid_vllm.plan import GroupWindow, PromptWindow, StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.worker.v1 import V1Runner
 
@@ -78,7 +78,7 @@ class PageWorker:
 
     def run(self, output: Any) -> None:
         """One step: rows, keys of the step's tokens, compaction."""
-        plan: StepPlan = getattr(output, PLAN_ATTRIBUTE)
+        plan: StepPlan = plan_of(output)
         starts = self._update_rows(output, plan)
         self._prepare(output, plan, starts)
         for group_id, tier in self._tier_of_group.items():

@@ -25,7 +25,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 import pyramid_vllm  # noqa: F401
-from pyramid_vllm.plan import PLAN_ATTRIBUTE, StepPlan
+from pyramid_vllm.plan import StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.block_manager import register_spec
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
@@ -177,7 +177,7 @@ class Driver:
     def step(self) -> StepPlan:
         """One step: schedule, check the pool, return the oldest output if due."""
         output = self.scheduler.schedule()
-        plan: StepPlan = getattr(output, PLAN_ATTRIBUTE)
+        plan: StepPlan = plan_of(output)
         self.plans.append(plan)
         self.scheduler.check_integrity()
         self._flying.append((output, sampled(self.scheduler, output)))

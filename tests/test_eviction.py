@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from pyramid_vllm.plan import attach_plan
 from pyramid_vllm.policy import LengthRule
 from tests.engines import (
     MIB,
@@ -318,7 +319,8 @@ def test_a_layer_that_does_not_compact_stops_the_engine(engine: Engine) -> None:
     llm = engine()
     worker = worker_of(llm)
     name = "model.layers.3.self_attn.attn"
-    worker.compilation_config.static_forward_context[name].impl.tier_layer = None
+    layer = worker.compilation_config.static_forward_context[name]
+    layer.impl.tier_layer = layer.post_attention_hook = None
     with pytest.raises(RuntimeError, match="5 of 6 layers"):
         generate(llm, PROMPTS[:1], 4)
 
@@ -328,6 +330,6 @@ def test_a_step_without_a_plan_stops_the_worker(engine: Engine) -> None:
     core = llm.llm_engine.engine_core.engine_core
     start(llm, PROMPTS[:1], 4)
     output = core.scheduler.schedule()
-    del output.kv_policy_plan
+    attach_plan(output, None)
     with pytest.raises(RuntimeError, match="without a plan"):
         core.model_executor.execute_model(output)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyramid_vllm.plan import PLAN_ATTRIBUTE
+from pyramid_vllm.plan import plan_of
 from tests.engines import (
     MIB,
     close,
@@ -237,6 +237,6 @@ def test_where_prompts_are_not_computed_whole_it_is_off(
 def test_a_plan_without_shared_pages_names_none(tiny_llama: str) -> None:
     scheduler = make_scheduler(tiny_llama, 100, SMALL)
     scheduler.add_request(make_request("a", 200, 2))
-    plan = getattr(scheduler.schedule(), PLAN_ATTRIBUTE)
+    plan = plan_of(scheduler.schedule())
     assert plan.windows[0].num_kept is not None
     assert plan.windows[0].pages is None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from pyramid_vllm.attention.cpu import cpu_views
@@ -424,7 +425,8 @@ def test_attention_reads_what_an_independent_mask_allows(
         )
         actual = output.view(len(query), *query.shape[1:]).double()
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-        seen.append((self.tier_layer.index, rows, metadata.seq_lens.tolist()))
+        index = extract_layer_index(layer.layer_name)
+        seen.append((index, rows, metadata.seq_lens.tolist()))
         return output
 
     monkeypatch.setattr(CPUAttentionBackendImpl, "forward", checked)

@@ -70,13 +70,14 @@ def with_drafts(model: str, script: Path, **settings: Any) -> Any:
         "prompt_lookup_max": 3,
         "prompt_lookup_min": 1,
     }
+    paths = [os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[1])]
     result = subprocess.run(
         [sys.executable, str(script)],
         input=json.dumps([model, PROMPTS, NUM_TOKENS, settings]),
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("@")]
     assert lines, result.stderr[-3000:]

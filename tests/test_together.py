@@ -17,7 +17,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStor
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.core.sched.interface import PauseState
 
-from pyramid_vllm.plan import PLAN_ATTRIBUTE
+from pyramid_vllm.plan import plan_of
 from pyramid_vllm.stats import PROMPT_LOGPROBS
 from tests.engines import (
     MIB,
@@ -368,7 +368,7 @@ def test_chunks_beside_decodes_change_no_token(
     def watch(*args: Any) -> Any:
         nonlocal mixed
         output = schedule(*args)
-        num_prompt_tokens = getattr(output, PLAN_ATTRIBUTE).num_prompt_tokens
+        num_prompt_tokens = plan_of(output).num_prompt_tokens
         mixed += 0 < num_prompt_tokens < output.total_num_scheduled_tokens
         return output
 
