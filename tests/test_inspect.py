@@ -425,12 +425,13 @@ def shown_text(dom: str) -> str:
 
 
 def test_the_page_needs_nothing_else() -> None:
-    html = page(report_of(small({3: NASTY})))
+    report = report_of(small({3: NASTY}))
+    html = page(report)
     assert not re.search(r"(?:src|href)=[\"'](?!#)|url\(|@import|https?:", html)
     assert html.count("</script>") == 2
     data = re.search(r'<script type="application/json" id="data">(.*)</script>', html)
     assert data is not None
-    assert json.loads(data[1]) == json.loads(json.dumps(report_of(small({3: NASTY}))))
+    assert json.loads(data[1]) == json.loads(json.dumps(report))
 
 
 @needs_chromium
