@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyramid_vllm.native import uses_native_hooks
+from pyramid_vllm.native import mark_eager, uses_native_hooks
 
 #: Attribute of ``SchedulerOutput`` that carries the plan; its place among the metadata
 #: of plugins, where vLLM has such.
@@ -105,9 +105,11 @@ class StepPlan:
 
 
 def attach_plan(output: Any, plan: StepPlan) -> None:
-    """Send a plan to the workers with vLLM's ``SchedulerOutput`` of its step."""
+    """Send a plan with vLLM's ``SchedulerOutput``; where vLLM has a field for it, the
+    step is kept out of the graphs that would pass over its windows."""
     if uses_native_hooks():
         output.plugin_metadata[PLAN_ATTRIBUTE] = plan
+        mark_eager(output, plan)
     else:
         setattr(output, PLAN_ATTRIBUTE, plan)
 

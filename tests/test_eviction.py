@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pyramid_vllm.plan import attach_plan
+from pyramid_vllm.plan import PLAN_ATTRIBUTE
 from pyramid_vllm.policy import LengthRule
 from tests.engines import (
     MIB,
@@ -330,6 +330,7 @@ def test_a_step_without_a_plan_stops_the_worker(engine: Engine) -> None:
     core = llm.llm_engine.engine_core.engine_core
     start(llm, PROMPTS[:1], 4)
     output = core.scheduler.schedule()
-    attach_plan(output, None)
+    setattr(output, PLAN_ATTRIBUTE, None)
+    getattr(output, "plugin_metadata", {}).clear()
     with pytest.raises(RuntimeError, match="without a plan"):
         core.model_executor.execute_model(output)

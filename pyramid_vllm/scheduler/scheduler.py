@@ -12,7 +12,6 @@ from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
 from pyramid_vllm.metrics.config import reaches_plugins
-from pyramid_vllm.native import mark_eager, uses_native_hooks
 from pyramid_vllm.plan import PromptWindow, StepPlan, attach_plan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
@@ -219,8 +218,6 @@ class PyramidScheduler(AsyncScheduler):
             | frozenset(output.preempted_req_ids or ()),
         )
         attach_plan(output, plan)
-        if uses_native_hooks():
-            mark_eager(output, plan)
         self._free_evicted(plan)
         self._count(plan)
         return output
