@@ -12,6 +12,7 @@ FORBIDDEN = {
     "policy": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "plan.py": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "model_shape.py": ("torch", "vllm"),
+    "model_config.py": ("torch", "vllm"),
     "native.py": (
         "torch",
         "pyramid_vllm.scheduler",
@@ -23,6 +24,7 @@ FORBIDDEN = {
     "worker": ("pyramid_vllm.scheduler",),
     "attention": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
     "bench": ("pyramid_vllm.cli",),
+    "simulate": ("pyramid_vllm.cli", "pyramid_vllm.worker", "pyramid_vllm.attention"),
     "quality": ("pyramid_vllm.cli",),
     "analysis": (
         "vllm",

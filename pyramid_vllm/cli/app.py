@@ -12,6 +12,7 @@ from pyramid_vllm.cli.eval import evaluate
 from pyramid_vllm.cli.failing import or_fail
 from pyramid_vllm.cli.inspect import inspect
 from pyramid_vllm.cli.name_vllm import name_vllm
+from pyramid_vllm.cli.simulate import simulate
 from pyramid_vllm.cli.top import top
 from pyramid_vllm.sizes import parse_bytes
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(bench)
+app.command()(simulate)
 app.command("eval")(evaluate)
 app.command()(analyze)
 app.command()(inspect)
@@ -66,7 +68,13 @@ def model(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A model's folder or hub name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model's folder, a bundled shape's name such as Llama-3-8B, "
+            "or a hub name."
+        ),
+    ],
     kv_policy: PolicyOption = "pyramid",
     kv_policy_config: OverridesOption = None,
     kv_memory: Annotated[

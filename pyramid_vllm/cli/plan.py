@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from pyramid_vllm.model_config import read_config
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import (
     KVPolicyError,
@@ -88,12 +89,10 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
         ValueError: another option is not valid.
         OSError: the model's configuration cannot be read.
     """
-    from transformers import AutoConfig
-
     policy = resolve_policy(request.kv_policy, request.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' has nothing to plan")
-    config = AutoConfig.from_pretrained(request.model)
+    config = read_config(request.model)
     shape = ModelShape.of(config, request.dtype)
     policy = fitted(policy, profile_weights(config.get_text_config()))
     longest = request.max_model_len or shape.max_position

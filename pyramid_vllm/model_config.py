@@ -1,0 +1,187 @@
+"""A model's configuration, read without transformers where the file says it all.
+
+Importing transformers takes seconds; the arithmetic on a configuration takes none.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pyramid_vllm.policy.presets import config_dir
+from pyramid_vllm.policy.profiles import IDENTITY
+
+_FILE = "config.json"
+#: Settings that a file must hold as positive integers: no default stands for them.
+_INTEGERS = (*(n for n in IDENTITY if n != "model_type"), "max_position_embeddings")
+#: Settings that hold other configurations, or replace this one by another.
+_NESTED = (
+    "text_config",
+    "text_encoder",
+    "decoder",
+    "generator",
+    "per_layer_config",
+    "configuration_files",
+)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_DTYPES = (None, "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class _ModelType:
+    """How transformers' class of a model type completes a file."""
+
+    needs: tuple[str, ...] = ()
+    """Settings whose default follows a rule of the class: the file must hold them."""
+    excludes: tuple[str, ...] = ()
+    """Settings that the class does not have, or that choose another class."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Constants that the class fills in."""
+
+
+_PLAIN = _ModelType(excludes=("layer_types",))
+_EACH_LAYER = _ModelType(needs=("head_dim", "layer_types"))
+_NO_WINDOW = {"use_sliding_window": False}
+
+#: The model types that are read from the file; transformers reads all others.
+_MODEL_TYPES: Mapping[str, _ModelType] = {
+    "gemma2": _EACH_LAYER,
+    "gemma3_text": _EACH_LAYER,
+    "gpt_oss": _EACH_LAYER,
+    "llama": _PLAIN,
+    "mistral": _ModelType(excludes=("layer_types",), defaults={"sliding_window": 4096}),
+    "mixtral": _PLAIN,
+    "phi3": _PLAIN,
+    "qwen2": _ModelType(defaults=_NO_WINDOW),
+    "qwen3": _ModelType(needs=("head_dim",), defaults=_NO_WINDOW),
+    "qwen3_moe": _ModelType(excludes=("layer_types",), defaults=_NO_WINDOW),
+    "smollm3": _ModelType(defaults=_NO_WINDOW),
+}
+
+
+class FileConfig(SimpleNamespace):
+    """The settings of a file as attributes, like a Hugging Face text configuration."""
+
+    def get_text_config(self) -> "FileConfig":
+        """Itself: composite configurations are left to transformers."""
+        return self
+
+
+def shape_names() -> list[str]:
+    """Names of the bundled shapes, sorted."""
+    files = config_dir("shapes").glob(f"*/{_FILE}")
+    return sorted((file.parent.name for file in files), key=str.lower)
+
+
+def bundled_shape(name: str) -> Path | None:
+    """The folder of a bundled shape, whatever the case of its name."""
+    for known in shape_names():
+        if known.lower() == name.lower():
+            return config_dir("shapes") / known
+    return None
+
+
+def read_config(model: str) -> Any:
+    """Read a model's configuration.
+
+    Args:
+        model: a folder with ``config.json``, a bundled shape's name or a Hugging Face
+            hub name; looked for in this order.
+
+    Returns:
+        The settings as attributes, and ``get_text_config()``: a ``FileConfig``, or
+        transformers' own class where the file alone does not say it all.
+
+    Raises:
+        OSError: there is no such model, or its file cannot be read.
+        ValueError: the file is no configuration.
+    """
+    file = _local_file(model) or _hub_file(model)
+    settings = _read(file)
+    known = _MODEL_TYPES.get(str(settings.get("model_type")))
+    if known is not None:
+        settings = {**known.defaults, **settings}
+        if _says_it_all(settings, known):
+            return FileConfig(**{**settings, "dtype": _dtype(settings)})
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(file.parent))
+
+
+def _local_file(model: str) -> Path | None:
+    path = Path(model).expanduser()
+    file = path if path.name == _FILE else path / _FILE
+    if file.is_file():
+        return file
+    shape = bundled_shape(model)
+    return shape / _FILE if shape else None
+
+
+def _hub_file(model: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        # The cache first: the hub's client asks the network even for what it has.
+        cached = try_to_load_from_cache(model, _FILE)
+        return Path(
+            cached if isinstance(cached, str) else hf_hub_download(model, _FILE)
+        )
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        detail = " ".join(str(error).split())
+        raise OSError(
+            f"model is '{model}': valid is a folder with {_FILE}, a bundled shape "
+            f"({', '.join(shape_names())}) or a Hugging Face hub name, but the hub "
+            f"answers: {detail}"
+        ) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model file '{file}' is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"model file '{file}' holds {type(settings).__name__}: "
+            "valid is a JSON object of settings"
+        )
+    return settings
+
+
+def _dtype(settings: Mapping[str, Any]) -> Any:
+    """The dtype by its new name, or else by its old one."""
+    dtype = settings.get("dtype")
+    return settings.get("torch_dtype") if dtype is None else dtype
+
+
+def _says_it_all(settings: Mapping[str, Any], known: _ModelType) -> bool:
+    """Whether transformers' class would change no setting that is read here."""
+    head_dim = settings.get("head_dim")
+    return (
+        all(_is_count(settings.get(name)) for name in _INTEGERS)
+        and all(settings.get(name) is not None for name in known.needs)
+        and not any(name in settings for name in (*_NESTED, *known.excludes))
+        and (head_dim is None or _is_count(head_dim))
+        and settings["hidden_size"] % settings["num_attention_heads"] == 0
+        and _dtype(settings) in _DTYPES
+        and _has_plain_layers(settings)
+    )
+
+
+def _has_plain_layers(settings: Mapping[str, Any]) -> bool:
+    """Whether the layers are listed, or all alike."""
+    layers = settings.get("layer_types")
+    if layers is None:
+        return settings.get("use_sliding_window", False) is False
+    return (
+        isinstance(layers, list)
+        and len(layers) == settings["num_hidden_layers"]
+        and all(layer in _LAYER_TYPES for layer in layers)
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0

@@ -1,0 +1,1 @@
+"""Real schedulers on a modelled device: what a policy does to traffic, without one."""

@@ -1,0 +1,111 @@
+"""Devices: the peaks of data sheets, and which share of them is reached."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from pyramid_vllm.policy.presets import config_dir
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Efficiency(BaseModel):
+    """Shares of a device's peaks that are reached, and times that are always there.
+
+    Round figures between what kernels reach in isolation and what engines do; they
+    are settings, for no two versions of a kernel agree.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bandwidth: Share = 0.8
+    """Of the memory's bandwidth, where weights and keys and values are read."""
+    flops: Share = 0.6
+    """Of the peak, in the matrices of layers and of the logits."""
+    attention_flops: Share = 0.5
+    """Of the peak, in a prompt's attention."""
+    score_flops: Share = 0.3
+    """Of the peak, where a policy scores tokens."""
+    move_bandwidth: Share = 0.5
+    """Of the memory's bandwidth, where a policy selects and compacts."""
+    link: Share = 0.7
+    """Of the links between devices."""
+    step_ms: float = Field(default=0.5, ge=0)
+    """Of every step: launches, sampling, what is not modelled."""
+    sequence_us: float = Field(default=0.0, ge=0)
+    """Of every sequence in a step."""
+    compaction_us: float = Field(default=0.0, ge=0)
+    """Of every layer that compacts a sequence."""
+    all_reduce_us: float = Field(default=10.0, ge=0)
+    """Latency of one all-reduce."""
+
+
+class Device(BaseModel):
+    """A device that an engine runs on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    memory_gb: Positive
+    """In 10^9 bytes."""
+    bandwidth_gb_s: Positive
+    """Of its memory, in 10^9 bytes a second."""
+    tflops: Mapping[str, Positive]
+    """Peak of dense matrix products, in 10^12 FLOPs a second, by dtype."""
+    link_gb_s: Positive
+    """To the other devices, one direction, in 10^9 bytes a second."""
+    block_size: PositiveInt = 16
+    """vLLM's default number of tokens of a page."""
+    async_scheduling: bool = True
+    """Whether vLLM schedules a step while the one before it runs."""
+    efficiency: Efficiency = Efficiency()
+
+    def changed(self, settings: Mapping[str, Any]) -> "Device":
+        """The same with other efficiencies.
+
+        Raises:
+            ValueError: names the setting, its value and what is valid.
+        """
+        merged = self.efficiency.model_dump() | dict(settings)
+        try:
+            efficiency = Efficiency.model_validate(merged)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(map(str, problem["loc"]))
+            valid = ", ".join(Efficiency.model_fields)
+            raise ValueError(
+                f"--efficiency has {name}={problem['input']!r}: {problem['msg']}; "
+                f"valid settings are {valid}"
+            ) from None
+        return self.model_copy(update={"efficiency": efficiency})
+
+
+def device_names() -> list[str]:
+    """Names of the shipped devices, sorted."""
+    return sorted(path.stem for path in config_dir("gpus").glob("*.yaml"))
+
+
+def load_device(name: str) -> Device:
+    """A shipped device, or the one of a YAML file.
+
+    Raises:
+        ValueError: there is no such device, or its file is not valid; names it.
+    """
+    if name.endswith((".yaml", ".yml")):
+        file = Path(name)
+    else:
+        file = config_dir("gpus") / f"{name.lower()}.yaml"
+    try:
+        return Device.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(
+            f"--gpu is '{name}': valid are {', '.join(device_names())}, and the path "
+            "of a YAML file"
+        ) from None
+    except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"--gpu is '{name}': {detail}") from None
