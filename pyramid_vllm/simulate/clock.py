@@ -6,7 +6,7 @@ takes the longer of its time for bytes and its time for FLOPs.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,10 @@ class StepWork:
     num_all_reduces: float = 0.0
     num_sequences: float = 0.0
 
+    def values(self) -> tuple[float, ...]:
+        """In the order of ``WORK_FIELDS``."""
+        return tuple(getattr(self, name) for name in WORK_FIELDS)
+
 
 #: Columns of a matrix of several steps' work.
 WORK_FIELDS = tuple(field.name for field in fields(StepWork))
@@ -69,14 +73,14 @@ def step_seconds(work: StepWork | Floats, model: ModelWork, device: Device) -> A
             f"--dtype is '{model.dtype}': valid on {device.name} are "
             f"{', '.join(device.tflops)}"
         )
-    values = astuple(work) if isinstance(work, StepWork) else np.asarray(work).T
+    values = work.values() if isinstance(work, StepWork) else work.T
     of = dict(zip(WORK_FIELDS, values, strict=True))
     share = device.efficiency
     peak = device.tflops[model.dtype] * 1e12
     bandwidth = device.bandwidth_gb_s * 1e9
     reads, moves = bandwidth * share.bandwidth, bandwidth * share.move_bandwidth
     attends = peak * share.attention_flops
-    larger = np.maximum if not isinstance(work, StepWork) else max
+    larger: Any = max if isinstance(work, StepWork) else np.maximum
     return (
         share.step_ms * 1e-3
         + of["num_sequences"] * share.sequence_us * 1e-6

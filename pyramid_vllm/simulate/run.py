@@ -34,6 +34,8 @@ class RequestRecord:
     arrival: float
     first_token: float = -1.0
     finish: float = -1.0
+    num_told: int = 0
+    """Tokens of its answer so far."""
     num_cached_tokens: int = 0
     """Of its prompt, found in the prefix cache when it was first scheduled."""
 
@@ -266,12 +268,14 @@ class Simulation:
         record = self.run_record.requests[told.request_id]
         if record.first_token < 0 and told.new_token_ids:
             record.first_token = self._now
+        record.num_told += len(told.new_token_ids)
         if told.finish_reason is None:
             return
-        if str(told.finish_reason) != "length":
+        if record.num_told < record.num_outputs:
             raise RuntimeError(
-                f"a request of {record.num_prompt_tokens} prompt tokens ended with "
-                f"finish reason '{told.finish_reason}'"
+                f"a request of {record.num_prompt_tokens} + {record.num_outputs} tokens "
+                f"ended after {record.num_told} of its answer, with finish reason "
+                f"'{told.finish_reason}': the KV memory cannot hold it"
             )
         record.finish = self._now
         self._ended(told.request_id)

@@ -1,0 +1,73 @@
+"""Exact figures of four small simulated loads; run it to write them anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pyramid_vllm.policy import resolve_policy
+from pyramid_vllm.simulate.device import load_device
+from pyramid_vllm.simulate.engine import EngineSettings
+from pyramid_vllm.simulate.figures import rounded, run_figures
+from pyramid_vllm.simulate.loads import Load, Session, Turn, named_load
+from pyramid_vllm.simulate.model import load_model
+from pyramid_vllm.simulate.run import RunOptions, simulate
+
+FILE = Path(__file__).with_name("simulated.json")
+
+
+def slice_of_a_trace() -> Load:
+    """Requests with the lengths and shared prefixes of a conversation's trace: some
+    go on from another, and all start with the same block."""
+    rows = []
+    for index in range(40):
+        # The blocks of the request eight before, then some of its own.
+        blocks = [0, *(100 * (index % 8) + k for k in range(1, 3 + index // 8))]
+        own = tuple((1_000_000 + 10 * index + k, 512) for k in range(index % 5))
+        pieces = (*((block, 512) for block in blocks), *own, (index + 5_000, 77))
+        turn = Turn(pieces, 40 + 37 * (index % 7))
+        rows.append(Session((turn,), arrival=0.04 * index))
+    return Load("trace", tuple(rows))
+
+
+def loads() -> dict[str, Load]:
+    """The four."""
+    lengths = {"num_sessions": 40, "prompt_tokens": 256, "output_tokens": 96}
+    return {
+        "unshared": named_load("unshared", lengths | {"prompt_tokens": 1024}),
+        "shared": named_load("shared", lengths | {"shared_prefix": 1024}),
+        "documents": named_load(
+            "documents", lengths | {"shared_prefix": 1024, "num_prefixes": 4}
+        ),
+        "trace": slice_of_a_trace(),
+    }
+
+
+def figures() -> dict[str, Any]:
+    """By load and policy."""
+    model = load_model("Llama-3-8B", None, 1)
+    settings = EngineSettings(
+        model=model,
+        kv_bytes=512 * 32 * int(model.token_bytes) * model.num_layers,
+        max_model_len=8192,
+        max_num_seqs=64,
+        max_num_batched_tokens=2048,
+        block_size=32,
+    )
+    device, options = load_device("h100"), RunOptions(cpu_time=False)
+    return {
+        name: {
+            side: rounded(
+                run_figures(
+                    simulate(
+                        side, resolve_policy(side), settings, device, load, options
+                    )
+                )
+            )
+            for side in ("none", "pyramid")
+        }
+        for name, load in loads().items()
+    }
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(figures(), indent=2) + "\n", encoding="utf-8")
