@@ -6,7 +6,7 @@ from typing import Any
 
 from pyramid_vllm.policy import resolve_policy
 from pyramid_vllm.simulate.device import load_device
-from pyramid_vllm.simulate.engine import EngineSettings
+from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine
 from pyramid_vllm.simulate.figures import rounded, run_figures
 from pyramid_vllm.simulate.loads import Load, Session, Turn, named_load
 from pyramid_vllm.simulate.model import load_model
@@ -54,16 +54,14 @@ def figures() -> dict[str, Any]:
         block_size=32,
     )
     device, options = load_device("h100"), RunOptions(cpu_time=False)
+    engines = {
+        side: SimulatedEngine(settings, resolve_policy(side))
+        for side in ("none", "pyramid")
+    }
     return {
         name: {
-            side: rounded(
-                run_figures(
-                    simulate(
-                        side, resolve_policy(side), settings, device, load, options
-                    )
-                )
-            )
-            for side in ("none", "pyramid")
+            side: rounded(run_figures(simulate(side, engine, device, load, options)))
+            for side, engine in engines.items()
         }
         for name, load in loads().items()
     }

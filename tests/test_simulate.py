@@ -54,7 +54,8 @@ def run(load: Load, policy: str | None = None, **changes: Any) -> SimulatedRun:
     options = changes.pop("options", EXACT)
     resolved = None if policy is None else resolve_policy(policy)
     name = policy or "none"
-    return simulate(name, resolved, settings(**changes), DEVICE, load, options)
+    engine = SimulatedEngine(settings(**changes), resolved)
+    return simulate(name, engine, DEVICE, load, options)
 
 
 def small(name: str, **changes: Any) -> Load:
@@ -154,7 +155,8 @@ def test_time_of_the_scheduler_counts_unless_it_is_left_out() -> None:
     )
     for cpu_time in (False, True):
         options = RunOptions(cpu_time=cpu_time)
-        done = simulate("none", None, settings(), device, load, options)
+        engine = SimulatedEngine(settings(), None)
+        done = simulate("none", engine, device, load, options)
         cpu_s = sum(step.cpu_s for step in done.steps)
         assert (run_figures(done)["seconds"] >= 0.9 * cpu_s) is cpu_time
 
@@ -336,7 +338,7 @@ def test_the_command_writes_the_keys_that_it_promises(
         *("SmolLM2-135M", "--trace", str(trace), "--kv-policy", "pyramid"),
         *("--kv-policy", "uniform", "--kv-policy-config", '{"retention": 0.5}'),
         *("--no-cpu-time", "--json", str(file), "--plots", str(tmp_path / "plots")),
-        *("--slo-ttft", "2s", "--slo-tpot", "50ms"),
+        *("--slo-ttft", "2s", "--slo-tpot", "50ms", "--kv-memory", "512MiB"),
     )
     assert result.exit_code == 0, result.output
     runs = json.loads(file.read_text())["runs"]

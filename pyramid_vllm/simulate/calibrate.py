@@ -21,7 +21,7 @@ import yaml
 from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
 from pyramid_vllm.simulate.clock import step_seconds
 from pyramid_vllm.simulate.device import Device, load_device
-from pyramid_vllm.simulate.engine import EngineSettings
+from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine
 from pyramid_vllm.simulate.loads import Load, Session, Turn
 from pyramid_vllm.simulate.model import ModelWork, load_model
 from pyramid_vllm.simulate.run import RunOptions, SimulatedRun, simulate
@@ -131,7 +131,8 @@ def _measured(
 
 def _fitting(run: MeasuredRun, device: Device) -> _Fitting:
     options = RunOptions(cpu_time=False, keep_works=True)
-    done = simulate(run.side, run.policy, run.engine, device, run.load, options)
+    engine = SimulatedEngine(run.engine, run.policy)
+    done = simulate(run.side, engine, device, run.load, options)
     works = np.array([work.values() for work in done.works])
     return _Fitting(
         run.engine.model,

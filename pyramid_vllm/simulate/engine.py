@@ -50,25 +50,31 @@ class SimulatedEngine:
             get_kv_cache_configs,
             resolve_kv_cache_block_sizes,
         )
-        from vllm.v1.structured_output import StructuredOutputManager
 
         self.settings = settings
-        config = _engine_config(settings, policy)
-        (kv_config,) = get_kv_cache_configs(
-            config, [_specs(config, settings, policy)], [settings.kv_bytes]
-        )
-        config.cache_config.num_gpu_blocks = kv_config.num_blocks
-        block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_config, config)
-        self.scheduler: Any = config.scheduler_config.get_scheduler_cls()(
-            vllm_config=config,
-            kv_cache_config=kv_config,
-            structured_output_manager=StructuredOutputManager(config),
+        self._config = config = _engine_config(settings, policy)
+        specs = _specs(config, settings, policy)
+        (self._kv_config,) = get_kv_cache_configs(config, [specs], [settings.kv_bytes])
+        config.cache_config.num_gpu_blocks = self._kv_config.num_blocks
+        self._block_sizes = resolve_kv_cache_block_sizes(self._kv_config, config)
+        self.max_model_len = int(config.model_config.max_model_len)
+        self._hasher = _block_hasher(self._block_sizes[1])
+        self.scheduler: Any
+        self.restart()
+
+    def restart(self) -> None:
+        """Make a new scheduler, with an empty pool and prefix cache."""
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        block_size, hash_block_size = self._block_sizes
+        self.scheduler = self._config.scheduler_config.get_scheduler_cls()(
+            vllm_config=self._config,
+            kv_cache_config=self._kv_config,
+            structured_output_manager=StructuredOutputManager(self._config),
             block_size=block_size,
             hash_block_size=hash_block_size,
             log_stats=False,
         )
-        self.max_model_len = int(config.model_config.max_model_len)
-        self._hasher = _block_hasher(hash_block_size)
 
     @property
     def has_policy(self) -> bool:

@@ -1,7 +1,6 @@
 """From settings to tables, figures and plots."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from pyramid_vllm.policy import NONE, PolicyConfig
+from pyramid_vllm.policy import NONE
 from pyramid_vllm.provenance import provenance
+from pyramid_vllm.simulate.engine import SimulatedEngine
 from pyramid_vllm.simulate.figures import ROWS, Figures, run_figures
 from pyramid_vllm.simulate.loads import Load
 from pyramid_vllm.simulate.run import SimulatedRun, simulate
@@ -32,13 +32,17 @@ def run_simulation(
     """
     console = Console()
     console.print(_heading(settings), highlight=False)
-    runs = [
-        _simulated(console, settings, name, policy, settings.load)
+    engines = {
+        name: SimulatedEngine(settings.engine, policy)
         for name, policy in settings.sides
+    }
+    runs = [
+        _simulated(console, settings, name, engine, settings.load)
+        for name, engine in engines.items()
     ]
     figures = {run.policy: run_figures(run) for run in runs}
     console.print(figures_table(figures))
-    capacities = _capacities(console, settings)
+    capacities = _capacities(console, settings, engines)
     if capacities:
         console.print(_capacity_table(settings, capacities))
     if json_file is not None:
@@ -72,7 +76,7 @@ def _simulated(
     console: Console,
     settings: SimulateSettings,
     name: str,
-    policy: PolicyConfig | None,
+    engine: SimulatedEngine,
     load: Load,
     note: str = "",
 ) -> SimulatedRun:
@@ -82,8 +86,7 @@ def _simulated(
         bar = progress.add_task(label, total=load.num_requests)
         return simulate(
             name,
-            policy,
-            settings.engine,
+            engine,
             settings.device,
             load,
             settings.options,
@@ -91,22 +94,22 @@ def _simulated(
         )
 
 
-def _capacities(console: Console, settings: SimulateSettings) -> dict[str, Capacity]:
+def _capacities(
+    console: Console, settings: SimulateSettings, engines: dict[str, SimulatedEngine]
+) -> dict[str, Capacity]:
     objective = settings.objective
     if objective is None:
         return {}
 
-    def of(name: str, policy: PolicyConfig | None) -> Callable[[Load], Figures]:
+    def capacity(name: str, engine: SimulatedEngine) -> Capacity:
         def figures(load: Load) -> Figures:
             note = f", {load.rate:.3g} sessions/s"
-            return run_figures(_simulated(console, settings, name, policy, load, note))
+            run = _simulated(console, settings, name, engine, load, note)
+            return run_figures(run)
 
-        return figures
+        return find_capacity(settings.load, objective, figures)
 
-    return {
-        name: find_capacity(settings.load, objective, of(name, policy))
-        for name, policy in settings.sides
-    }
+    return {name: capacity(name, engine) for name, engine in engines.items()}
 
 
 def figures_table(sides: dict[str, Figures]) -> Table:

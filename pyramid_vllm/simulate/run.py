@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from pyramid_vllm.plan import plan_of
-from pyramid_vllm.policy import PolicyConfig
 from pyramid_vllm.simulate.clock import StepWork, WorkModel, step_seconds
 from pyramid_vllm.simulate.device import Device
-from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine
+from pyramid_vllm.simulate.engine import SimulatedEngine
 from pyramid_vllm.simulate.loads import Load, Session, piece_tokens
 from pyramid_vllm.simulate.pages import PageCount, count_pages, saved_tokens
 
@@ -273,8 +272,8 @@ class Simulation:
             return
         if record.num_told < record.num_outputs:
             raise RuntimeError(
-                f"a request of {record.num_prompt_tokens} + {record.num_outputs} tokens "
-                f"ended after {record.num_told} of its answer, with finish reason "
+                f"a request of {record.num_prompt_tokens} + {record.num_outputs} "
+                f"tokens ended after {record.num_told} of its answer, finish reason "
                 f"'{told.finish_reason}': the KV memory cannot hold it"
             )
         record.finish = self._now
@@ -292,23 +291,22 @@ def _work_model(engine: SimulatedEngine) -> WorkModel:
 
 def simulate(
     name: str,
-    policy: PolicyConfig | None,
-    settings: EngineSettings,
+    engine: SimulatedEngine,
     device: Device,
     load: Load,
     options: RunOptions,
     progress: Callable[[int], None] = lambda done: None,
 ) -> SimulatedRun:
-    """Run a side on a fresh engine.
+    """Run a side under a load, from an empty cache on.
 
     Raises:
-        ValueError: the model, a request or the policy does not fit.
+        ValueError: a request is longer than the engine allows.
         RuntimeError: a request was not served to its end.
     """
-    engine = SimulatedEngine(settings, policy)
     if load.longest > engine.max_model_len:
         raise ValueError(
             f"the longest request has {load.longest} tokens: valid is up to "
             f"--max-model-len, {engine.max_model_len}"
         )
+    engine.restart()
     return Simulation(name, engine, device, load, options, progress).run()

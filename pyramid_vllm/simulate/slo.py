@@ -10,7 +10,7 @@ from pyramid_vllm.simulate.loads import Load
 
 #: The highest rate is found to this ratio.
 _PRECISION = 1.05
-_MAX_DOUBLINGS = 12
+_MAX_DOUBLINGS = 8
 _UNITS = {"ms": 1e-3, "s": 1.0}
 
 
