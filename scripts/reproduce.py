@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
 #: The default as it is for a model without a profile.
 NO_PROFILE = '{"name": "pyramid-no-profile", "layer_weights": null}'
+#: Speeds are those without a prefix cache, whatever prompts have in common.
+NO_CACHING = ["--engine-args", '{"enable_prefix_caching": false}']
 PRESSES = ("snapkv", "pyramidkv", "streaming_llm")
 
 
@@ -53,7 +55,7 @@ def quality(
 
 def bench(name: str, out: Path, options: list[str]) -> Step:
     """Speed against stock vLLM."""
-    command = ["pyramid-vllm", "bench", "--seed", str(SEED), *options]
+    command = ["pyramid-vllm", "bench", "--seed", str(SEED), *options, *NO_CACHING]
     folder = out / name
     return Step(name, [*command, "--out", str(folder)], folder / "results.json")
 

@@ -11,6 +11,7 @@ _INTRODUCTION = """# Results
 
 Made by `scripts/reproduce`; `docs/results.json` holds the same figures. Intervals are
 95% bootstrap intervals over windows or needles, and ranges over repeats for speeds.
+Speeds are measured with prefix caching off on both sides.
 Finished steps are kept from run to run: the commit is that of the last run.
 """
 

@@ -1,6 +1,8 @@
 """``pyramid-vllm bench``: requests, checks and summaries; runs of a tiny model."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,31 @@ from pyramid_vllm.bench.figures import (
     offline_figures,
     online_figures,
 )
-from pyramid_vllm.bench.measure import Measured, MeasureTask
+from pyramid_vllm.bench.measure import (
+    MeasureTask,
+    add_request,
+    make_engine,
+    run_batch,
+    warm_up,
+)
+from pyramid_vllm.bench.online import online_task
 from pyramid_vllm.bench.plots import draw_ratios, save_plots
 from pyramid_vllm.bench.report import PointReport, format_ratio
 from pyramid_vllm.bench.requests import (
     draw_lengths,
+    make_requests,
     synthetic_prompts,
     text_prompts,
     windows,
 )
-from pyramid_vllm.bench.server import as_flags, parse_activation, parse_metrics
+from pyramid_vllm.bench.server import (
+    as_flags,
+    parse_activation,
+    parse_metrics,
+    parse_prefix_caching,
+)
 from pyramid_vllm.bench.settings import (
+    BenchSettings,
     KVMemory,
     TokenRange,
     parse_engine_args,
@@ -32,9 +48,12 @@ from pyramid_vllm.bench.settings import (
 )
 from pyramid_vllm.bench.store import RunResult, RunStore, run_key
 from pyramid_vllm.bench.summary import memory_binds, ratios, summarize
-from pyramid_vllm.bench.workload import Point
+from pyramid_vllm.bench.watch import Measured
+from pyramid_vllm.bench.workload import Point, Workload
 from pyramid_vllm.cli import app
+from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import KVPolicyError
+from tests.engines import random_prompts
 
 
 def run(*arguments: str) -> Any:
@@ -147,6 +166,55 @@ def test_a_text_too_short_is_named(tmp_path: Path) -> None:
         text_prompts(Letters(), file, [4, 7])
 
 
+def bench_settings(**changes: Any) -> BenchSettings:
+    settings: dict[str, Any] = {
+        "model": "m",
+        "sides": parse_sides(["pyramid"]),
+        "workload": "offline",
+        "num_prompts": 5,
+        "prompt_tokens": TokenRange(20, 30),
+        "output_tokens": TokenRange(3, 6),
+        "text": None,
+        "kv_memory": (KVMemory.parse("4x"),),
+        "repeats": 1,
+        "seed": 0,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "dtype": None,
+        "engine_args": {},
+        "request_rates": (),
+        "out": Path("out"),
+    }
+    return BenchSettings(**(settings | changes))
+
+
+@pytest.mark.parametrize("tokenizer", [None, Letters()])
+def test_prefixes_come_before_a_prompts_own_tokens_and_take_turns(
+    tokenizer: Letters | None,
+) -> None:
+    settings = bench_settings(shared_prefix=40, num_prefixes=2)
+    prompts = make_requests(settings, tokenizer, 64).prompts
+    beginnings = [prompt[:40] for prompt in prompts]
+    assert beginnings[0] == beginnings[2] == beginnings[4]
+    assert beginnings[1] == beginnings[3] != beginnings[0]
+    assert all(60 <= len(prompt) <= 70 for prompt in prompts)
+    assert len({tuple(prompt[40:60]) for prompt in prompts}) == 5
+
+
+def test_a_turn_is_as_long_as_all_that_its_conversation_has() -> None:
+    settings = bench_settings(shared_prefix=40, turns=3)
+    requests = make_requests(settings, None, 64)
+    assert settings.num_requests == len(requests.output_lengths) == 15
+    for index, first in enumerate(requests.prompts):
+        parts = [len(turn[index]) for turn in requests.later_turns]
+        assert all(20 <= part <= 30 for part in parts)
+        outputs = requests.output_lengths[index::5]
+        whole = len(first) + sum(parts) + sum(outputs)
+        assert requests.lengths[index] == whole
+        assert whole - outputs[-1] in requests.prompt_lengths
+        assert len(first) in requests.prompt_lengths
+
+
 # Figures.
 
 
@@ -231,6 +299,31 @@ def test_a_servers_figures_are_read() -> None:
     assert parse_activation("") == dict.fromkeys(found, 0)
 
 
+def test_a_server_says_whether_it_caches_prefixes() -> None:
+    text = 'vllm:cache_config_info{enable_prefix_caching="%s",engine="0"} 1.0'
+    assert parse_prefix_caching(text % "True")
+    assert not parse_prefix_caching(text % "False")
+
+
+def test_the_clients_prompts_share_a_prefix(tiny_llama: str) -> None:
+    from transformers import AutoConfig
+
+    settings = bench_settings(workload="online", shared_prefix=64)
+    requests = make_requests(settings, None, 64)
+    shape = ModelShape.of(AutoConfig.from_pretrained(tiny_llama), "float32")
+    workload = Workload(requests, shape, "float32", True, True, 32, 16)
+    point = Point("4x", 2**20, None)
+    task = online_task(settings, workload, point, settings.sides[0])
+    client = task.client_arguments
+    assert client[client.index("--random-prefix-len") + 1] == "64"
+    # The client would warm up with the first prompt, which would then be cached.
+    assert client[client.index("--num-warmups") + 1] == "0"
+    assert task.warm_up_tokens == 64 + 20
+    server = task.server_arguments
+    assert server[server.index("--max-model-len") + 1] == str(64 + 30 + 6 + 16)
+    assert not any("prefix-caching" in word for word in server)
+
+
 def test_a_policy_that_does_nothing_is_refused() -> None:
     idle = {"num_compactions": 0, "num_rows_scheduled": 9, "num_rows_computed": 9}
     with pytest.raises(RuntimeError, match="policy 'p' keeps less"):
@@ -285,14 +378,25 @@ def test_a_run_is_known_by_all_of_its_task(tmp_path: Path) -> None:
     assert store.load("k") == result
 
 
+def point_report(point: Point, sides: Any, binds: bool = True) -> PointReport:
+    return PointReport(point, binds, sides, dict.fromkeys(sides, True), "nothing")
+
+
+def test_sides_that_differ_in_caching_are_named() -> None:
+    report = point_report(Point("1x", 1, None), {"none": {}, "p": {}})
+    assert report.caching_label == "prefix caching on"
+    report.prefix_caching["p"] = False
+    assert report.caching_label == "prefix caching: stock vLLM on, p off"
+
+
 def test_plots_are_drawn(tmp_path: Path) -> None:
     keys = [f"{k}_p{p}_s" for k in ("ttft", "tpot", "e2e") for p in (50, 95, 99)]
     stock = dict.fromkeys([*keys, "total_tokens_per_s", "max_num_running"], 1.0)
     faster = [stock | {"total_tokens_per_s": rate} for rate in (1.5, 2.0)]
     sides = summarize({"none": [stock, stock], "p": faster})
     reports = [
-        PointReport(Point("1x", 2**20, None), True, sides),
-        PointReport(Point("4x", 2**22, None), False, sides),
+        point_report(Point("1x", 2**20, None), sides),
+        point_report(Point("4x", 2**22, None), sides, binds=False),
     ]
     for file in save_plots(reports, tmp_path):
         assert file.read_bytes().startswith(b"\x89PNG")
@@ -319,7 +423,7 @@ def test_ratios_are_drawn_over_what_varies(
     figure = Figure()
     draw_ratios(
         figure,
-        [PointReport(Point("", m * 2**20, rate), True, sides) for m, rate in points],
+        [point_report(Point("", m * 2**20, rate), sides) for m, rate in points],
     )
     (axes,) = figure.axes
     assert axes.get_xlabel() == label
@@ -354,6 +458,28 @@ def test_ratios_are_drawn_over_what_varies(
         (["--engine-args", '{"tensor_parallel_size": 2}'], "valid is 1, or"),
         (["--text", __file__], "has no tokenizer"),
         (["--kv-policy", '{"tiers": 7}'], "valid is 1 to 6"),
+        (["--shared-prefix", "-1"], "--shared-prefix is -1: valid is 0 or more"),
+        (["--num-prefixes", "0"], "--num-prefixes is 0: valid is 1 or more"),
+        (["--num-prefixes", "2"], "valid is 1, or --shared-prefix above 0"),
+        (
+            ["--num-prefixes", "25", "--shared-prefix", "9"],
+            "--num-prefixes is 25: valid is up to --num-prompts, 24",
+        ),
+        (["--turns", "0"], "--turns is 0: valid is 1 or more"),
+        (
+            ["--turns", "2", "--workload", "online"],
+            "--turns is 2: vLLM's client sends single requests; valid is 1, or",
+        ),
+        (
+            [*("--workload", "online", "--shared-prefix", "9"), "--num-prefixes", "2"],
+            "--num-prefixes is 2: vLLM's client draws one prefix; valid is 1, or",
+        ),
+        (["--shared-prefix", "4000"], "the longest request has 4896 tokens"),
+        (["--turns", "5"], "the longest request has 4480 tokens"),
+        (
+            [*("--shared-prefix", "9", "--turns", "2"), "--kv-memory", "1KiB"],
+            "a request of 1801 tokens needs",
+        ),
     ],
 )
 def test_the_command_names_what_is_wrong(
@@ -364,6 +490,144 @@ def test_the_command_names_what_is_wrong(
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
     assert not out.exists(), "something ran before the options were checked"
+
+
+def check_medians(file: Path, point: dict[str, Any]) -> None:
+    """The file of medians says the same as the folder of results."""
+    (medians,) = json.loads(file.read_text())["points"]
+    assert medians["kv_memory"] == "2x"
+    assert medians["kv_bytes"] == point["kv_bytes"]
+    assert (medians["shared_prefix"], medians["turns"]) == (0, 1)
+    assert set(medians["sides"]) == {"none", "mine"}
+    for name, side in medians["sides"].items():
+        of_point = point["sides"][name]
+        assert side["tokens_per_s"] == of_point["total_tokens_per_s"]["median"]
+        for key in ("max_num_running", "num_rows_computed", "num_preemptions"):
+            assert side[key] == of_point[key]["median"], key
+        assert side["ratio"] == of_point["total_tokens_per_s"]["ratio"]["median"]
+        assert side["prefix_caching"] is point["prefix_caching"][name]
+    assert medians["sides"]["none"]["ratio"] == 1.0
+
+
+# Engines, as the command makes them.
+
+SIDES: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "policy": {"kv_policy": '{"name": "p", "retention": 0.4, "min_context": 64}'},
+    "off": {"engine_args": {"enable_prefix_caching": False}},
+}
+
+
+@pytest.fixture(scope="module", params=SIDES)
+def side(
+    request: pytest.FixtureRequest, tiny_llama: str
+) -> Iterator[tuple[str, MeasureTask, Any]]:
+    """Its name, a task of prompts that share nothing, and its engine."""
+    settings = dict(SIDES[request.param])
+    engine_args = settings.pop("engine_args", {}) | {"skip_tokenizer_init": True}
+    task = measure_task(
+        model=tiny_llama,
+        prompts=random_prompts([200, 230]),
+        output_tokens=[200, 200],  # room for further turns
+        kv_bytes=16 * 2**20,
+        max_num_batched_tokens=512,
+        engine_args=engine_args,
+        **settings,
+    )
+    engine = make_engine(task)
+    yield request.param, replace(task, output_tokens=4), engine
+    engine.engine_core.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(request: pytest.FixtureRequest) -> None:
+    if "side" in request.fixturenames:
+        assert request.getfixturevalue("side")[2].reset_prefix_cache()
+
+
+def measure_here(engine: Any, task: MeasureTask) -> Measured:
+    return run_batch(engine, task, lambda done: None)
+
+
+def test_prefix_caching_is_on_unless_switched_off(
+    side: tuple[str, MeasureTask, Any],
+) -> None:
+    name, task, engine = side
+    config = engine.vllm_config.cache_config
+    assert config.enable_prefix_caching is (name != "off")
+    assert measure_here(engine, task).prefix_caching is (name != "off")
+
+
+def test_a_shared_prefix_is_not_computed_again(
+    side: tuple[str, MeasureTask, Any],
+) -> None:
+    name, task, engine = side
+    prefix, *own = random_prompts([128, 40, 50, 60], seed=5)
+    task = replace(task, prompts=[prefix + part for part in own])
+    found = measure_here(engine, task)
+    total = sum(task.prompt_lengths)
+    if name == "off":
+        assert (found.num_prompt_tokens_computed, found.prefix_hit_rate) == (total, 0)
+        return
+    assert found.num_prompt_tokens_computed < total
+    hits = total - found.num_prompt_tokens_computed
+    assert found.prefix_hit_rate == pytest.approx(hits / total)
+    if name == "stock":  # whose first request has the prefix when the others start
+        assert hits == 2 * 128
+
+
+def test_a_warm_up_leaves_nothing_in_the_cache(
+    side: tuple[str, MeasureTask, Any],
+) -> None:
+    name, task, engine = side
+    warm_up(engine, task)
+    found = measure_here(engine, task)
+    assert found.prefix_hit_rate == 0
+    assert found.num_prompt_tokens_computed == sum(task.prompt_lengths)
+    if name == "stock":  # there was something to leave
+        assert measure_here(engine, task).prefix_hit_rate > 0.9
+
+
+def test_a_warm_up_that_stays_in_the_cache_is_an_error(
+    side: tuple[str, MeasureTask, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, task, engine = side
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "reset_prefix_cache", lambda: False)
+        with pytest.raises(RuntimeError, match="could not be emptied"):
+            warm_up(engine, task)
+
+
+def test_a_turn_continues_the_answer_before_it(
+    side: tuple[str, MeasureTask, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, task, engine = side
+    sent: dict[str, list[int]] = {}
+
+    def listening(engine: Any, name: str, prompt: list[int], num_tokens: int) -> None:
+        sent[name] = prompt
+        add_request(engine, name, prompt, num_tokens)
+
+    monkeypatch.setattr("pyramid_vllm.bench.measure.add_request", listening)
+    later = [random_prompts([30, 40], seed=turn) for turn in (7, 8)]
+    # The second conversation's first answer ends later than the first one's.
+    task = replace(task, later_turns=later, output_tokens=[4, 9, 5, 3, 6, 7])
+    found = measure_here(engine, task)
+    assert [len(output) for output in found.outputs] == task.output_lengths
+    assert [len(sent[str(number)]) for number in range(6)] == task.prompt_lengths
+    for number in range(4):
+        own = later[number // 2][number % 2]
+        before = sent[str(number)] + found.outputs[number]
+        assert sent[str(number + 2)] == before + own
+    if name == "stock":
+        # Whole pages of what the turn before it has computed: not its last token.
+        ends = np.add(task.prompt_lengths, task.output_lengths)[:4].tolist()
+        hits = sum((end - 1) // 32 * 32 for end in ends)
+        total = sum(task.prompt_lengths)
+        assert total - found.num_prompt_tokens_computed == hits
+    # Later turns were sent later, and are timed from then on.
+    assert found.finish_s[0] + found.finish_s[2] + found.finish_s[4] <= found.seconds
+    assert all(0 < first < found.seconds for first in found.first_token_s)
 
 
 @pytest.mark.timeout(300)
@@ -382,12 +646,18 @@ def test_a_sweep_shows_the_policy_and_is_resumed(
         *("--num-prompts", "5", "--prompt-tokens", "180-220"),
         *("--output-tokens", "4-6", "--kv-memory", "2x", "--repeats", "2"),
         *("--max-num-seqs", "4", "--out", str(tmp_path)),
+        *("--json", str(tmp_path / "made" / "medians.json")),
     )
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "results.json").read_text())
     (point,) = report["points"]
     assert point["memory_binds"]
+    # Stock vLLM as it is; the policy prunes prompts, which goes with no prefix cache.
+    assert point["prefix_caching"] == {"none": True, "mine": False}
+    said = " ".join(result.stdout.split())
+    assert "prefix caching: stock vLLM on, mine off" in said
+    assert "prompts share no prefix" in said
     stock, side = point["sides"]["none"], point["sides"]["mine"]
     for repeat in range(2):
         for key in ("kv_bytes_per_request", "num_rows_computed"):
@@ -405,6 +675,7 @@ def test_a_sweep_shows_the_policy_and_is_resumed(
     scheduled = report["runs"][0]["figures"]["num_rows_scheduled"]
     # The last token of an output is sampled, never computed.
     assert scheduled == tokens - 5
+    check_medians(tmp_path / "made" / "medians.json", point)
     times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*")}
     assert len(times) == 4
     again = run(*arguments)
@@ -420,6 +691,7 @@ def test_a_server_under_load_shows_the_policy(real_model: str, tmp_path: Path) -
         *("--model", real_model, "--kv-policy", "pyramid", "--workload", "online"),
         *("--num-prompts", "3", "--prompt-tokens", "256", "--output-tokens", "8"),
         *("--kv-memory", "4x", "--request-rate", "2", "--repeats", "1"),
+        *("--shared-prefix", "64"),
         *("--max-num-seqs", "4", "--out", str(tmp_path)),
     )
     assert result.exit_code == 0, result.output
@@ -427,6 +699,9 @@ def test_a_server_under_load_shows_the_policy(real_model: str, tmp_path: Path) -
     (point,) = report["points"]
     assert point["request_rate"] == 2
     stock, side = point["sides"]["none"], point["sides"]["pyramid"]
+    assert point["prefix_caching"] == {"none": True, "pyramid": True}
+    # Two of three prompts find the prefix: the warm-up has left none of it.
+    assert stock["prefix_hit_rate"]["max"] == pytest.approx(2 / 3 * 64 / 320, rel=0.1)
     assert side["num_compactions_logged"]["min"] > 0
     assert stock["num_compactions_logged"]["max"] == 0
     assert side["ttft_p99_s"]["min"] >= side["ttft_p50_s"]["min"] > 0

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.bench.measure import Measured, MeasureTask
+from pyramid_vllm.bench.measure import MeasureTask
+from pyramid_vllm.bench.watch import Measured
 
 PERCENTILES = (50, 95, 99)
 #: Servers log what they have done only every few seconds.
 LOGGED_COMPACTIONS = "num_compactions_logged"
 LOGGED_PAGES = "num_pages_freed_logged"
+#: Prompt tokens that the prefix cache had, of all prompt tokens.
+HIT_RATE = "prefix_hit_rate"
 Figures = dict[str, float]
 
 
@@ -43,6 +46,8 @@ METRICS = (
     Metric("num_preemptions", "preemptions"),
     Metric("kv_bytes_per_request", "KV bytes a request"),
     Metric("num_rows_computed", "rows computed a layer"),
+    Metric("num_prompt_tokens_computed", "prompt tokens computed"),
+    Metric(HIT_RATE, "prompt tokens from the prefix cache", ".1%"),
     Metric("num_compactions", "compactions"),
     Metric("num_pages_freed", "pages freed by eviction"),
     Metric(LOGGED_COMPACTIONS, "compactions, at least"),
@@ -66,7 +71,7 @@ def offline_figures(task: MeasureTask, measured: Measured) -> Figures:
         "seconds": measured.seconds,
         "total_tokens_per_s": measured.total_tokens_per_s,
         "output_tokens_per_s": float(outputs.sum()) / measured.seconds,
-        "requests_per_s": len(task.prompts) / measured.seconds,
+        "requests_per_s": len(outputs) / measured.seconds,
         **latencies("ttft", measured.first_token_s),
         **latencies("tpot", ((finish - first) / (outputs - 1)).tolist()),
         **latencies("e2e", measured.finish_s),
@@ -76,6 +81,8 @@ def offline_figures(task: MeasureTask, measured: Measured) -> Figures:
         "kv_bytes_per_request": measured.kv_bytes_per_request,
         "num_rows_scheduled": measured.num_rows_scheduled,
         "num_rows_computed": measured.num_rows_computed,
+        "num_prompt_tokens_computed": measured.num_prompt_tokens_computed,
+        HIT_RATE: measured.prefix_hit_rate,
         "num_compactions": measured.num_compactions,
         "num_pages_freed": measured.num_pages_freed,
     }

@@ -6,11 +6,12 @@ step, then ``result``.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pyramid_vllm.bench.conversations import Conversations, turn_lengths
+from pyramid_vllm.bench.watch import Measured, Watch
 from pyramid_vllm.engine_process import leave, read_task, tell
 
 
@@ -20,8 +21,9 @@ class MeasureTask:
 
     model: str
     prompts: list[list[int]]
+    """Of each conversation's first turn."""
     output_tokens: int | list[int]
-    """Of every request, or of each."""
+    """Of every request, or of each, turn by turn."""
     kv_bytes: int
     block_size: int
     max_num_seqs: int
@@ -33,53 +35,44 @@ class MeasureTask:
     """Of ``LLM``; they replace the ones that are set here."""
     warm_up: bool = False
     """Whether a short batch runs first, uncounted."""
+    later_turns: list[list[list[int]]] = field(default_factory=list)
+    """Of each later turn, what each conversation adds to the answer before it."""
+
+    @property
+    def turns(self) -> list[list[list[int]]]:
+        """Of each turn, what each conversation adds to its history."""
+        return [self.prompts, *self.later_turns]
 
     @property
     def output_lengths(self) -> list[int]:
-        """Of each request."""
+        """Of each request, turn by turn."""
         if isinstance(self.output_tokens, int):
-            return [self.output_tokens] * len(self.prompts)
+            return [self.output_tokens] * (len(self.prompts) * len(self.turns))
         return self.output_tokens
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Of each request, turn by turn, with all that its conversation has before."""
+        lengths = [[len(part) for part in turn] for turn in self.turns]
+        return turn_lengths(lengths, self.output_lengths)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest request."""
-        return max(
-            map(sum, zip(map(len, self.prompts), self.output_lengths, strict=True))
-        )
-
-
-@dataclass
-class Measured:
-    """What one policy did."""
-
-    kv_bytes_per_request: float = 0.0
-    """Mean over requests of the KV bytes held in their last step."""
-    max_num_running: int = 0
-    mean_num_running: float = 0.0
-    num_preemptions: int = 0
-    num_pages_freed: int = 0
-    num_compactions: int = 0
-    num_rows_scheduled: int = 0
-    """Rows of the first layer: what stock vLLM would have computed in every layer."""
-    num_rows_computed: float = 0.0
-    """Rows that layers computed, mean over layers."""
-    total_tokens_per_s: float = 0.0
-    seconds: float = 0.0
-    first_token_s: list[float] = field(default_factory=list)
-    """Of each request, from the start of the batch, when all arrive."""
-    finish_s: list[float] = field(default_factory=list)
-    outputs: list[list[int]] = field(default_factory=list)
+        pairs = zip(self.prompt_lengths, self.output_lengths, strict=True)
+        return max(map(sum, pairs))
 
 
 def make_engine(task: MeasureTask) -> Any:
-    """A vLLM engine in this process, so that its scheduler can be watched."""
+    """A vLLM engine in this process, so that its scheduler can be watched.
+
+    What the task does not set is as vLLM has it, prefix caching too.
+    """
     import pyramid_vllm  # noqa: F401, I001 (lets `LLM` take a KV policy)
     from vllm import LLM
 
     settings: dict[str, Any] = {
         "enforce_eager": True,
-        "enable_prefix_caching": False,
         "block_size": task.block_size,
         "max_model_len": task.longest,
     }
@@ -95,104 +88,70 @@ def make_engine(task: MeasureTask) -> Any:
     ).llm_engine
 
 
-class Watch:
-    """Follows a scheduler and its worker from step to step, stock or not."""
-
-    def __init__(self, core: Any) -> None:
-        from pyramid_vllm.spec import group_page_bytes
-
-        self._core = core
-        self._page_bytes = group_page_bytes(core.scheduler.kv_cache_config)
-        self._last_bytes: dict[str, int] = {}
-        self._preemptions: dict[str, int] = {}
-        self._running: list[int] = []
-        self._num_scheduled = 0
-        self._before = self._counts()
-
-    @contextmanager
-    def counting_rows(self) -> Iterator[None]:
-        """Count what the scheduler gives to steps."""
-        scheduler = self._core.scheduler
-        schedule = scheduler.schedule
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            self._num_scheduled += output.total_num_scheduled_tokens
-            return output
-
-        scheduler.schedule = counting
-        try:
-            yield
-        finally:
-            scheduler.schedule = schedule
-
-    def step(self) -> None:
-        """Look at the scheduler between two steps."""
-        scheduler = self._core.scheduler
-        self._running.append(len(scheduler.running))
-        for request in scheduler.requests.values():
-            self._preemptions[request.request_id] = request.num_preemptions
-            if request.num_computed_tokens > request.num_prompt_tokens:
-                ids = scheduler.kv_cache_manager.get_block_ids(request.request_id)
-                held = sum(map(len, ids)) * self._page_bytes
-                self._last_bytes[request.request_id] = held
-
-    def _counts(self) -> tuple[int, int, float]:
-        """Compactions, freed pages and pruned rows a layer, since start-up."""
-        counters = getattr(self._core.scheduler, "kv_counters", None)
-        if counters is None:
-            return 0, 0, 0.0
-        rows = self._core.model_executor.driver_worker.worker.tier_state.counters
-        pruned = rows.num_scheduled - float(rows.num_computed.mean())
-        return counters.num_compactions, counters.num_pages_freed, pruned
-
-    def result(self) -> Measured:
-        """The counts so far."""
-        compactions, freed, pruned = (
-            now - before
-            for now, before in zip(self._counts(), self._before, strict=True)
-        )
-        held = self._last_bytes.values()
-        return Measured(
-            kv_bytes_per_request=sum(held) / max(1, len(held)),
-            max_num_running=max(self._running, default=0),
-            mean_num_running=sum(self._running) / max(1, len(self._running)),
-            num_preemptions=sum(self._preemptions.values()),
-            num_pages_freed=int(freed),
-            num_compactions=int(compactions),
-            num_rows_scheduled=self._num_scheduled,
-            num_rows_computed=self._num_scheduled - pruned,
-        )
-
-
-def add_requests(
-    engine: Any, prompts: list[list[int]], output_lengths: list[int]
-) -> None:
-    """Queue greedy requests of fixed lengths, named by their numbers."""
+def add_request(engine: Any, name: str, prompt: list[int], num_tokens: int) -> None:
+    """Queue a greedy request of a fixed length."""
     from vllm import SamplingParams
 
-    # Without a tokenizer there is nothing to detokenize with.
-    detokenize = engine.tokenizer is not None
-    for index, (prompt, length) in enumerate(zip(prompts, output_lengths, strict=True)):
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=detokenize
-        )
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=num_tokens,
+        ignore_eos=True,
+        # Without a tokenizer there is nothing to detokenize with.
+        detokenize=engine.tokenizer is not None,
+    )
+    engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
 
 
 def warm_up(engine: Any, task: MeasureTask) -> None:
-    """Run a short batch: what is made or compiled on first use then is."""
+    """Run a short batch: what is made or compiled on first use then is.
+
+    Raises:
+        RuntimeError: the batch is still in the prefix cache, where the measured one
+            would find it.
+    """
     # A whole prompt, for policies keep short ones whole; beside it another request.
     whole = min(task.prompts, key=len)
-    add_requests(engine, [whole, whole[:32]], [4, 4])
+    for name, prompt in (("0", whole), ("1", whole[:32])):
+        add_request(engine, name, prompt, 4)
     while engine.has_unfinished_requests():
         engine.step()
+    if not engine.reset_prefix_cache():
+        raise RuntimeError("the prefix cache could not be emptied after the warm-up")
+
+
+@dataclass
+class _Answers:
+    """What requests gave, by their numbers; times are in seconds of steps."""
+
+    sent: dict[int, float]
+    first: dict[int, float] = field(default_factory=dict)
+    last: dict[int, float] = field(default_factory=dict)
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    num_cached: int = 0
+    """Prompt tokens that were found in the prefix cache."""
+
+    def take(self, news: list[Any], now: float) -> list[int]:
+        """Note what a step gave; the numbers of the requests that it finished."""
+        finished = []
+        for output in news:
+            number = int(output.request_id)
+            self.first.setdefault(number, now)
+            if output.finished:
+                self.last[number] = now
+                self.outputs[number] = list(output.outputs[0].token_ids)
+                self.num_cached += output.num_cached_tokens or 0
+                finished.append(number)
+        return finished
+
+    def since_sent(self, times: dict[int, float]) -> list[float]:
+        """Times counted from when each request was sent."""
+        return [times[number] - self.sent[number] for number in sorted(self.sent)]
 
 
 def run_batch(
     engine: Any, task: MeasureTask, progress: Callable[[int], None]
 ) -> Measured:
-    """Run all prompts at once, greedily.
+    """Run all conversations at once, greedily.
 
     Args:
         engine: from ``make_engine``.
@@ -200,10 +159,13 @@ def run_batch(
         progress: told the finished requests after every step.
     """
     watch = Watch(engine.engine_core.engine_core)
-    add_requests(engine, task.prompts, task.output_lengths)
-    outputs: dict[str, list[int]] = {}
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
+    conversations = Conversations(
+        task.turns,
+        task.output_lengths,
+        lambda number, prompt, length: add_request(engine, str(number), prompt, length),
+    )
+    conversations.start()
+    answers = _Answers(dict.fromkeys(range(len(task.prompts)), 0.0))
     seconds = 0.0
     with watch.counting_rows():
         while engine.has_unfinished_requests():
@@ -211,20 +173,21 @@ def run_batch(
             start = time.perf_counter()
             news = engine.step()
             seconds += time.perf_counter() - start
-            for output in news:
-                first.setdefault(output.request_id, seconds)
-                if output.finished:
-                    outputs[output.request_id] = list(output.outputs[0].token_ids)
-                    last[output.request_id] = seconds
+            for number in answers.take(news, seconds):
+                following = conversations.follow(number, answers.outputs[number])
+                if following is not None:
+                    answers.sent[following] = seconds
             watch.step()
-            progress(len(outputs))
-    names = [str(index) for index in range(len(task.prompts))]
+            progress(len(answers.outputs))
     result = watch.result()
-    result.outputs = [outputs[name] for name in names]
-    result.first_token_s = [first[name] for name in names]
-    result.finish_s = [last[name] for name in names]
-    tokens = sum(map(len, task.prompts)) + sum(map(len, result.outputs))
+    result.outputs = [answers.outputs[number] for number in sorted(answers.sent)]
+    result.first_token_s = answers.since_sent(answers.first)
+    result.finish_s = answers.since_sent(answers.last)
+    num_prompt_tokens = sum(task.prompt_lengths)
+    result.prefix_caching = bool(engine.vllm_config.cache_config.enable_prefix_caching)
+    result.prefix_hit_rate = answers.num_cached / num_prompt_tokens
     result.seconds = seconds
+    tokens = num_prompt_tokens + sum(map(len, result.outputs))
     result.total_tokens_per_s = tokens / seconds
     return result
 

@@ -1,4 +1,4 @@
-"""All requests at once, through an engine whose scheduler is watched."""
+"""All conversations at once, through an engine whose scheduler is watched."""
 
 import os
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from pyramid_vllm.bench.figures import offline_figures
-from pyramid_vllm.bench.measure import Measured, MeasureTask
+from pyramid_vllm.bench.measure import MeasureTask
 from pyramid_vllm.bench.settings import BenchSettings, Side
-from pyramid_vllm.bench.store import RunResult
+from pyramid_vllm.bench.store import PREFIX_CACHING, RunResult
+from pyramid_vllm.bench.watch import Measured
 from pyramid_vllm.bench.workload import Point, Workload
 from pyramid_vllm.engine_process import run_child
 
@@ -33,6 +34,7 @@ def offline_task(
         dtype=workload.dtype,
         engine_args=engine_args | settings.engine_args,
         warm_up=True,
+        later_turns=workload.requests.later_turns,
     )
 
 
@@ -68,7 +70,8 @@ def run_offline(task: MeasureTask, advance: Callable[[int], None]) -> RunResult:
     """
     measured = measure(task, advance)
     raw = {
-        "prompt_lengths": [len(prompt) for prompt in task.prompts],
+        PREFIX_CACHING: measured.prefix_caching,
+        "prompt_lengths": task.prompt_lengths,
         "output_lengths": task.output_lengths,
         "first_token_s": measured.first_token_s,
         "finish_s": measured.finish_s,

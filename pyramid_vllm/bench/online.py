@@ -13,13 +13,16 @@ from pyramid_vllm.bench.figures import PERCENTILES, online_figures
 from pyramid_vllm.bench.server import (
     Sampler,
     as_flags,
+    complete,
     parse_activation,
+    parse_prefix_caching,
+    read_metrics_text,
     serve,
     tail,
     vllm_script,
 )
 from pyramid_vllm.bench.settings import BenchSettings, Side, TokenRange
-from pyramid_vllm.bench.store import RunResult
+from pyramid_vllm.bench.store import PREFIX_CACHING, RunResult
 from pyramid_vllm.bench.workload import Point, Workload
 
 _RAW = ("start_times", "ttfts", "itls", "input_lens", "output_lens")
@@ -34,6 +37,8 @@ class OnlineTask:
     client_arguments: list[str]
     dataset: list[dict[str, Any]] | None
     """Lines of the client's file; None: it draws the requests."""
+    warm_up_tokens: int
+    """Length of the prompt that is answered first, uncounted."""
 
 
 def check_online(settings: BenchSettings) -> None:
@@ -62,7 +67,6 @@ def online_task(
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "block_size": workload.block_size,
         "max_model_len": workload.max_model_len,
-        "enable_prefix_caching": False,
         "enforce_eager": workload.is_cpu,
     }
     server |= settings.engine_args
@@ -74,7 +78,9 @@ def online_task(
         "num_prompts": settings.num_prompts,
         "seed": settings.seed,
         "request_rate": "inf" if point.request_rate is None else point.request_rate,
-        "num_warmups": 1,
+        # Its own warm-up sends the first prompt, which the prefix cache would keep.
+        "num_warmups": 0,
+        "ready_check_timeout_sec": 0,
         "temperature": 0,
         "percentile_metrics": "ttft,tpot,e2el",
         "metric_percentiles": ",".join(map(str, PERCENTILES)),
@@ -82,7 +88,13 @@ def online_task(
     client |= _random(settings) if settings.text is None else _custom()
     flags = [*as_flags(client), "--ignore-eos", "--disable-tqdm"]
     dataset = None if settings.text is None else _lines(settings.model, workload)
-    return OnlineTask(settings.model, as_flags(server), flags, dataset)
+    return OnlineTask(
+        model=settings.model,
+        server_arguments=as_flags(server),
+        client_arguments=flags,
+        dataset=dataset,
+        warm_up_tokens=min(workload.requests.prompt_lengths),
+    )
 
 
 def _random(settings: BenchSettings) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def _random(settings: BenchSettings) -> dict[str, Any]:
 
     return {
         "dataset_name": "random",
+        "random_prefix_len": settings.shared_prefix,
         "random_input_len": _middle(settings.prompt_tokens),
         "random_output_len": _middle(settings.output_tokens),
         "random_range_ratio": {
@@ -139,13 +152,25 @@ def run_online(task: OnlineTask, advance: Callable[[int], None]) -> RunResult:
         folder = Path(scratch)
         log = folder / "server.log"
         with serve(task.model, task.server_arguments, log) as url:
+            _warm_up(task, url)
+            is_caching = parse_prefix_caching(read_metrics_text(url))
             with Sampler(url, advance) as sampler:
                 result = _load(task, url, folder)
             server = sampler.figures()
         text = log.read_text(encoding="utf-8", errors="replace")
     raw = {key: result[key] for key in _RAW if key in result}
+    raw[PREFIX_CACHING] = is_caching
     figures = online_figures(result, server | parse_activation(text))
     return RunResult(figures, raw)
+
+
+def _warm_up(task: OnlineTask, url: str) -> None:
+    """Have a prompt answered that no request begins like: one token, repeated.
+
+    The second time, its pages come from the prefix cache where that is on.
+    """
+    for _ in range(2):
+        complete(url, task.model, [0] * task.warm_up_tokens, 2)
 
 
 def _load(task: OnlineTask, url: str, folder: Path) -> dict[str, Any]:

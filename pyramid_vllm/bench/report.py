@@ -22,6 +22,10 @@ class PointReport:
     point: Point
     memory_binds: bool
     sides: dict[str, Summary]
+    prefix_caching: dict[str, bool]
+    """Of each side, as its engine had it."""
+    sharing: str
+    """What requests share, in words."""
 
     @property
     def policies(self) -> list[str]:
@@ -33,6 +37,21 @@ class PointReport:
         """Whether memory binds, in words."""
         return "memory binds" if self.memory_binds else "memory does not bind"
 
+    @property
+    def caching_label(self) -> str:
+        """Which sides had their prefix cache on, in words."""
+        states = {
+            name: "on" if is_on else "off"
+            for name, is_on in self.prefix_caching.items()
+        }
+        if len(set(states.values())) == 1:
+            return f"prefix caching {states[NONE]}"
+        sides = ", ".join(
+            f"{STOCK_LABEL if name == NONE else name} {state}"
+            for name, state in states.items()
+        )
+        return f"prefix caching: {sides}"
+
     def ratio(self, name: str, key: str = "total_tokens_per_s") -> dict[str, Any]:
         """A side's ratio to stock."""
         found: dict[str, Any] = self.sides[name][key]["ratio"]
@@ -43,6 +62,8 @@ class PointReport:
         return {
             **asdict(self.point),
             "memory_binds": self.memory_binds,
+            "prefix_caching": self.prefix_caching,
+            "sharing": self.sharing,
             "sides": self.sides,
         }
 
@@ -59,7 +80,8 @@ def point_table(report: PointReport) -> Table:
     table = Table(
         title=f"KV memory {report.point.label}, "
         f"{format_bytes(report.point.kv_bytes)}: {report.binds_label}",
-        caption="medians; ratios to stock within each repeat: median (lowest-highest)",
+        caption=f"{report.caching_label}; {report.sharing}\n"
+        "medians; ratios to stock within each repeat: median (lowest-highest)",
     )
     table.add_column("")
     for name in report.sides:

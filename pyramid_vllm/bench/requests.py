@@ -1,14 +1,15 @@
 """Requests: the same seed makes the same ones, whichever side gets them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.bench.settings import TokenRange
+from pyramid_vllm.bench.conversations import turn_lengths
+from pyramid_vllm.bench.settings import BenchSettings, TokenRange
 
 
 @dataclass(frozen=True)
@@ -16,39 +17,60 @@ class Requests:
     """What every side is asked."""
 
     prompts: list[list[int]]
-    """Empty: vLLM's own client draws them."""
+    """Of first turns. Empty: vLLM's own client draws them."""
     output_lengths: list[int]
+    """Of every request, turn by turn."""
     lengths: list[int]
-    """Tokens of each request, prompt and output; at most, where the client draws."""
+    """Tokens of each conversation's last request, prompt and output; at most, where
+    the client draws."""
     prompt_lengths: frozenset[int]
     """Lengths of prompts that are sure to be there."""
     source: str
     """What the prompts are made of, in words."""
+    later_turns: list[list[list[int]]] = field(default_factory=list)
+    """Of each later turn, what each conversation adds to the answer before it."""
 
     @classmethod
     def of(
-        cls, prompts: list[list[int]], output_lengths: list[int], source: str
+        cls, turns: list[list[list[int]]], output_lengths: list[int], source: str
     ) -> "Requests":
-        """Requests that are known."""
-        pairs = zip(prompts, output_lengths, strict=True)
+        """Requests that are known.
+
+        Args:
+            turns: of each turn, the tokens that each conversation adds.
+            output_lengths: of every request, turn by turn.
+            source: what the prompts are made of, in words.
+        """
+        num = len(turns[0])
+        added = [[len(part) for part in turn] for turn in turns]
+        prompts = turn_lengths(added, output_lengths)
+        last = zip(prompts[-num:], output_lengths[-num:], strict=True)
         return cls(
-            prompts,
-            output_lengths,
-            [len(prompt) + output for prompt, output in pairs],
-            frozenset(map(len, prompts)),
-            source,
+            prompts=turns[0],
+            output_lengths=output_lengths,
+            lengths=[prompt + output for prompt, output in last],
+            prompt_lengths=frozenset(prompts),
+            source=source,
+            later_turns=turns[1:],
         )
 
     @classmethod
     def drawn_by_client(
-        cls, num: int, prompt: TokenRange, output: TokenRange
+        cls, num: int, shared_prefix: int, prompt: TokenRange, output: TokenRange
     ) -> "Requests":
-        """Requests of which only the ranges are known."""
+        """Requests of which only the ranges are known.
+
+        Args:
+            num: how many.
+            shared_prefix: tokens that all prompts begin with.
+            prompt: tokens behind these.
+            output: lengths of outputs.
+        """
         return cls(
             [],
             [output.high] * num,
-            [prompt.high + output.high] * num,
-            frozenset({prompt.low}),
+            [shared_prefix + prompt.high + output.high] * num,
+            frozenset({shared_prefix + prompt.low}),
             "random, by vLLM's client",
         )
 
@@ -62,6 +84,17 @@ def draw_lengths(
         rng.integers(prompt.low, prompt.high + 1, num).tolist(),
         rng.integers(output.low, output.high + 1, num).tolist(),
     )
+
+
+def share_prefixes(
+    prefixes: Sequence[list[int]], prompts: Sequence[list[int]]
+) -> list[list[int]]:
+    """Prompts behind the prefixes, which take turns."""
+    if not prefixes:
+        return list(prompts)
+    return [
+        prefixes[index % len(prefixes)] + prompt for index, prompt in enumerate(prompts)
+    ]
 
 
 def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
@@ -114,6 +147,30 @@ def synthetic_prompts(
         f"{num_real} of real text (Python's language reference), "
         f"{len(lengths) - num_real} of random token ids"
     )
+
+
+def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> Requests:
+    """Draw all turns; the prefixes that prompts share are drawn before them.
+
+    Raises:
+        ValueError: a text is too short for them.
+        OSError: it cannot be read.
+    """
+    num, shared = settings.num_prompts, settings.shared_prefix
+    prompt, output = settings.prompt_tokens, settings.output_tokens
+    if settings.workload == "online" and settings.text is None:
+        return Requests.drawn_by_client(num, shared, prompt, output)
+    lengths, outputs = draw_lengths(num * settings.turns, prompt, output, settings.seed)
+    num_prefixes = settings.num_prefixes if shared else 0
+    lengths = [shared] * num_prefixes + lengths
+    if settings.text is not None:
+        parts, source = text_prompts(tokenizer, settings.text, lengths)
+    else:
+        parts, source = synthetic_prompts(tokenizer, vocab_size, lengths, settings.seed)
+    prefixes, own = parts[:num_prefixes], parts[num_prefixes:]
+    turns = [own[start : start + num] for start in range(0, len(own), num)]
+    turns[0] = share_prefixes(prefixes, turns[0])
+    return Requests.of(turns, outputs, source)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

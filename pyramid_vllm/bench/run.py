@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pyramid_vllm.bench.export import save_medians
 from pyramid_vllm.bench.figures import check_activation
 from pyramid_vllm.bench.measure import MeasureTask
 from pyramid_vllm.bench.offline import offline_task, run_offline
@@ -15,7 +16,7 @@ from pyramid_vllm.bench.online import OnlineTask, check_online, online_task, run
 from pyramid_vllm.bench.plots import save_plots
 from pyramid_vllm.bench.report import PointReport, point_table, sweep_table
 from pyramid_vllm.bench.settings import BenchSettings, Side
-from pyramid_vllm.bench.store import RunResult, RunStore, run_key
+from pyramid_vllm.bench.store import PREFIX_CACHING, RunResult, RunStore, run_key
 from pyramid_vllm.bench.summary import memory_binds, summarize
 from pyramid_vllm.bench.workload import Point, Workload, make_workload
 from pyramid_vllm.compat import check_vllm_version
@@ -67,7 +68,11 @@ def run_bench(settings: BenchSettings) -> None:
     content = _content(settings, workload, runs, results, reports)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     pictures = save_plots(reports, settings.out)
-    console.print(f"written: {', '.join(map(str, [file, *pictures]))}")
+    files = [file, *pictures]
+    if settings.json_file is not None:
+        save_medians(settings, reports, settings.json_file)
+        files.append(settings.json_file)
+    console.print(f"written: {', '.join(map(str, files))}")
 
 
 def _announce(console: Console, settings: BenchSettings, workload: Workload) -> None:
@@ -76,10 +81,17 @@ def _announce(console: Console, settings: BenchSettings, workload: Workload) -> 
     )
     console.print(
         f"{settings.workload}: {settings.num_prompts} prompts "
-        f"({workload.requests.source}), KV memory {memories}, "
+        f"({workload.requests.source}; {settings.sharing}), "
+        f"prefix caching {_asked_caching(settings)}, KV memory {memories}, "
         f"{settings.repeats} repeats of {', '.join(s.name for s in settings.sides)}",
         markup=False,
     )
+
+
+def _asked_caching(settings: BenchSettings) -> str:
+    """A policy may switch it off; the tables say what each side had."""
+    asked = settings.engine_args.get("enable_prefix_caching")
+    return "off" if asked is False else "on"
 
 
 def plan_runs(settings: BenchSettings, workload: Workload) -> list[Run]:
@@ -114,7 +126,7 @@ def _execute(
         whole = progress.add_task("runs", total=len(runs), completed=num_finished)
         for run, key in zip(runs, keys, strict=True):
             if not store.has(key):
-                result = _run(run, settings.num_prompts, progress)
+                result = _run(run, settings.num_requests, progress)
                 if workload.should_evict(run.side):
                     check_activation(run.side.name, result.figures)
                 store.save(key, run.labels, result)
@@ -122,12 +134,12 @@ def _execute(
     return [store.load(key) for key in keys]
 
 
-def _run(run: Run, num_prompts: int, progress: Progress) -> RunResult:
+def _run(run: Run, num_requests: int, progress: Progress) -> RunResult:
     label = f"{run.point.label}, repeat {run.repeat + 1}: {run.side.name}"
-    bar = progress.add_task(f"{label}, loading", total=num_prompts)
+    bar = progress.add_task(f"{label}, loading", total=num_requests)
 
     def advance(done: int) -> None:
-        progress.update(bar, completed=min(done, num_prompts), description=label)
+        progress.update(bar, completed=min(done, num_requests), description=label)
 
     try:
         if isinstance(run.task, MeasureTask):
@@ -147,17 +159,17 @@ def make_reports(
     reports = []
     num_at_once = min(settings.num_prompts, settings.max_num_seqs)
     for point in workload.points:
-        sides = {
-            side.name: [
-                result.figures
-                for run, result in zip(runs, results, strict=True)
-                if run.point == point and run.side == side
-            ]
-            for side in settings.sides
-        }
+        found: dict[str, list[RunResult]] = {side.name: [] for side in settings.sides}
+        for run, result in zip(runs, results, strict=True):
+            if run.point == point:
+                found[run.side.name].append(result)
+        sides = {name: [run.figures for run in runs] for name, runs in found.items()}
+        caching = {name: runs[0].raw[PREFIX_CACHING] for name, runs in found.items()}
         fits = workload.stock_fits(point.kv_bytes, num_at_once)
         binds = memory_binds(fits, num_at_once, sides[NONE])
-        reports.append(PointReport(point, binds, summarize(sides)))
+        summary = summarize(sides)
+        report = PointReport(point, binds, summary, caching, settings.sharing)
+        reports.append(report)
     return reports
 
 
@@ -171,6 +183,7 @@ def _content(
     return {
         "settings": settings.describe(),
         "prompts": workload.requests.source,
+        "sharing": settings.sharing,
         "points": [report.as_json() for report in reports],
         "runs": [
             run.labels | asdict(result)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.bench.figures import LOGGED_COMPACTIONS, LOGGED_PAGES
+from pyramid_vllm.bench.figures import HIT_RATE, LOGGED_COMPACTIONS, LOGGED_PAGES
 
 START_UP_S, SAMPLE_INTERVAL_S = 600.0, 0.25
 #: What the policy's scheduler logs, from its first compaction on.
@@ -58,6 +58,11 @@ def parse_metrics(text: str) -> dict[str, float]:
     return figures
 
 
+def parse_prefix_caching(text: str) -> bool:
+    """Whether the engine has its prefix cache on, from a server's figures as text."""
+    return 'enable_prefix_caching="True"' in text
+
+
 def parse_activation(log: str) -> dict[str, float]:
     """Compactions and freed pages, as last logged: at least that many."""
     found = _ACTIVATION.findall(log)
@@ -65,10 +70,34 @@ def parse_activation(log: str) -> dict[str, float]:
     return {LOGGED_COMPACTIONS: int(compactions), LOGGED_PAGES: int(freed)}
 
 
-def read_metrics(url: str) -> dict[str, float]:
+def read_metrics_text(url: str) -> str:
     """Ask a server for its figures."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        return parse_metrics(response.read().decode())
+        text: str = response.read().decode()
+    return text
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Ask a server for its figures."""
+    return parse_metrics(read_metrics_text(url))
+
+
+def complete(url: str, model: str, prompt_ids: list[int], num_tokens: int) -> None:
+    """Let a server answer one prompt, greedily and in full."""
+    body = {
+        "model": model,
+        "prompt": prompt_ids,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=START_UP_S) as response:
+        response.read()
 
 
 @contextmanager
@@ -159,11 +188,14 @@ class Sampler:
         self._thread.join()
 
     def figures(self) -> dict[str, float]:
-        """Sequences at once, where any ran, and preemptions."""
+        """Sequences at once, where any ran, preemptions and prefix cache hits."""
         busy = [count for count in self._running if count]
         now = read_metrics(self._url)
+        queries = self._since(now, "prefix_cache_queries_total")
+        hits = self._since(now, "prefix_cache_hits_total")
         return {
             "max_num_running": max(busy, default=0.0),
             "mean_num_running": sum(busy) / max(1, len(busy)),
             "num_preemptions": self._since(now, "num_preemptions_total"),
+            HIT_RATE: hits / max(1, queries),
         }

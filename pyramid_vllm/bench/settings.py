@@ -164,6 +164,31 @@ class BenchSettings:
     engine_args: dict[str, Any]
     request_rates: tuple[float, ...]
     out: Path
+    shared_prefix: int = 0
+    """Tokens that prompts begin with, before their own."""
+    num_prefixes: int = 1
+    """How many beginnings there are; prompts take turns."""
+    turns: int = 1
+    """Of each conversation; each prompt starts one."""
+    json_file: Path | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """Of one run."""
+        return self.num_prompts * self.turns
+
+    @property
+    def sharing(self) -> str:
+        """What requests share, in words."""
+        words = "prompts share no prefix"
+        if self.shared_prefix:
+            words = f"prompts share a prefix of {self.shared_prefix} tokens"
+        if self.num_prefixes > 1:
+            words = (
+                f"prompts begin with one of {self.num_prefixes} prefixes of "
+                f"{self.shared_prefix} tokens"
+            )
+        return words if self.turns == 1 else f"{words}, {self.turns} turns each"
 
     def check(self) -> None:
         """Check what can be checked without the model.
@@ -185,11 +210,41 @@ class BenchSettings:
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}: valid is "
                 f"--max-num-seqs, {self.max_num_seqs}, or more"
             )
+        self._check_sharing(online)
         workers = self.engine_args.get("tensor_parallel_size", 1)
         if workers != 1 and not online:
             raise ValueError(
                 f"tensor_parallel_size is {workers}: --workload offline watches one "
                 "worker; valid is 1, or --workload online"
+            )
+
+    def _check_sharing(self, online: bool) -> None:
+        for option, value, least in (
+            ("--shared-prefix", self.shared_prefix, 0),
+            ("--num-prefixes", self.num_prefixes, 1),
+            ("--turns", self.turns, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{option} is {value}: valid is {least} or more")
+        if self.num_prefixes > 1 and not self.shared_prefix:
+            raise ValueError(
+                f"--num-prefixes is {self.num_prefixes}, --shared-prefix 0: valid is "
+                "1, or --shared-prefix above 0"
+            )
+        if self.num_prefixes > self.num_prompts:
+            raise ValueError(
+                f"--num-prefixes is {self.num_prefixes}: valid is up to --num-prompts, "
+                f"{self.num_prompts}"
+            )
+        if online and self.turns > 1:
+            raise ValueError(
+                f"--turns is {self.turns}: vLLM's client sends single requests; valid "
+                "is 1, or --workload offline"
+            )
+        if online and self.num_prefixes > 1 and self.text is None:
+            raise ValueError(
+                f"--num-prefixes is {self.num_prefixes}: vLLM's client draws one "
+                "prefix; valid is 1, or --text, or --workload offline"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -202,6 +257,7 @@ class BenchSettings:
             "kv_memory": [memory.label for memory in self.kv_memory],
             "text": None if self.text is None else str(self.text),
             "out": str(self.out),
+            "json_file": None if self.json_file is None else str(self.json_file),
         }
 
 

@@ -10,6 +10,9 @@ from pyramid_vllm import __version__
 from pyramid_vllm.bench.figures import Figures
 from pyramid_vllm.compat import installed_vllm_version
 
+#: Of ``RunResult.raw``: whether the side's engine had its prefix cache on.
+PREFIX_CACHING = "prefix_caching"
+
 
 @dataclass(frozen=True)
 class RunResult:

@@ -3,12 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from pyramid_vllm.bench.requests import (
-    Requests,
-    draw_lengths,
-    synthetic_prompts,
-    text_prompts,
-)
+from pyramid_vllm.bench.requests import Requests, make_requests
 from pyramid_vllm.bench.settings import BenchSettings, KVMemory, Side
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import LengthRule, MemoryModel, num_pages, tier_layout
@@ -27,6 +22,8 @@ class Point:
     kv_bytes: int
     request_rate: float | None
     """Requests a second; None: all at once."""
+    kv_memory: str = ""
+    """What ``--kv-memory`` says."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def make_workload(settings: BenchSettings) -> Workload:
     config = AutoConfig.from_pretrained(settings.model)
     shape = ModelShape.of(config, _cache_dtype(config, dtype))
     tokenizer = _tokenizer(settings.model)
-    requests = _requests(settings, tokenizer, config.get_text_config().vocab_size)
+    requests = make_requests(settings, tokenizer, config.get_text_config().vocab_size)
     longest = max(requests.lengths)
     if longest > shape.max_position:
         raise ValueError(
@@ -123,7 +120,8 @@ def _points(settings: BenchSettings, workload: Workload) -> tuple[Point, ...]:
             )
         for rate in settings.request_rates or (None,):
             at_rate = "" if rate is None else f", {rate:g} requests/s"
-            points.append(Point(f"{memory.label}{at_rate}", kv_bytes, rate))
+            label = f"{memory.label}{at_rate}"
+            points.append(Point(label, kv_bytes, rate, memory.label))
     found = [(point.kv_bytes, point.request_rate) for point in points]
     if len(set(found)) < len(found):
         labels = ", ".join(memory.label for memory in settings.kv_memory)
@@ -152,26 +150,6 @@ def _check_fits(
             f"{longest} tokens needs {format_bytes(needed)} with policy "
             f"'{side.name}'; valid is that or more"
         )
-
-
-def _requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> Requests:
-    lengths, outputs = draw_lengths(
-        settings.num_prompts,
-        settings.prompt_tokens,
-        settings.output_tokens,
-        settings.seed,
-    )
-    if settings.workload == "online" and settings.text is None:
-        return Requests.drawn_by_client(
-            settings.num_prompts, settings.prompt_tokens, settings.output_tokens
-        )
-    if settings.text is not None:
-        prompts, source = text_prompts(tokenizer, settings.text, lengths)
-    else:
-        prompts, source = synthetic_prompts(
-            tokenizer, vocab_size, lengths, settings.seed
-        )
-    return Requests.of(prompts, outputs, source)
 
 
 def _tokenizer(model: str) -> Any:

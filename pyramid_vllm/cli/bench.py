@@ -21,7 +21,11 @@ WorkloadOption = Annotated[
     str, typer.Option(help="offline: one batch; online: a server under load.")
 ]
 PromptOption = Annotated[
-    str, typer.Option(help="Length of prompts: 512, or a range like 512-2048.")
+    str,
+    typer.Option(
+        help="Length of prompts, or of each turn's own part of them: 512, or a range "
+        "like 512-2048. A shared prefix comes on top."
+    ),
 ]
 OutputOption = Annotated[
     str, typer.Option(help="Length of outputs, likewise; at least 2.")
@@ -50,9 +54,28 @@ DtypeOption = Annotated[
 EngineOption = Annotated[
     str | None,
     typer.Option(
-        help="Further settings of vLLM's engine, as JSON. Unless it says so, prefix "
-        "caching is off on every side, and CPU engines run eagerly."
+        help="Further settings of vLLM's engine, as JSON. Prefix caching is on, as it "
+        "is in vLLM; '{\"enable_prefix_caching\": false}' switches it off. Unless it "
+        "says so, CPU engines run eagerly."
     ),
+]
+SharedOption = Annotated[
+    int,
+    typer.Option(help="Tokens of a prefix that prompts share, before their own ones."),
+]
+PrefixesOption = Annotated[
+    int, typer.Option(help="How many shared prefixes there are; prompts take turns.")
+]
+TurnsOption = Annotated[
+    int,
+    typer.Option(
+        help="Turns of each conversation: a prompt is the one before it, the answer to "
+        "that, and an own part. Above 1, --workload is offline."
+    ),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the medians of every point to this file."),
 ]
 OutOption = Annotated[
     Path, typer.Option(help="Folder of results; runs finished in it are not repeated.")
@@ -75,6 +98,10 @@ def bench(
     dtype: DtypeOption = None,
     engine_args: EngineOption = None,
     request_rate: RateOption = None,
+    shared_prefix: SharedOption = 0,
+    num_prefixes: PrefixesOption = 1,
+    turns: TurnsOption = 1,
+    json_file: JsonOption = None,
     out: OutOption = Path("bench-results"),
 ) -> None:
     """Compare stock vLLM with KV policies: same requests, same KV bytes."""
@@ -89,6 +116,10 @@ def bench(
         "dtype": dtype,
         "request_rates": tuple(request_rate or ()),
         "out": out,
+        "shared_prefix": shared_prefix,
+        "num_prefixes": num_prefixes,
+        "turns": turns,
+        "json_file": json_file,
     }
     texts = (kv_policy, prompt_tokens, output_tokens, kv_memory, engine_args)
     or_fail(lambda: _run(model, options, *texts))

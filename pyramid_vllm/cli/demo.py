@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from pyramid_vllm.bench.measure import Measured, MeasureTask
+from pyramid_vllm.bench.measure import MeasureTask
 from pyramid_vllm.bench.offline import measure
+from pyramid_vllm.bench.watch import Measured
 from pyramid_vllm.cli.prompts import long_prompts
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
@@ -61,7 +63,8 @@ def run_demo(settings: DemoSettings, json_file: Path | None) -> None:
     console.print(
         f"{len(prompts)} prompts of about {settings.prompt_tokens} tokens, "
         f"{settings.output_tokens} output tokens each, "
-        f"{format_bytes(task.kv_bytes)} of KV memory"
+        f"{format_bytes(task.kv_bytes)} of KV memory, prefix caching on "
+        f"({_sharing(prompts)})"
     )
     measured = _measure_all(console, sides)
     console.print(_table(measured))
@@ -87,6 +90,13 @@ def _stock_task(
         kv_policy=None,
         seed=_SEED,
     )
+
+
+def _sharing(prompts: list[list[int]]) -> str:
+    """What prompts share, in words."""
+    columns = zip(*prompts, strict=False)
+    shared = takewhile(lambda column: len(set(column)) == 1, columns)
+    return f"prompts share their first {len(list(shared))} tokens"
 
 
 def _measure_all(
@@ -127,6 +137,8 @@ def _table(measured: dict[str, Measured]) -> Table:
         ("mean sequences at once", lambda m: f"{m.mean_num_running:.1f}"),
         ("preemptions", lambda m: f"{m.num_preemptions}"),
         ("pages freed by eviction", lambda m: f"{m.num_pages_freed:,}"),
+        ("prefix caching", lambda m: "on" if m.prefix_caching else "off"),
+        ("prompt tokens from the prefix cache", lambda m: f"{m.prefix_hit_rate:.1%}"),
         ("tokens/s, prompt and output", lambda m: f"{m.total_tokens_per_s:.1f}"),
         (
             "ratio to stock",
@@ -157,4 +169,5 @@ def _report(
         "policies": policies,
         "settings": asdict(settings),
         "kv_bytes": task.kv_bytes,
+        "sharing": _sharing(task.prompts),
     } | provenance(task.seed)

@@ -22,7 +22,7 @@ from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
 from pyramid_vllm.simulate.clock import step_seconds
 from pyramid_vllm.simulate.device import Device, load_device
 from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine
-from pyramid_vllm.simulate.loads import Load, Session, Turn
+from pyramid_vllm.simulate.loads import Load, Piece, Session, Turn
 from pyramid_vllm.simulate.model import ModelWork, load_model
 from pyramid_vllm.simulate.run import RunOptions, SimulatedRun, simulate
 
@@ -88,12 +88,11 @@ def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
             f"--calibrate {folder} is of workload '{settings['workload']}': valid is "
             "'offline', where every request is there from the start"
         )
-    for key, plain in (("shared_prefix", 0), ("turns", 1)):
-        if settings.get(key, plain) != plain:
-            raise ValueError(
-                f"--calibrate {folder} was run with {key}={settings[key]}: valid is "
-                f"{plain}; fits are to prompts that share nothing"
-            )
+    if settings.get("turns", 1) != 1:
+        raise ValueError(
+            f"--calibrate {folder} was run with turns={settings['turns']}: valid is 1, "
+            "where every request is there from the start"
+        )
     dtype = settings["dtype"] or ("float32" if device.name == "cpu" else None)
     work = load_model(model, dtype, 1)
     return [_measured(run, settings, work, device) for run in content["runs"]]
@@ -104,9 +103,10 @@ def _measured(
 ) -> MeasuredRun:
     raw = run["raw"]
     lengths = list(zip(raw["prompt_lengths"], raw["output_lengths"], strict=True))
+    prefix, num_prefixes = settings["shared_prefix"], settings["num_prefixes"]
     sessions = tuple(
-        Session((Turn(((index, prompt),), outputs),))
-        for index, (prompt, outputs) in enumerate(lengths)
+        Session((Turn(_pieces(i, prompt, prefix, i % num_prefixes), outputs),))
+        for i, (prompt, outputs) in enumerate(lengths)
     )
     policy_json = settings["sides"][run["side"]]
     engine_args = settings["engine_args"]
@@ -127,6 +127,14 @@ def _measured(
         first_token_s=tuple(raw["first_token_s"]),
         finish_s=tuple(raw["finish_s"]),
     )
+
+
+def _pieces(
+    index: int, num_tokens: int, num_shared: int, prefix: int
+) -> tuple[Piece, ...]:
+    """A prompt: one of the shared prefixes, then tokens of its own."""
+    own = (1_000_000 + index, num_tokens - num_shared)
+    return ((prefix, num_shared), own) if num_shared else (own,)
 
 
 def _fitting(run: MeasuredRun, device: Device) -> _Fitting:

@@ -1,0 +1,122 @@
+"""What one side did, as its scheduler and its worker show from step to step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Measured:
+    """What one policy did."""
+
+    kv_bytes_per_request: float = 0.0
+    """Mean over requests of the KV bytes held in their last step; pages that requests
+    share count for each of them."""
+    max_num_running: int = 0
+    mean_num_running: float = 0.0
+    num_preemptions: int = 0
+    num_pages_freed: int = 0
+    num_compactions: int = 0
+    num_rows_scheduled: int = 0
+    """Rows of the first layer: what stock vLLM would have computed in every layer."""
+    num_rows_computed: float = 0.0
+    """Rows that layers computed, mean over layers."""
+    total_tokens_per_s: float = 0.0
+    seconds: float = 0.0
+    num_prompt_tokens_computed: int = 0
+    """Prompt tokens of the first layer, also those that preemption computes again."""
+    prefix_caching: bool = False
+    """Whether the engine looked for prompts in its prefix cache."""
+    prefix_hit_rate: float = 0.0
+    """Prompt tokens that were found there, of all prompt tokens."""
+    first_token_s: list[float] = field(default_factory=list)
+    """Of each request, from when it was sent."""
+    finish_s: list[float] = field(default_factory=list)
+    """Likewise."""
+    outputs: list[list[int]] = field(default_factory=list)
+
+
+class Watch:
+    """Follows a scheduler and its worker from step to step, stock or not."""
+
+    def __init__(self, core: Any) -> None:
+        from pyramid_vllm.spec import group_page_bytes
+
+        self._core = core
+        self._page_bytes = group_page_bytes(core.scheduler.kv_cache_config)
+        self._last_bytes: dict[str, int] = {}
+        self._preemptions: dict[str, int] = {}
+        self._running: list[int] = []
+        self._num_scheduled = 0
+        self._num_prompt_tokens = 0
+        self._before = self._counts()
+
+    @contextmanager
+    def counting_rows(self) -> Iterator[None]:
+        """Count what the scheduler gives to steps."""
+        scheduler = self._core.scheduler
+        schedule = scheduler.schedule
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self._num_scheduled += output.total_num_scheduled_tokens
+            for request_id, num_tokens in output.num_scheduled_tokens.items():
+                request = scheduler.requests[request_id]
+                self._num_prompt_tokens += _num_in_prompt(request, num_tokens)
+            return output
+
+        scheduler.schedule = counting
+        try:
+            yield
+        finally:
+            scheduler.schedule = schedule
+
+    def step(self) -> None:
+        """Look at the scheduler between two steps."""
+        scheduler = self._core.scheduler
+        self._running.append(len(scheduler.running))
+        for request in scheduler.requests.values():
+            self._preemptions[request.request_id] = request.num_preemptions
+            if request.num_computed_tokens > request.num_prompt_tokens:
+                ids = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+                held = sum(map(len, ids)) * self._page_bytes
+                self._last_bytes[request.request_id] = held
+
+    def _counts(self) -> tuple[int, int, float]:
+        """Compactions, freed pages and pruned rows a layer, since start-up."""
+        counters = getattr(self._core.scheduler, "kv_counters", None)
+        if counters is None:
+            return 0, 0, 0.0
+        rows = self._core.model_executor.driver_worker.worker.tier_state.counters
+        pruned = rows.num_scheduled - float(rows.num_computed.mean())
+        return counters.num_compactions, counters.num_pages_freed, pruned
+
+    def result(self) -> Measured:
+        """The counts so far."""
+        compactions, freed, pruned = (
+            now - before
+            for now, before in zip(self._counts(), self._before, strict=True)
+        )
+        held = self._last_bytes.values()
+        return Measured(
+            kv_bytes_per_request=sum(held) / max(1, len(held)),
+            max_num_running=max(self._running, default=0),
+            mean_num_running=sum(self._running) / max(1, len(self._running)),
+            num_preemptions=sum(self._preemptions.values()),
+            num_pages_freed=int(freed),
+            num_compactions=int(compactions),
+            num_rows_scheduled=self._num_scheduled,
+            num_rows_computed=self._num_scheduled - pruned,
+            num_prompt_tokens_computed=self._num_prompt_tokens,
+        )
+
+
+def _num_in_prompt(request: Any, num_scheduled: int) -> int:
+    """Scheduled tokens that are the prompt's.
+
+    The scheduler counts tokens as computed as soon as it has scheduled them.
+    """
+    start: int = request.num_computed_tokens - num_scheduled
+    left: int = request.num_prompt_tokens - start
+    return max(0, min(left, num_scheduled))
