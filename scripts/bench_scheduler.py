@@ -124,9 +124,6 @@ class Side:
         self._engine: Any = SimulatedEngine(
             engine_settings(case, self._num_outputs), policy
         )
-        if not case.caching:
-            # As vLLM's engine core does: without a prefix cache nothing is hashed.
-            self._engine._hasher = None
         self.scheduler: Any = self._engine.scheduler
         self._flying: deque[tuple[Any, Any]] = deque()
         self._num_requests = 0

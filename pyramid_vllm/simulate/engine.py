@@ -58,7 +58,10 @@ class SimulatedEngine:
         config.cache_config.num_gpu_blocks = self._kv_config.num_blocks
         self._block_sizes = resolve_kv_cache_block_sizes(self._kv_config, config)
         self.max_model_len = int(config.model_config.max_model_len)
-        self._hasher = _block_hasher(self._block_sizes[1])
+        # As vLLM's engine core: without a prefix cache nothing is hashed.
+        self._hasher = (
+            _block_hasher(self._block_sizes[1]) if settings.prefix_caching else None
+        )
         self.scheduler: Any
         self.restart()
 
