@@ -28,7 +28,7 @@ SMOKE = ROOT / "scripts/package_smoke.py"
 #: Of the repository, what the sdist leaves out.
 NOT_IN_SDIST = {".ci/run"}
 #: Folders of ``configs`` that the package itself reads, or its users do.
-SHIPPED_CONFIGS = ("policies", "profiles", "grafana", "prometheus")
+SHIPPED_CONFIGS = ("policies", "profiles", "shapes", "gpus", "grafana", "prometheus")
 TIMEOUT_S = 300
 
 TINY_MODEL = {
