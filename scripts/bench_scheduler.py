@@ -42,7 +42,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from pyramid_vllm.cli.failing import or_fail
 from pyramid_vllm.policy import PolicyConfig, resolve_policy
 from pyramid_vllm.provenance import provenance
-from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine
+from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine, sampled
 from pyramid_vllm.simulate.model import load_model
 
 MODEL = "Llama-3-8B"
@@ -61,7 +61,6 @@ PROMPT_TOKENS = 384
 PIPELINE_DEPTH = 2
 #: Memory, as a multiple of what stock vLLM needs at most.
 MEMORY_MARGIN = 1.2
-SAMPLED = 7
 SEED = 0
 
 
@@ -165,26 +164,13 @@ class Side:
         output = self.scheduler.schedule()
         seconds = time.thread_time() - start
         assert not output.preempted_req_ids, "the memory binds"
-        self._flying.append((output, self._sampled(output)))
+        self._flying.append((output, sampled(self.scheduler, output)))
         if len(self._flying) == PIPELINE_DEPTH:
             oldest = self._flying.popleft()
             start = time.thread_time()
             self.scheduler.update_from_output(*oldest)
             seconds += time.thread_time() - start
         return seconds, output
-
-    def _sampled(self, output: Any) -> Any:
-        """As the runner's: a token for each request, for no prompt is cut."""
-        from vllm.v1.outputs import ModelRunnerOutput
-
-        req_ids = list(output.num_scheduled_tokens)
-        requests = self.scheduler.requests
-        assert not any(requests[req_id].is_prefill_chunk for req_id in req_ids)
-        return ModelRunnerOutput(
-            req_ids=req_ids,
-            req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
-            sampled_token_ids=[[SAMPLED] for _ in req_ids],
-        )
 
 
 def check_sides(stock: Side, ours: Side, case: Case) -> None:

@@ -20,7 +20,6 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     KVCacheSpec,
 )
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -28,6 +27,7 @@ import pyramid_vllm  # noqa: F401
 from pyramid_vllm.plan import StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.block_manager import register_spec
+from pyramid_vllm.simulate.engine import sampled
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
 
 BLOCK_SIZE = 32
@@ -139,19 +139,6 @@ def make_request(
         pooling_params=None,
         priority=priority,
         block_hasher=_BLOCK_HASHER,
-    )
-
-
-def sampled(scheduler: Any, step: Any) -> ModelRunnerOutput:
-    """As the runner's: a token for each request whose known tokens are through."""
-    tokens = {
-        req_id: [] if scheduler.requests[req_id].is_prefill_chunk else [7]
-        for req_id in step.num_scheduled_tokens
-    }
-    return ModelRunnerOutput(
-        req_ids=list(tokens),
-        req_id_to_index={req_id: i for i, req_id in enumerate(tokens)},
-        sampled_token_ids=list(tokens.values()),
     )
 
 

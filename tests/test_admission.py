@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.scheduling import make_request, make_scheduler, make_stock_scheduler, sampled
+from pyramid_vllm.simulate.engine import sampled
+from tests.scheduling import make_request, make_scheduler, make_stock_scheduler
 
 #: A page of our pool has a third of the layers.
 NUM_TIERS = 3

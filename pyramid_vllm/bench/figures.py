@@ -8,6 +8,7 @@ import numpy as np
 
 from pyramid_vllm.bench.measure import MeasureTask
 from pyramid_vllm.bench.watch import Measured
+from pyramid_vllm.policy import NONE
 
 PERCENTILES = (50, 95, 99)
 #: Servers log what they have done only every few seconds.
@@ -16,6 +17,11 @@ LOGGED_PAGES = "num_pages_freed_logged"
 #: Prompt tokens that the prefix cache had, of all prompt tokens.
 HIT_RATE = "prefix_hit_rate"
 Figures = dict[str, float]
+
+
+def side_label(policy: str) -> str:
+    """What tables and plots call a side of this policy."""
+    return "stock vLLM" if policy == NONE else policy
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.bench.figures import PERCENTILES
-from pyramid_vllm.bench.report import STOCK_LABEL, PointReport
+from pyramid_vllm.bench.figures import PERCENTILES, side_label
+from pyramid_vllm.bench.report import PointReport
 from pyramid_vllm.plotting import new_figure
 from pyramid_vllm.policy import NONE
 
@@ -44,7 +44,7 @@ def draw_ratios(figure: Any, reports: Sequence[PointReport]) -> None:
         x = [_place(report, over_rates) for report in of_line]
         for name in reports[0].policies:
             _draw_line(axes, x, of_line, name, name + at_rate)
-    axes.axhline(1, color="black", linewidth=1, linestyle="--", label=STOCK_LABEL)
+    axes.axhline(1, color="black", linewidth=1, linestyle="--", label=side_label(NONE))
     _explain_marks(axes, reports)
     places = sorted({_place(report, over_rates) for report in reports})
     axes.set_xscale("log", base=2)
@@ -102,7 +102,7 @@ def _draw_latencies(figure: Any, reports: Sequence[PointReport]) -> None:
             places = [
                 group + (index + 0.5) * width - 0.4 for group in range(len(groups))
             ]
-            label = STOCK_LABEL if name == NONE else name
+            label = side_label(name)
             axes.bar(
                 places, middles, width, yerr=_errors(found), capsize=2, label=label
             )

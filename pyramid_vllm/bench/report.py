@@ -6,13 +6,11 @@ from typing import Any
 
 from rich.table import Table
 
-from pyramid_vllm.bench.figures import METRICS, Metric
+from pyramid_vllm.bench.figures import METRICS, Metric, side_label
 from pyramid_vllm.bench.summary import Summary
 from pyramid_vllm.bench.workload import Point
 from pyramid_vllm.policy import NONE
 from pyramid_vllm.sizes import format_bytes
-
-STOCK_LABEL = "stock vLLM"
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,7 @@ class PointReport:
         if len(set(states.values())) == 1:
             return f"prefix caching {states[NONE]}"
         sides = ", ".join(
-            f"{STOCK_LABEL if name == NONE else name} {state}"
-            for name, state in states.items()
+            f"{side_label(name)} {state}" for name, state in states.items()
         )
         return f"prefix caching: {sides}"
 
@@ -85,7 +82,7 @@ def point_table(report: PointReport) -> Table:
     )
     table.add_column("")
     for name in report.sides:
-        table.add_column(STOCK_LABEL if name == NONE else name, justify="right")
+        table.add_column(side_label(name), justify="right")
         if name != NONE:
             table.add_column("to stock", justify="right")
     for metric in METRICS:

@@ -13,8 +13,13 @@ from pyramid_vllm.policy import PolicyConfig
 from pyramid_vllm.simulate.model import ModelWork
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
+#: The token that is always sampled. Prompts differ, so answers need not.
+SAMPLED_TOKEN = 7
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,22 @@ class SimulatedEngine:
             arrival_time=arrival,
             block_hasher=self._hasher,
         )
+
+
+def sampled(scheduler: Any, step: SchedulerOutput) -> ModelRunnerOutput:
+    """What a runner returns for a step: a token for each request whose known tokens
+    are computed."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    tokens = {
+        req_id: [] if scheduler.requests[req_id].is_prefill_chunk else [SAMPLED_TOKEN]
+        for req_id in step.num_scheduled_tokens
+    }
+    return ModelRunnerOutput(
+        req_ids=list(tokens),
+        req_id_to_index={req_id: i for i, req_id in enumerate(tokens)},
+        sampled_token_ids=list(tokens.values()),
+    )
 
 
 def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any:

@@ -1,46 +1,33 @@
 """Figures of a simulated run."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pyramid_vllm.bench.figures import Figures, Metric
 from pyramid_vllm.simulate.run import SimulatedRun
 
-Figures = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A figure, and how people read it."""
-
-    key: str
-    label: str
-    format: str = ",.0f"
-    factor: float = 1.0
-
-
-ROWS = (
-    Row("seconds", "seconds", ",.1f"),
-    Row("tokens_per_s", "tokens/s, prompt and output"),
-    Row("requests_per_s", "requests/s", ".3f"),
-    Row("ttft_p50_s", "time to first token p50, s", ",.2f"),
-    Row("ttft_p99_s", "time to first token p99, s", ",.2f"),
-    Row("tpot_p50_s", "time per output token p50, ms", ",.1f", 1e3),
-    Row("tpot_p99_s", "time per output token p99, ms", ",.1f", 1e3),
-    Row("max_num_running", "most sequences at once"),
-    Row("mean_num_running", "mean sequences at once", ",.1f"),
-    Row("num_preemptions", "preemptions"),
-    Row("prefix_hit_rate", "prefix hit rate", ".1%"),
-    Row("num_prompt_tokens_computed", "prompt tokens computed"),
-    Row("num_compactions", "compactions"),
-    Row("pages_running", "KV pages held by requests, mean", ".1%"),
-    Row("pages_cached", "KV pages of the prefix cache alone, mean", ".1%"),
-    Row("pages_free", "KV pages free, mean", ".1%"),
-    Row("num_steps", "steps"),
-    Row("cpu_ms_per_step", "scheduler's CPU time a step, ms", ",.2f"),
-    Row("wall_s", "seconds that the simulation took", ",.1f"),
+METRICS = (
+    Metric("seconds", "seconds", ",.1f"),
+    Metric("tokens_per_s", "tokens/s, prompt and output"),
+    Metric("requests_per_s", "requests/s", ".3f"),
+    Metric("ttft_p50_s", "time to first token p50, s", ",.2f"),
+    Metric("ttft_p99_s", "time to first token p99, s", ",.2f"),
+    Metric("tpot_p50_s", "time per output token p50, ms", ",.1f", 1e3),
+    Metric("tpot_p99_s", "time per output token p99, ms", ",.1f", 1e3),
+    Metric("max_num_running", "most sequences at once"),
+    Metric("mean_num_running", "mean sequences at once", ",.1f"),
+    Metric("num_preemptions", "preemptions"),
+    Metric("prefix_hit_rate", "prefix hit rate", ".1%"),
+    Metric("num_prompt_tokens_computed", "prompt tokens computed"),
+    Metric("num_compactions", "compactions"),
+    Metric("pages_running", "KV pages held by requests, mean", ".1%"),
+    Metric("pages_cached", "KV pages of the prefix cache alone, mean", ".1%"),
+    Metric("pages_free", "KV pages free, mean", ".1%"),
+    Metric("num_steps", "steps"),
+    Metric("cpu_ms_per_step", "scheduler's CPU time a step, ms", ",.2f"),
+    Metric("wall_s", "seconds that the simulation took", ",.1f"),
 )
 #: Figures that are times of this machine: they are not the same twice.
 MEASURED = ("cpu_ms_per_step", "wall_s")

@@ -15,7 +15,7 @@ from pyramid_vllm.simulate.settings import (
     default_kv_bytes,
     parse_policies,
 )
-from pyramid_vllm.simulate.slo import Objective, parse_seconds
+from pyramid_vllm.simulate.slo import Objective, check_arrivals, parse_seconds
 from pyramid_vllm.sizes import parse_bytes
 
 #: Options of a named load, by the names of its settings.
@@ -113,9 +113,5 @@ def _objective(options: Mapping[str, Any], load: Load) -> Objective | None:
     )
     if ttft is None and tpot is None:
         return None
-    if load.num_clients is not None or load.rate == 0:
-        raise ValueError(
-            "--slo-ttft and --slo-tpot need arrivals: valid with them are --trace and "
-            "--rate"
-        )
+    check_arrivals(load)
     return Objective(ttft, tpot)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pyramid_vllm.bench.figures import side_label
 from pyramid_vllm.plotting import new_figure
-from pyramid_vllm.policy import NONE
 from pyramid_vllm.simulate.run import SimulatedRun
 
 _USES = ("running", "cached", "free")
@@ -36,14 +36,14 @@ def save_plots(runs: Sequence[SimulatedRun], folder: Path) -> Path:
     return file
 
 
-def _label(run: SimulatedRun) -> str:
-    return "stock vLLM" if run.policy == NONE else run.policy
-
-
 def _draw_first_tokens(axes: Any, runs: Sequence[SimulatedRun]) -> None:
     for run in runs:
         waits = np.sort([r.first_token - r.arrival for r in run.requests.values()])
-        axes.plot(waits, np.arange(1, len(waits) + 1) / len(waits), label=_label(run))
+        axes.plot(
+            waits,
+            np.arange(1, len(waits) + 1) / len(waits),
+            label=side_label(run.policy),
+        )
     axes.set_xlabel("time to first token, s")
     axes.set_ylabel("share of requests")
     axes.legend()
@@ -54,7 +54,7 @@ def _draw_running(axes: Any, runs: Sequence[SimulatedRun]) -> None:
         axes.plot(
             [step.end for step in run.steps],
             [step.num_running for step in run.steps],
-            label=_label(run),
+            label=side_label(run.policy),
             linewidth=1,
         )
     axes.set_xlabel("s")
@@ -69,5 +69,5 @@ def _draw_pages(axes: Any, run: SimulatedRun) -> None:
     axes.set_ylim(0, 1)
     axes.set_xlabel("s")
     axes.set_ylabel("share of KV pages")
-    axes.set_title(_label(run))
+    axes.set_title(side_label(run.policy))
     axes.legend(loc="lower right")

@@ -8,17 +8,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from pyramid_vllm.bench.figures import Figures, side_label
 from pyramid_vllm.policy import NONE
 from pyramid_vllm.provenance import provenance
 from pyramid_vllm.simulate.engine import SimulatedEngine
-from pyramid_vllm.simulate.figures import ROWS, Figures, run_figures
+from pyramid_vllm.simulate.figures import METRICS, run_figures
 from pyramid_vllm.simulate.loads import Load
 from pyramid_vllm.simulate.run import SimulatedRun, simulate
 from pyramid_vllm.simulate.settings import SimulateSettings
 from pyramid_vllm.simulate.slo import Capacity, find_capacity
 from pyramid_vllm.sizes import format_bytes
-
-STOCK_LABEL = "stock vLLM"
 
 
 def run_simulation(
@@ -81,7 +80,7 @@ def _simulated(
     note: str = "",
 ) -> SimulatedRun:
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
-    label = (STOCK_LABEL if name == NONE else name) + note
+    label = side_label(name) + note
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(label, total=load.num_requests)
         return simulate(
@@ -117,18 +116,18 @@ def figures_table(sides: dict[str, Figures]) -> Table:
     table = Table()
     table.add_column("")
     for name in sides:
-        table.add_column(STOCK_LABEL if name == NONE else name, justify="right")
+        table.add_column(side_label(name), justify="right")
         if name != NONE:
             table.add_column("to stock", justify="right")
     stock = sides[NONE]
-    for row in ROWS:
+    for metric in METRICS:
         cells = []
         for name, figures in sides.items():
-            cells.append(f"{figures[row.key] * row.factor:{row.format}}")
+            cells.append(f"{figures[metric.key] * metric.factor:{metric.format}}")
             if name != NONE:
-                theirs = stock[row.key]
-                cells.append(f"{figures[row.key] / theirs:.2f}" if theirs else "-")
-        table.add_row(row.label, *cells)
+                theirs = stock[metric.key]
+                cells.append(f"{figures[metric.key] / theirs:.2f}" if theirs else "-")
+        table.add_row(metric.label, *cells)
     return table
 
 
@@ -152,7 +151,7 @@ def _capacity_table(
         num = capacity.num_engines
         devices = num and num * settings.engine.model.tensor_parallel
         table.add_row(
-            STOCK_LABEL if name == NONE else name,
+            side_label(name),
             f"{capacity.rate:.3g}",
             f"{capacity.speed:.3g}",
             "no number" if devices is None else f"{devices}",

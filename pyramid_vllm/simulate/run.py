@@ -14,12 +14,10 @@ import numpy as np
 from pyramid_vllm.plan import plan_of
 from pyramid_vllm.simulate.clock import StepWork, WorkModel, step_seconds
 from pyramid_vllm.simulate.device import Device
-from pyramid_vllm.simulate.engine import SimulatedEngine
+from pyramid_vllm.simulate.engine import SAMPLED_TOKEN, SimulatedEngine, sampled
 from pyramid_vllm.simulate.loads import Load, Session, piece_tokens
 from pyramid_vllm.simulate.pages import PageCount, count_pages, saved_tokens
 
-#: The token that is always sampled. Prompts differ, so answers need not.
-_SAMPLED = 7
 #: Steps from one count of pages to the next.
 _PAGES_EVERY = 64
 
@@ -180,7 +178,7 @@ class Simulation:
         index, number = self._origin.pop(name)
         session: Session = self._sessions[index]
         if number + 1 < len(session.turns):
-            self._tokens[index] += [_SAMPLED] * session.turns[number].num_outputs
+            self._tokens[index] += [SAMPLED_TOKEN] * session.turns[number].num_outputs
             at = self._now + session.turns[number + 1].wait
             heapq.heappush(self._events, (at, index, number + 1))
             return
@@ -203,7 +201,7 @@ class Simulation:
             record.requests[new.req_id].num_cached_tokens = new.num_computed_tokens
         if self._options.cpu_time:
             self._now += cpu_s
-        result = self._sampled(output)
+        result = sampled(scheduler, output)
         num_rows = output.total_num_scheduled_tokens
         seconds = self._device_seconds(output) if num_rows else 0.0
         self._device_free = max(self._now, self._device_free) + seconds
@@ -231,21 +229,6 @@ class Simulation:
         if self._options.keep_works:
             self.run_record.works.append(work)
         return float(step_seconds(work, self._model, self._device))
-
-    def _sampled(self, output: Any) -> Any:
-        """As the runner's: a token for each request whose known tokens are through."""
-        from vllm.v1.outputs import ModelRunnerOutput
-
-        requests = self._scheduler.requests
-        tokens = {
-            req_id: [] if requests[req_id].is_prefill_chunk else [_SAMPLED]
-            for req_id in output.num_scheduled_tokens
-        }
-        return ModelRunnerOutput(
-            req_ids=list(tokens),
-            req_id_to_index={req_id: i for i, req_id in enumerate(tokens)},
-            sampled_token_ids=list(tokens.values()),
-        )
 
     def _land(self) -> None:
         """Wait for the oldest step and take its tokens."""

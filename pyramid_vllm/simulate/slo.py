@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyramid_vllm.simulate.figures import Figures
+from pyramid_vllm.bench.figures import Figures
 from pyramid_vllm.simulate.loads import Load
 
 #: The highest rate is found to this ratio.
@@ -58,6 +58,19 @@ class Capacity:
     """Engines that the load needs at its own rate; None: no number suffices."""
 
 
+def check_arrivals(load: Load) -> None:
+    """Check that a load has a rate that can be changed.
+
+    Raises:
+        ValueError: everything arrives at once, or clients wait for answers.
+    """
+    if load.num_clients is not None or load.rate == 0:
+        raise ValueError(
+            "--slo-ttft and --slo-tpot need arrivals: valid with them are --trace and "
+            "--rate"
+        )
+
+
 def find_capacity(
     load: Load, objective: Objective, simulate: Callable[[Load], Figures]
 ) -> Capacity:
@@ -74,11 +87,7 @@ def find_capacity(
     Raises:
         ValueError: everything arrives at once, or clients wait for answers.
     """
-    if load.num_clients is not None or load.rate == 0:
-        raise ValueError(
-            "--slo-ttft and --slo-tpot need arrivals: valid with them are --trace and "
-            "--rate"
-        )
+    check_arrivals(load)
 
     def holds(speed: float) -> bool:
         return objective.holds(simulate(load.scaled(speed)))
