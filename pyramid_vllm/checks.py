@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import num_full_attention_layers
-from pyramid_vllm.native import check_native_hooks
 from pyramid_vllm.policy import SCORERS, KVPolicyError, PolicyConfig
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
 
@@ -24,7 +23,6 @@ def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
         KVPolicyError: names the setting, its value and what is valid.
     """
     check_vllm_version()
-    check_native_hooks()
     policy = required_policy(vllm_config)
     _check_device(vllm_config)
     _check_parallel(vllm_config)

@@ -6,10 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyramid_vllm.native import mark_eager, uses_native_hooks
-
-#: Attribute of ``SchedulerOutput`` that carries the plan; its place among the metadata
-#: of plugins, where vLLM has such.
+#: Attribute of vLLM's ``SchedulerOutput`` that carries the plan.
 PLAN_ATTRIBUTE = "kv_policy_plan"
 
 
@@ -105,19 +102,11 @@ class StepPlan:
 
 
 def attach_plan(output: Any, plan: StepPlan) -> None:
-    """Send a plan with vLLM's ``SchedulerOutput``; where vLLM has a field for it, the
-    step is kept out of the graphs that would pass over its windows."""
-    if uses_native_hooks():
-        output.plugin_metadata[PLAN_ATTRIBUTE] = plan
-        mark_eager(output, plan)
-    else:
-        setattr(output, PLAN_ATTRIBUTE, plan)
+    """Send a plan with vLLM's ``SchedulerOutput``."""
+    setattr(output, PLAN_ATTRIBUTE, plan)
 
 
 def plan_of(output: Any) -> StepPlan | None:
     """The plan that came with a ``SchedulerOutput``; None: vLLM's own step."""
-    if uses_native_hooks():
-        found: StepPlan | None = output.plugin_metadata.get(PLAN_ATTRIBUTE)
-    else:
-        found = getattr(output, PLAN_ATTRIBUTE, None)
+    found: StepPlan | None = getattr(output, PLAN_ATTRIBUTE, None)
     return found

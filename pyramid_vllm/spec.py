@@ -14,7 +14,6 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
-from pyramid_vllm.native import uses_native_hooks
 from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
@@ -100,15 +99,8 @@ class TierAttentionSpec(FullAttentionSpec):
         """The same layer's spec, in a tier."""
         return replace_as(spec, cls, tier=tier, num_layers=num_layers)
 
-    @property
-    def group_key(self) -> int:
-        """Layers of different tiers share no KV cache group, where vLLM asks."""
-        return self.tier
-
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        if uses_native_hooks():
-            return super().merge(specs)
         # vLLM merges by listing the fields that it knows, and would reset `tier`.
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("layers of different tiers share no KV cache group")
@@ -117,8 +109,6 @@ class TierAttentionSpec(FullAttentionSpec):
     def is_uniform_with_collection(
         self, kv_cache_specs: dict[str, KVCacheSpec]
     ) -> bool:
-        if uses_native_hooks():
-            return super().is_uniform_with_collection(kv_cache_specs)
         # Else all tiers would fall into one group.
         return all(spec == self for spec in kv_cache_specs.values())
 

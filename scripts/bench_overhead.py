@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from sides import STOCK, make_engine, serve_rounds, take_turns
 
-from pyramid_vllm.cli.model import make_model
-from pyramid_vllm.provenance import provenance
+from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.provenance import provenance
 
 BLOCK_SIZE = 32
 NUM_SEQS = 8

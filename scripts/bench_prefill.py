@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from sides import STOCK, make_engine, serve_rounds, take_turns
 
-from pyramid_vllm.cli.model import make_model
 from pyramid_vllm.model_shape import ModelShape
-from pyramid_vllm.provenance import provenance
+from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.provenance import provenance
 
 SEED = 0
 PRESET = "pyramidinfer"

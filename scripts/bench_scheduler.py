@@ -39,11 +39,11 @@ from rich.table import Table
 # Before vLLM is imported: its own notes would cut through the progress bar.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from pyramid_vllm.cli.failing import or_fail
 from pyramid_vllm.policy import PolicyConfig, resolve_policy
-from pyramid_vllm.provenance import provenance
-from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine, sampled
-from pyramid_vllm.simulate.model import load_model
+from pyramid_vllm.tools.cli.failing import or_fail
+from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine, sampled
+from pyramid_vllm.tools.simulate.model import load_model
 
 MODEL = "Llama-3-8B"
 POLICY = "pyramid"

@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pyramid_vllm.cli.model import make_model
 from pyramid_vllm.policy import NONE
-from pyramid_vllm.provenance import provenance
-from pyramid_vllm.simulate.calibrate import MeasuredRun, fit, read_runs
-from pyramid_vllm.simulate.device import Device, load_device
-from pyramid_vllm.simulate.engine import SimulatedEngine
-from pyramid_vllm.simulate.figures import run_figures
-from pyramid_vllm.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.simulate.calibrate import MeasuredRun, fit, read_runs
+from pyramid_vllm.tools.simulate.device import Device, load_device
+from pyramid_vllm.tools.simulate.engine import SimulatedEngine
+from pyramid_vllm.tools.simulate.figures import run_figures
+from pyramid_vllm.tools.simulate.run import RunOptions, simulate
 
 POLICY = "pyramid"
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pyramid_vllm.cli.model import convert_gguf
+from pyramid_vllm.tools.cli.model import convert_gguf
 
 
 def main(

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.quality.activity import Activity
-from pyramid_vllm.quality.jobs import JobResult
-from pyramid_vllm.quality.settings import EvalSettings, make_tasks
-from pyramid_vllm.quality.statistics import mean_interval, ratio_interval
-from pyramid_vllm.quality.tasks import Task
+from pyramid_vllm.tools.quality.activity import Activity
+from pyramid_vllm.tools.quality.jobs import JobResult
+from pyramid_vllm.tools.quality.settings import EvalSettings, make_tasks
+from pyramid_vllm.tools.quality.statistics import mean_interval, ratio_interval
+from pyramid_vllm.tools.quality.tasks import Task
 
 NOTHING = Activity(0, 0, 0, 0.0, 0.0, 0.0)
 DEFAULT = "pyramid"

@@ -15,7 +15,7 @@ import pyramid_vllm
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 400, 8
 ENTRY_POINTS = {
-    "console_scripts": ("pyramid-vllm", "pyramid_vllm.cli:app"),
+    "console_scripts": ("pyramid-vllm", "pyramid_vllm.tools.cli:app"),
     "vllm.general_plugins": ("pyramid_vllm", "pyramid_vllm.plugin:register"),
     "vllm.platform_plugins": (
         "pyramid_vllm_ray_cpu",
@@ -41,8 +41,8 @@ def check_install(version: str) -> None:
 
 def check_files() -> None:
     """Data files are found, inside the package."""
-    from pyramid_vllm.inspection.page import page
     from pyramid_vllm.policy.presets import config_dir
+    from pyramid_vllm.tools.inspection.page import page
 
     place = Path(pyramid_vllm.__file__).parent
     for folder in ("policies", "profiles", "grafana", "prometheus"):

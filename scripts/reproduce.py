@@ -18,8 +18,8 @@ from goals import RETENTION, collect, eval_settings, load, side
 from results import write_results
 from rich.console import Console
 
-from pyramid_vllm.cli.model import make_model
-from pyramid_vllm.provenance import provenance
+from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -93,8 +93,8 @@ def peers(out: Path, first: Step) -> Step:
     """kvpress on the windows and needles of the first step, at the same share kept."""
     from transformers import AutoTokenizer
 
-    from pyramid_vllm.generation import stop_ids
-    from pyramid_vllm.quality.settings import make_tasks
+    from pyramid_vllm.tools.quality.settings import make_tasks
+    from pyramid_vllm.tools.stop_ids import stop_ids
 
     found = load(first)
     settings = eval_settings(found)
@@ -133,7 +133,7 @@ def run(step: Step, console: Console) -> None:
     console.print(shlex.join(step.command), markup=False)
     command = list(step.command)
     if command[0] == "pyramid-vllm":
-        entry = "from pyramid_vllm.cli import app; app(prog_name='pyramid-vllm')"
+        entry = "from pyramid_vllm.tools.cli import app; app(prog_name='pyramid-vllm')"
         command = [sys.executable, "-c", entry, *command[1:]]
     else:
         venv = os.environ.get("PYRAMID_PEERS_VENV", ".venv-peers")

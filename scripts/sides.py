@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.progress import track
 
-from pyramid_vllm.engine_process import MARK
+from pyramid_vllm.tools.engine_process import MARK
 
 #: Stock vLLM, and stock vLLM once more: what the ratio of equals looks like here.
 STOCK = ("stock", "stock again")

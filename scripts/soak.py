@@ -36,12 +36,12 @@ from soak_load import (
 )
 from soak_server import BLOCK_SIZE, Settings
 
-from pyramid_vllm.bench.server import serve
-from pyramid_vllm.cli.model import make_model
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import num_pages
-from pyramid_vllm.provenance import provenance
-from pyramid_vllm.sizes import format_bytes
+from pyramid_vllm.tools.bench.server import serve
+from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.sizes import format_bytes
 
 #: Bound of the wait for the last requests, and its part in the time of arrivals.
 DRAIN_S, DRAIN_FACTOR = 120.0, 4.0

@@ -18,9 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pyramid_vllm.analysis.dense import DenseModel
-from pyramid_vllm.analysis.hypotheses import Continuation
-from pyramid_vllm.cli.model import make_model
 from pyramid_vllm.policy import (
     KVPolicyError,
     LengthRule,
@@ -30,9 +27,12 @@ from pyramid_vllm.policy import (
     resolve_policy,
     tier_layout,
 )
-from pyramid_vllm.provenance import provenance
-from pyramid_vllm.quality.retrieval import make_samples
-from pyramid_vllm.quality.texts import read_part, windows
+from pyramid_vllm.tools.analysis.dense import DenseModel
+from pyramid_vllm.tools.analysis.hypotheses import Continuation
+from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.quality.retrieval import make_samples
+from pyramid_vllm.tools.quality.texts import read_part, windows
 
 SEED = 0
 #: What is tried of each setting.

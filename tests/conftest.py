@@ -50,7 +50,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def real_model() -> str:
     """Folder of SmolLM2-135M-Instruct; made on first use."""
-    from pyramid_vllm.cli.model import make_model
+    from pyramid_vllm.tools.cli.model import make_model
 
     return str(make_model())
 

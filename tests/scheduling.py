@@ -27,8 +27,8 @@ import pyramid_vllm  # noqa: F401
 from pyramid_vllm.plan import StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.block_manager import register_spec
-from pyramid_vllm.simulate.engine import sampled
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
+from pyramid_vllm.tools.simulate.engine import sampled
 
 BLOCK_SIZE = 32
 

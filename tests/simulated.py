@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_vllm.policy import resolve_policy
-from pyramid_vllm.simulate.device import load_device
-from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine
-from pyramid_vllm.simulate.figures import rounded, run_figures
-from pyramid_vllm.simulate.loads import Load, Session, Turn, named_load
-from pyramid_vllm.simulate.model import load_model
-from pyramid_vllm.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.simulate.device import load_device
+from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
+from pyramid_vllm.tools.simulate.figures import rounded, run_figures
+from pyramid_vllm.tools.simulate.loads import Load, Session, Turn, named_load
+from pyramid_vllm.tools.simulate.model import load_model
+from pyramid_vllm.tools.simulate.run import RunOptions, simulate
 
 FILE = Path(__file__).with_name("simulated.json")
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 from vllm.v1.request import RequestStatus
 
-from pyramid_vllm.simulate.engine import sampled
+from pyramid_vllm.tools.simulate.engine import sampled
 from tests.scheduling import make_request, make_scheduler, make_stock_scheduler
 
 #: A page of our pool has a third of the layers.

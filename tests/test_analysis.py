@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyramid_vllm.analysis.choice import LayerCache, gathered
-from pyramid_vllm.analysis.dense import DenseModel, Prefill
-from pyramid_vllm.analysis.hypotheses import Continuation, crucial_overlap
 from pyramid_vllm.policy import (
     LengthRule,
     PolicyConfig,
     tier_layout,
 )
+from pyramid_vllm.tools.analysis.choice import LayerCache, gathered
+from pyramid_vllm.tools.analysis.dense import DenseModel, Prefill
+from pyramid_vllm.tools.analysis.hypotheses import Continuation, crucial_overlap
 from tests.models import save_tiny
 from tests.oracle import DenseModel as OracleModel
 from tests.oracle import Oracle

@@ -16,14 +16,6 @@ from tokenizers.trainers import WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from pyramid_vllm.analysis.found import Found
-from pyramid_vllm.analysis.settings import (
-    AnalyzeSettings,
-    parse_distances,
-    parse_ratios,
-)
-from pyramid_vllm.analysis.suggest import convex, layer_shares, not_rising
-from pyramid_vllm.cli import app
 from pyramid_vllm.policy import (
     LengthRule,
     PolicyConfig,
@@ -31,7 +23,15 @@ from pyramid_vllm.policy import (
     tier_layout,
 )
 from pyramid_vllm.policy.profiles import IDENTITY
-from pyramid_vllm.quality.words import sentences
+from pyramid_vllm.tools.analysis.found import Found
+from pyramid_vllm.tools.analysis.settings import (
+    AnalyzeSettings,
+    parse_distances,
+    parse_ratios,
+)
+from pyramid_vllm.tools.analysis.suggest import convex, layer_shares, not_rising
+from pyramid_vllm.tools.cli import app
+from pyramid_vllm.tools.quality.words import sentences
 from tests.models import TINY_LLAMA, save_tiny_llama
 
 # Suggestions.
@@ -348,7 +348,7 @@ def test_bad_options_are_named_before_the_model_loads(
     def load(*args: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("pyramid_vllm.analysis.run.DenseModel", load)
+    monkeypatch.setattr("pyramid_vllm.tools.analysis.run.DenseModel", load)
     out = tmp_path / "out"
     result = analyze(folder, text, "--out", str(out), option, value)
     assert result.exit_code == 2, result.output

@@ -11,48 +11,48 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from pyramid_vllm.bench.figures import (
+from pyramid_vllm.model_shape import ModelShape
+from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.tools.bench.figures import (
     check_activation,
     offline_figures,
     online_figures,
 )
-from pyramid_vllm.bench.measure import (
+from pyramid_vllm.tools.bench.measure import (
     MeasureTask,
     add_request,
     make_engine,
     run_batch,
     warm_up,
 )
-from pyramid_vllm.bench.online import online_task
-from pyramid_vllm.bench.plots import draw_ratios, save_plots
-from pyramid_vllm.bench.report import PointReport, format_ratio
-from pyramid_vllm.bench.requests import (
+from pyramid_vllm.tools.bench.online import online_task
+from pyramid_vllm.tools.bench.plots import draw_ratios, save_plots
+from pyramid_vllm.tools.bench.report import PointReport, format_ratio
+from pyramid_vllm.tools.bench.requests import (
     draw_lengths,
     make_requests,
     synthetic_prompts,
     text_prompts,
     windows,
 )
-from pyramid_vllm.bench.server import (
+from pyramid_vllm.tools.bench.server import (
     as_flags,
     parse_activation,
     parse_metrics,
     parse_prefix_caching,
 )
-from pyramid_vllm.bench.settings import (
+from pyramid_vllm.tools.bench.settings import (
     BenchSettings,
     KVMemory,
     TokenRange,
     parse_engine_args,
     parse_sides,
 )
-from pyramid_vllm.bench.store import RunResult, RunStore, run_key
-from pyramid_vllm.bench.summary import memory_binds, ratios, summarize
-from pyramid_vllm.bench.watch import Measured
-from pyramid_vllm.bench.workload import Point, Workload
-from pyramid_vllm.cli import app
-from pyramid_vllm.model_shape import ModelShape
-from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.tools.bench.store import RunResult, RunStore, run_key
+from pyramid_vllm.tools.bench.summary import memory_binds, ratios, summarize
+from pyramid_vllm.tools.bench.watch import Measured
+from pyramid_vllm.tools.bench.workload import Point, Workload
+from pyramid_vllm.tools.cli import app
 from tests.engines import random_prompts
 
 
@@ -608,7 +608,7 @@ def test_a_turn_continues_the_answer_before_it(
         sent[name] = prompt
         add_request(engine, name, prompt, num_tokens)
 
-    monkeypatch.setattr("pyramid_vllm.bench.measure.add_request", listening)
+    monkeypatch.setattr("pyramid_vllm.tools.bench.measure.add_request", listening)
     later = [random_prompts([30, 40], seed=turn) for turn in (7, 8)]
     # The second conversation's first answer ends later than the first one's.
     task = replace(task, later_turns=later, output_tokens=[4, 9, 5, 3, 6, 7])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli import app
 from pyramid_vllm.policy import resolve_policy
-from pyramid_vllm.simulate.calibrate import fit, read_runs
-from pyramid_vllm.simulate.device import Device, load_device
-from pyramid_vllm.simulate.engine import SimulatedEngine
-from pyramid_vllm.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.cli import app
+from pyramid_vllm.tools.simulate.calibrate import fit, read_runs
+from pyramid_vllm.tools.simulate.device import Device, load_device
+from pyramid_vllm.tools.simulate.engine import SimulatedEngine
+from pyramid_vllm.tools.simulate.run import RunOptions, simulate
 
 MODEL = "SmolLM2-135M"
 CPU = load_device("cpu")

@@ -8,10 +8,10 @@ import pytest
 from transformers import LlamaConfig, MistralConfig
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli import app
-from pyramid_vllm.cli.demo import greedy_agreement
-from pyramid_vllm.cli.plan import PlanRequest, make_plan
-from pyramid_vllm.sizes import format_bytes, parse_bytes
+from pyramid_vllm.tools.cli import app
+from pyramid_vllm.tools.cli.demo import greedy_agreement
+from pyramid_vllm.tools.cli.plan import PlanRequest, make_plan
+from pyramid_vllm.tools.sizes import format_bytes, parse_bytes
 from tests.models import TINY_LLAMA, save_config
 
 

@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY, generate_latest
 from typer.testing import CliRunner
 
 from pyramid_vllm.metrics.prometheus import COUNTERS, GAUGES, PREFIX
-from pyramid_vllm.monitor.scrape import Scrape, parse
+from pyramid_vllm.tools.monitor.scrape import Scrape, parse
 from tests.engines import close, generate, make_llm, random_prompts
 from tests.metrics_server import serving
 from tests.test_top import APP

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pyramid_vllm.engine_process import MARK, run_child
+from pyramid_vllm.tools.engine_process import MARK, run_child
 
 #: More than a pipe holds.
 LONG = {"prompts": [0] * 100_000}

@@ -16,7 +16,7 @@ from goals import (
     quality_goals,
 )
 
-from pyramid_vllm.quality.tasks import Task
+from pyramid_vllm.tools.quality.tasks import Task
 
 
 def tasks(losses: list[float], scores: list[float], share: float) -> dict[str, Any]:

@@ -333,9 +333,9 @@ def test_the_benchmark_takes_our_options(
     """And its two amounts of memory are one that binds and one that does not."""
     from typer.testing import CliRunner
 
-    from pyramid_vllm.bench import run as command
-    from pyramid_vllm.bench.workload import make_workload
-    from pyramid_vllm.cli import app
+    from pyramid_vllm.tools.bench import run as command
+    from pyramid_vllm.tools.bench.workload import make_workload
+    from pyramid_vllm.tools.cli import app
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(shape.config))

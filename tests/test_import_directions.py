@@ -7,53 +7,29 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pyramid_vllm"
 
+#: What serves requests: nothing of it needs the command line or its tools.
+TOOLS = "pyramid_vllm.tools"
+SCHEDULER, WORKER = "pyramid_vllm.scheduler", "pyramid_vllm.worker"
+ATTENTION, CLI = "pyramid_vllm.attention", "pyramid_vllm.tools.cli"
 #: Part of the package -> prefixes that it must not import.
 FORBIDDEN = {
-    "policy": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
-    "plan.py": ("torch", "vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
-    "model_shape.py": ("torch", "vllm"),
-    "model_config.py": ("torch", "vllm"),
-    "native.py": (
-        "torch",
-        "pyramid_vllm.scheduler",
-        "pyramid_vllm.worker",
-        "pyramid_vllm.attention",
-    ),
-    "kernels": ("vllm", "pyramid_vllm.scheduler", "pyramid_vllm.worker"),
-    "scheduler": ("torch", "pyramid_vllm.worker", "pyramid_vllm.attention"),
-    "worker": ("pyramid_vllm.scheduler",),
-    "attention": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
-    "bench": ("pyramid_vllm.cli",),
-    "simulate": ("pyramid_vllm.cli", "pyramid_vllm.worker", "pyramid_vllm.attention"),
-    "quality": ("pyramid_vllm.cli",),
-    "analysis": (
-        "vllm",
-        "pyramid_vllm.scheduler",
-        "pyramid_vllm.attention",
-        "pyramid_vllm.cli",
-    ),
+    "policy": ("torch", "vllm", SCHEDULER, WORKER, TOOLS),
+    "plan.py": ("torch", "vllm", SCHEDULER, WORKER, TOOLS),
+    "model_shape.py": ("torch", "vllm", TOOLS),
     "stats.py": ("torch", "vllm", "pyramid_vllm"),
-    "metrics": (
-        "torch",
-        "pyramid_vllm.scheduler",
-        "pyramid_vllm.worker",
-        "pyramid_vllm.cli",
-    ),
-    "monitor": (
-        "torch",
-        "vllm",
-        "pyramid_vllm.scheduler",
-        "pyramid_vllm.metrics",
-        "pyramid_vllm.cli",
-    ),
-    "inspection": (
-        "torch",
-        "pyramid_vllm.scheduler",
-        "pyramid_vllm.worker",
-        "pyramid_vllm.attention",
-        "pyramid_vllm.cli",
-    ),
-    "spec.py": ("pyramid_vllm.scheduler", "pyramid_vllm.worker"),
+    "spec.py": (SCHEDULER, WORKER, TOOLS),
+    "kernels": ("vllm", SCHEDULER, WORKER, TOOLS),
+    "scheduler": ("torch", WORKER, ATTENTION, TOOLS),
+    "worker": (SCHEDULER, TOOLS),
+    "attention": (SCHEDULER, WORKER, TOOLS),
+    "metrics": ("torch", SCHEDULER, WORKER, TOOLS),
+    "tools/analysis": ("vllm", SCHEDULER, ATTENTION, CLI),
+    "tools/bench": (CLI,),
+    "tools/inspection": ("torch", SCHEDULER, WORKER, ATTENTION, CLI),
+    "tools/model_config.py": ("torch", "vllm"),
+    "tools/monitor": ("torch", "vllm", SCHEDULER, "pyramid_vllm.metrics", CLI),
+    "tools/quality": (CLI,),
+    "tools/simulate": (WORKER, ATTENTION, CLI),
 }
 
 

@@ -17,19 +17,19 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli.inspect import inspect
-from pyramid_vllm.inspection import run
-from pyramid_vllm.inspection.engine import EngineTask, inspect_request, run_engine
-from pyramid_vllm.inspection.page import page
-from pyramid_vllm.inspection.plot import kept_shares, plot, tier_runs
-from pyramid_vllm.inspection.settings import InspectSettings, read_prompt
-from pyramid_vllm.inspection.view import (
+from pyramid_vllm.policy import KVPolicyError, LengthRule, PolicyConfig, TierLayout
+from pyramid_vllm.tools.cli.inspect import inspect
+from pyramid_vllm.tools.inspection import run
+from pyramid_vllm.tools.inspection.engine import EngineTask, inspect_request, run_engine
+from pyramid_vllm.tools.inspection.page import page
+from pyramid_vllm.tools.inspection.plot import kept_shares, plot, tier_runs
+from pyramid_vllm.tools.inspection.settings import InspectSettings, read_prompt
+from pyramid_vllm.tools.inspection.view import (
     Inspection,
     Request,
     TokenView,
     inspection_of,
 )
-from pyramid_vllm.policy import KVPolicyError, LengthRule, PolicyConfig, TierLayout
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 
@@ -401,7 +401,7 @@ def rows_of(dom: str) -> list[list[str]]:
 
 def expected_rows(report: dict[str, Any]) -> list[list[str]]:
     from pyramid_vllm.policy.tiers import runs
-    from pyramid_vllm.sizes import format_bytes
+    from pyramid_vllm.tools.sizes import format_bytes
 
     return [
         [

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 import pyramid_vllm
-import pyramid_vllm.cli.name_vllm as name_vllm
-from pyramid_vllm.cli import app
+import pyramid_vllm.tools.cli.name_vllm as name_vllm
 from pyramid_vllm.compat import SUPPORTED_VLLM, check_vllm_version
 from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.tools.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from pyramid_vllm.native import _HOOKS, SWITCH, check_native_hooks, uses_native_hooks
-from pyramid_vllm.policy import KVPolicyError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "vllm_api"))
 
 from check_patches import TESTS, TESTS_V2, apply, compare, copy_tree, series

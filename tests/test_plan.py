@@ -11,15 +11,15 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli import app
-from pyramid_vllm.model_config import (
+from pyramid_vllm.model_shape import ModelShape
+from pyramid_vllm.policy import profile_weights
+from pyramid_vllm.tools.cli import app
+from pyramid_vllm.tools.model_config import (
     FileConfig,
     bundled_shape,
     read_config,
     shape_names,
 )
-from pyramid_vllm.model_shape import ModelShape
-from pyramid_vllm.policy import profile_weights
 
 TINY: dict[str, Any] = {
     "hidden_size": 128,
@@ -162,7 +162,7 @@ def imported_by_plan(model: str, **env: str) -> str:
     """Run ``plan`` in its own process; the heavy packages that it imported."""
     script = (
         "import sys\n"
-        "from pyramid_vllm.cli import app\n"
+        "from pyramid_vllm.tools.cli import app\n"
         "app(['plan', sys.argv[1], '--kv-policy', 'pyramid'], standalone_mode=False)\n"
         "heavy = {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
         "print('imported:', *sorted(heavy))\n"

@@ -14,9 +14,9 @@ from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 
-from pyramid_vllm.quality import gsm8k
-from pyramid_vllm.quality.puzzles import PUZZLES
-from pyramid_vllm.quality.retrieval import (
+from pyramid_vllm.tools.quality import gsm8k
+from pyramid_vllm.tools.quality.puzzles import PUZZLES
+from pyramid_vllm.tools.quality.retrieval import (
     TASKS,
     Sample,
     has_depth,
@@ -24,10 +24,10 @@ from pyramid_vllm.quality.retrieval import (
     score,
     split_sentences,
 )
-from pyramid_vllm.quality.statistics import mean_interval, ratio_interval
-from pyramid_vllm.quality.tasks import match_length
-from pyramid_vllm.quality.texts import read_part, windows
-from pyramid_vllm.quality.words import PLAIN_WORDS, sentences
+from pyramid_vllm.tools.quality.statistics import mean_interval, ratio_interval
+from pyramid_vllm.tools.quality.tasks import match_length
+from pyramid_vllm.tools.quality.texts import read_part, windows
+from pyramid_vllm.tools.quality.words import PLAIN_WORDS, sentences
 
 TEMPLATE = (
     "{% for m in messages %}<role> {{ m.content }} <end>{% endfor %}"

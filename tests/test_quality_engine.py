@@ -12,10 +12,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli.eval import evaluate
-from pyramid_vllm.quality.distributions import FullRows, PolicyRows
-from pyramid_vllm.quality.jobs import EngineTask, Job, JobResult, Request
-from pyramid_vllm.quality.runner import make_engine, run_job
+from pyramid_vllm.tools.cli.eval import evaluate
+from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+from pyramid_vllm.tools.quality.runner import make_engine, run_job
 from tests.engines import MIB, random_prompts
 from tests.one_engine import save_tokenizer
 

@@ -15,16 +15,16 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli import eval as command
-from pyramid_vllm.plotting import check_matplotlib
-from pyramid_vllm.quality import processes
-from pyramid_vllm.quality.activity import Activity
-from pyramid_vllm.quality.evaluation import Evaluation, check_activity
-from pyramid_vllm.quality.jobs import EngineTask, JobResult
-from pyramid_vllm.quality.report import retention_label, summarize, text_table
-from pyramid_vllm.quality.settings import EvalSettings, make_sides
-from pyramid_vllm.quality.tasks import Task, agreement_task, continuation_task
-from pyramid_vllm.quality.texts import windows
+from pyramid_vllm.tools.cli import eval as command
+from pyramid_vllm.tools.plotting import check_matplotlib
+from pyramid_vllm.tools.quality import processes
+from pyramid_vllm.tools.quality.activity import Activity
+from pyramid_vllm.tools.quality.evaluation import Evaluation, check_activity
+from pyramid_vllm.tools.quality.jobs import EngineTask, JobResult
+from pyramid_vllm.tools.quality.report import retention_label, summarize, text_table
+from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides
+from pyramid_vllm.tools.quality.tasks import Task, agreement_task, continuation_task
+from pyramid_vllm.tools.quality.texts import windows
 from tests.models import TINY_LLAMA, save_config
 from tests.one_engine import save_tokenizer
 

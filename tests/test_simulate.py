@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli import app
 from pyramid_vllm.plan import PromptWindow, StepPlan
 from pyramid_vllm.policy import resolve_policy
-from pyramid_vllm.simulate.clock import StepWork, WorkModel, step_seconds
-from pyramid_vllm.simulate.device import device_names, load_device
-from pyramid_vllm.simulate.engine import EngineSettings, SimulatedEngine
-from pyramid_vllm.simulate.figures import run_figures
-from pyramid_vllm.simulate.loads import (
+from pyramid_vllm.tools.cli import app
+from pyramid_vllm.tools.simulate.clock import StepWork, WorkModel, step_seconds
+from pyramid_vllm.tools.simulate.device import device_names, load_device
+from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
+from pyramid_vllm.tools.simulate.figures import run_figures
+from pyramid_vllm.tools.simulate.loads import (
     Load,
     Session,
     Turn,
@@ -25,10 +25,15 @@ from pyramid_vllm.simulate.loads import (
     piece_tokens,
     read_trace,
 )
-from pyramid_vllm.simulate.model import load_model
-from pyramid_vllm.simulate.pages import saved_tokens
-from pyramid_vllm.simulate.run import RunOptions, SimulatedRun, Simulation, simulate
-from pyramid_vllm.simulate.slo import Objective, find_capacity, parse_seconds
+from pyramid_vllm.tools.simulate.model import load_model
+from pyramid_vllm.tools.simulate.pages import saved_tokens
+from pyramid_vllm.tools.simulate.run import (
+    RunOptions,
+    SimulatedRun,
+    Simulation,
+    simulate,
+)
+from pyramid_vllm.tools.simulate.slo import Objective, find_capacity, parse_seconds
 from tests import simulated
 
 EXACT = RunOptions(cpu_time=False)

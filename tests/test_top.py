@@ -11,13 +11,19 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pyramid_vllm.cli.top import top
-from pyramid_vllm.monitor.figures import ServerFigures, server_figures
-from pyramid_vllm.monitor.numbers import by_size, count, percent, seconds
-from pyramid_vllm.monitor.scrape import Scrape, ScrapeError, fetch, metrics_url, parse
-from pyramid_vllm.monitor.span import Span
-from pyramid_vllm.monitor.view import picture
-from pyramid_vllm.monitor.watch import TopSettings, Watch, show_live
+from pyramid_vllm.tools.cli.top import top
+from pyramid_vllm.tools.monitor.figures import ServerFigures, server_figures
+from pyramid_vllm.tools.monitor.numbers import by_size, count, percent, seconds
+from pyramid_vllm.tools.monitor.scrape import (
+    Scrape,
+    ScrapeError,
+    fetch,
+    metrics_url,
+    parse,
+)
+from pyramid_vllm.tools.monitor.span import Span
+from pyramid_vllm.tools.monitor.view import picture
+from pyramid_vllm.tools.monitor.watch import TopSettings, Watch, show_live
 from tests.metrics_server import INFO, FakeMetrics, serving, work
 
 APP = typer.Typer()

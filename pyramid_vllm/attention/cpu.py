@@ -21,7 +21,6 @@ from pyramid_vllm.attention.tiered import (
     TieredBackend,
     TieredBuilder,
     TieredImpl,
-    chosen,
 )
 from pyramid_vllm.policy import KVPolicyError
 
@@ -123,9 +122,9 @@ class PyramidCPUAttentionBackend(TieredBackend, CPUAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """The attention implementation."""
-        return chosen(PyramidCPUAttentionImpl, CPUAttentionBackendImpl)
+        return PyramidCPUAttentionImpl
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
         """The metadata builder."""
-        return chosen(PyramidCPUMetadataBuilder, CPUAttentionMetadataBuilder)
+        return PyramidCPUMetadataBuilder

@@ -12,7 +12,6 @@ from pyramid_vllm.attention.tiered import (
     TieredBackend,
     TieredBuilder,
     TieredImpl,
-    chosen,
 )
 
 
@@ -30,9 +29,9 @@ class PyramidFlashBackend(TieredBackend, FlashAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[FlashAttentionImpl]:
         """The attention implementation."""
-        return chosen(PyramidFlashImpl, FlashAttentionImpl)
+        return PyramidFlashImpl
 
     @staticmethod
     def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
         """The metadata builder."""
-        return chosen(PyramidFlashMetadataBuilder, FlashAttentionMetadataBuilder)
+        return PyramidFlashMetadataBuilder

@@ -12,7 +12,6 @@ from pyramid_vllm.attention.tiered import (
     TieredBackend,
     TieredBuilder,
     TieredImpl,
-    chosen,
 )
 
 
@@ -30,9 +29,9 @@ class PyramidFlashInferBackend(TieredBackend, FlashInferBackend):
     @staticmethod
     def get_impl_cls() -> type[FlashInferImpl]:
         """The attention implementation."""
-        return chosen(PyramidFlashInferImpl, FlashInferImpl)
+        return PyramidFlashInferImpl
 
     @staticmethod
     def get_builder_cls() -> type[FlashInferMetadataBuilder]:
         """The metadata builder."""
-        return chosen(PyramidFlashInferMetadataBuilder, FlashInferMetadataBuilder)
+        return PyramidFlashInferMetadataBuilder

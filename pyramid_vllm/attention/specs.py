@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.policy import KVPolicyError, PolicyConfig
-from pyramid_vllm.spec import TierAttentionSpec, engine_policy, length_rule
+from pyramid_vllm.spec import TierAttentionSpec, length_rule
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    pass
 
 
 def tiers_by_name(
@@ -59,25 +56,3 @@ def tiered_specs(
         for name, tier in tiers_by_name(names, policy, num_layers).items()
     }
     return specs | tiered
-
-
-def tiered_spec(
-    spec: AttentionSpec, layer_name: str, vllm_config: VllmConfig
-) -> AttentionSpec:
-    """A layer's spec in its tier; as it is without a policy or full attention.
-
-    For a vLLM that asks for each layer's spec by its name.
-    """
-    policy = engine_policy(vllm_config)
-    if policy is None or type(spec) is not FullAttentionSpec:
-        return spec
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    names = [
-        name
-        for name, layer in layers.items()
-        if type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec
-        and layer.kv_sharing_target_layer_name is None
-    ]
-    num_layers = num_full_attention_layers(vllm_config.model_config.hf_text_config)
-    tier = tiers_by_name(names, policy, num_layers)[layer_name]
-    return TierAttentionSpec.of(spec, tier, num_layers)

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-
-from pyramid_vllm.attention.specs import tiered_spec
-from pyramid_vllm.native import uses_native_hooks
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 class TierMetadata(Protocol):
@@ -97,37 +90,12 @@ class TieredImpl:
         output: torch.Tensor = stock.forward(
             layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
         )
-        if self.tier_layer is not None:
-            run_layer(self.tier_layer, query, attn_metadata)
+        part = self.tier_layer
+        # Steps in which vLLM profiles its memory have no metadata.
+        if part is not None and attn_metadata is not None and part.is_active:
+            part.after_attention(query, getattr(attn_metadata, "block_table", None))
         return output
-
-
-def run_layer(tier_layer: TierLayer, query: torch.Tensor, attn_metadata: Any) -> None:
-    """Let a layer do its part, where the step has one for it.
-
-    Args:
-        tier_layer: the layer's part.
-        query: ``[num_tokens, num_heads, head_size]``.
-        attn_metadata: the layer's; None in vLLM's own steps.
-    """
-    if attn_metadata is not None and tier_layer.is_active:
-        block_table = getattr(attn_metadata, "block_table", None)
-        tier_layer.after_attention(query, block_table)
 
 
 class TieredBackend:
     """Mixed into a stock backend, whose name it keeps."""
-
-    @classmethod
-    def customize_layer_spec(
-        cls, spec: AttentionSpec, layer_name: str, vllm_config: VllmConfig
-    ) -> AttentionSpec:
-        """A layer's spec in its tier, where vLLM asks by layer."""
-        stock: Any = super()
-        own = stock.customize_layer_spec(spec, layer_name, vllm_config)
-        return tiered_spec(own, layer_name, vllm_config)
-
-
-def chosen(ours: type, stock: type) -> Any:
-    """The class that engines use: vLLM's own where it has hooks for what ours adds."""
-    return stock if uses_native_hooks() else ours

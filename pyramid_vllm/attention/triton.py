@@ -12,7 +12,6 @@ from pyramid_vllm.attention.tiered import (
     TieredBackend,
     TieredBuilder,
     TieredImpl,
-    chosen,
 )
 
 
@@ -30,9 +29,9 @@ class PyramidTritonBackend(TieredBackend, TritonAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[TritonAttentionImpl]:
         """The attention implementation."""
-        return chosen(PyramidTritonImpl, TritonAttentionImpl)
+        return PyramidTritonImpl
 
     @staticmethod
     def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
         """The metadata builder."""
-        return chosen(PyramidTritonMetadataBuilder, TritonAttentionMetadataBuilder)
+        return PyramidTritonMetadataBuilder

@@ -13,7 +13,6 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from pyramid_vllm.native import uses_native_hooks
 from pyramid_vllm.spec import TierAttentionSpec
 
 if TYPE_CHECKING:
@@ -215,8 +214,6 @@ class TierBlockManager(FullAttentionManager):
             Pages that the request holds fewer.
         """
         pages, num_taken = self._gathered.pop(request_id, (None, 0))
-        if uses_native_hooks():
-            return int(super().truncate(request_id, num_held, pages)) - num_taken
         return self._truncate(request_id, num_held, pages) - num_taken
 
     def _truncate(
@@ -249,7 +246,6 @@ class TierBlockManager(FullAttentionManager):
 
 def register_spec(vllm_config: VllmConfig | None) -> None:
     """Tell vLLM which manager serves a tier. Can be called again."""
-    if not uses_native_hooks():
-        # The registry fills itself only while it is empty: vLLM's own specs go first.
-        register_all_kvcache_specs(vllm_config)
+    # The registry fills itself only while it is empty: vLLM's own specs go first.
+    register_all_kvcache_specs(vllm_config)
     KVCacheSpecRegistry.register(TierAttentionSpec, manager_class=TierBlockManager)

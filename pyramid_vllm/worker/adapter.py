@@ -19,9 +19,6 @@ class RunnerAdapter(Batch, Protocol):
     def kernel_block_size(self, group_id: int) -> int:
         """Tokens of the blocks that a group's kernels see."""
 
-    def bind_metadata(self, metadata: Any) -> None:
-        """Let vLLM's own hook ask for the lengths of each cache group."""
-
     def begin(self, plan: StepPlan) -> None:
         """Before the runner's step."""
 
@@ -29,8 +26,7 @@ class RunnerAdapter(Batch, Protocol):
         """Between the forward pass and sampling."""
 
     def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> int:
-        """Cut the rows of compacted requests to the pages that they keep; where vLLM
-        tells its runners itself, only count.
+        """Cut the rows of compacted requests to the pages that they keep.
 
         Returns:
             Pages that the rows have fewer.

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 
 from pyramid_vllm.attention.access import KVAccess, access_of
 from pyramid_vllm.attention.registry import WRAPPED
-from pyramid_vllm.attention.tiered import TieredBackend
+from pyramid_vllm.attention.tiered import TieredBackend, TieredBuilder
 from pyramid_vllm.policy import KVPolicyError, LengthRule
-from pyramid_vllm.worker.hooks import builders_of, follow_attention
 from pyramid_vllm.worker.layer import LayerConstants
 
 if TYPE_CHECKING:
     from pyramid_vllm.worker.adapter import RunnerAdapter
     from pyramid_vllm.worker.path import ComputePath
     from pyramid_vllm.worker.shared import WorkerState
+    from pyramid_vllm.worker.step import TierStep
+
+
+def builders_of(runner: Any, group_id: int) -> Iterable[Any]:
+    """The metadata builders of a cache group."""
+    return (group.get_metadata_builder() for group in runner.attn_groups[group_id])
+
+
+def bind_builders(
+    runner: Any, step: TierStep, tier_of_group: Mapping[int, int]
+) -> None:
+    """Give the metadata builders of every tier the tier's lengths.
+
+    Args:
+        runner: vLLM's runner.
+        step: the worker's.
+        tier_of_group: by vLLM's KV cache group.
+    """
+    for group_id, tier in tier_of_group.items():
+        for builder in builders_of(runner, group_id):
+            assert isinstance(builder, TieredBuilder)
+            builder.tiers, builder.tier = step, tier
 
 
 class LayerBinder:
@@ -80,7 +101,7 @@ class LayerBinder:
         ]
         parts = path.bind(group_id, layers, state)
         for (layer, _), part in zip(layers, parts, strict=True):
-            follow_attention(layer, part)
+            layer.impl.tier_layer = part
         return parts
 
     def _check_block_size(self, group_id: int) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
-from pyramid_vllm.native import uses_native_hooks
 from pyramid_vllm.policy import KVPolicyError
 from pyramid_vllm.worker.step import BatchRows, WindowRows
 
@@ -118,9 +117,8 @@ class RowPruner:
         self._tier, self._kept = 0, {}
         self._rows_of_batch = self._positions = None
         with ExitStack() as hooks:
-            if not uses_native_hooks():
-                handle = self._model.register_forward_pre_hook(_run_uncompiled)
-                hooks.callback(handle.remove)
+            handle = self._model.register_forward_pre_hook(_run_uncompiled)
+            hooks.callback(handle.remove)
             hooks.callback(self._model.register_forward_hook(self._scatter).remove)
             for layer, tier in self._layers:
                 if tier:

@@ -11,7 +11,6 @@ from pyramid_vllm.attention.registry import register_backends
 from pyramid_vllm.attention.specs import tiered_specs
 from pyramid_vllm.checks import check_engine
 from pyramid_vllm.model_shape import num_full_attention_layers
-from pyramid_vllm.native import uses_native_hooks
 from pyramid_vllm.plan import plan_of
 from pyramid_vllm.policy import KVPolicyError, LengthRule
 from pyramid_vllm.spec import (
@@ -20,10 +19,9 @@ from pyramid_vllm.spec import (
     request_policies,
 )
 from pyramid_vllm.worker.adapter import RunnerAdapter, adapter_of
-from pyramid_vllm.worker.binding import LayerBinder
+from pyramid_vllm.worker.binding import LayerBinder, bind_builders
 from pyramid_vllm.worker.counters import WorkerCounters
 from pyramid_vllm.worker.guard import guard_runner
-from pyramid_vllm.worker.hooks import bind_metadata, register_model_state
 from pyramid_vllm.worker.path import ComputePath, path_of
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.query_slots import QueryShape
@@ -56,8 +54,6 @@ class TieredWorker(RemoteCalls):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         self.kv_policy = check_engine(vllm_config)
         register_backends()
-        if uses_native_hooks() and vllm_config.use_v2_model_runner:
-            register_model_state()
         stock: Any = super()
         stock.__init__(vllm_config, *args, **kwargs)
         self.tier_layers = []
@@ -73,9 +69,6 @@ class TieredWorker(RemoteCalls):
         """Make the runner; its specs are those of tiers from now on."""
         stock: Any = super()
         stock.init_device()
-        if uses_native_hooks():
-            logger.info("KV policy %s: by vLLM's own hooks", self.kv_policy.name)
-            return
         # The runner's own: memory for graphs is estimated on them, past the worker.
         runner = self.model_runner
         stock_specs = runner.get_kv_cache_spec
@@ -181,7 +174,7 @@ class TieredWorker(RemoteCalls):
             group_queries=path.make_queries(shape) if shape else None,
             timer=path.make_timer(),
         )
-        bind_metadata(runner, adapter, state.step, self._tier_of_group)
+        bind_builders(runner, state.step, self._tier_of_group)
         for group_id in self._tier_of_group:
             self.tier_layers += binder.bind(group_id, path, state)
         self.tier_layers.sort(key=lambda layer: layer.index)

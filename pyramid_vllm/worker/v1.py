@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from vllm.utils.math_utils import cdiv
 
-from pyramid_vllm.native import uses_native_hooks
 from pyramid_vllm.worker.generators import make_rewindable
 
 if TYPE_CHECKING:
@@ -56,10 +55,6 @@ class V1Runner:
         """Tokens of the blocks that a group's kernels see."""
         return self._batch.block_table[group_id].block_size
 
-    def bind_metadata(self, metadata: Any) -> None:
-        """Let vLLM's own hook ask for the lengths of each cache group."""
-        self._runner.model_specific_attn_metadata = metadata
-
     def begin(self, plan: StepPlan) -> None:
         """Before the runner's step."""
 
@@ -69,7 +64,7 @@ class V1Runner:
 
     def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> int:
         """Cut compacted requests' rows to the pages that they keep, or replace them by
-        those that their tokens were gathered into; where vLLM does, only count.
+        those that their tokens were gathered into.
 
         The scheduler has freed the other pages; the next ones it allocates are
         appended.
@@ -84,8 +79,6 @@ class V1Runner:
                 num_blocks = cdiv(num_kept[tier], table.block_size)
                 last = table.num_blocks_per_row[row]
                 num_fewer += int(last) - num_blocks
-                if uses_native_hooks():
-                    continue
                 pages = gathered[req_id][group_id] if req_id in gathered else None
                 if pages is not None:
                     table.block_table.np[row, :num_blocks] = pages

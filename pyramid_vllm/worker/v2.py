@@ -17,8 +17,6 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from pyramid_vllm.native import uses_native_hooks
-
 if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
 
@@ -41,8 +39,7 @@ class V2Runner:
         self._tables: Sequence[torch.Tensor] = ()
         self._row_of: dict[str, int] = {}
         self._input_batch: Any = None
-        if not uses_native_hooks():
-            self._wrap()
+        self._wrap()
 
     def _wrap(self) -> None:
         runner = self._runner
@@ -104,11 +101,6 @@ class V2Runner:
         if self.prepare is not None:
             self.prepare(input_batch, tables, slots)
 
-    def bind_metadata(self, metadata: Any) -> None:
-        """Let vLLM's own hook ask for the lengths of each cache group."""
-        state = self._runner.model_state
-        state.adapter, state.group_metadata = self, metadata
-
     @property
     def req_ids(self) -> Sequence[str]:
         """By row."""
@@ -148,7 +140,7 @@ class V2Runner:
 
     def truncate(self, tier_of_group: Mapping[int, int], plan: StepPlan) -> int:
         """Cut compacted requests' rows to the pages that they keep, or replace them by
-        those that their tokens were gathered into; where vLLM does, only count.
+        those that their tokens were gathered into.
 
         The runner publishes rows and their lengths before its next step.
         """
@@ -160,8 +152,6 @@ class V2Runner:
             for group_id, tier in tier_of_group.items():
                 num_blocks = cdiv(num_kept[tier], tables.block_sizes[group_id])
                 num_fewer += int(tables.num_blocks.np[group_id, index]) - num_blocks
-                if uses_native_hooks():
-                    continue
                 pages = gathered[req_id][group_id] if req_id in gathered else None
                 if pages is not None:
                     # At once: a staged write may meet the next request's in this row.

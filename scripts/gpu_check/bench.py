@@ -158,7 +158,7 @@ def _results(shape: Shape, options: Options) -> dict[str, Any]:
         (folder / "model").mkdir()
         text = json.dumps(shape.config, indent=2)
         (folder / "model" / "config.json").write_text(text, encoding="utf-8")
-        code = "from pyramid_vllm.cli import app; app()"
+        code = "from pyramid_vllm.tools.cli import app; app()"
         command = [sys.executable, "-c", code, "bench"]
         done = subprocess.run(
             [*command, *arguments(shape, folder, options)],

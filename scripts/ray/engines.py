@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pyramid_vllm.json_settings import json_object
 from pyramid_vllm.policy import resolve_policy
-from pyramid_vllm.sizes import parse_bytes
+from pyramid_vllm.tools.json_settings import json_object
+from pyramid_vllm.tools.sizes import parse_bytes
 
 PolicyOption = Annotated[
     str,

@@ -1,0 +1,1 @@
+"""The command line and what stands beside the engine: measure, simulate, look into."""

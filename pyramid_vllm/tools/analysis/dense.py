@@ -1,0 +1,223 @@
+"""A transformers model whose layers keep chosen tokens, one sequence at a time.
+
+Slower than an engine, but it tries many policies on one prefill: what layers keep is
+a mask away.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pyramid_vllm.model_shape import num_full_attention_layers
+from pyramid_vllm.policy import LengthRule
+from pyramid_vllm.tools.analysis.choice import (
+    LayerCache,
+    Pruning,
+    choose,
+    gathered,
+    layer_before_pruning,
+)
+
+_ATTENTION = "pyramid_vllm_dense"
+
+
+@dataclass
+class Prefill:
+    """A prompt's caches, and the logits behind it."""
+
+    num_tokens: int
+    layers: list[LayerCache]
+    logits: torch.Tensor
+    """``[vocab_size]``, those that predict the first new token."""
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer: its input, ``[1, num_tokens, hidden_size]``."""
+
+
+@dataclass
+class _Pass:
+    """One forward pass, as the attention of each layer sees it."""
+
+    past: list[LayerCache] | None = None
+    num_queries: int = 0
+    layers: dict[int, LayerCache] = field(default_factory=dict)
+    prune: Pruning | None = None
+
+
+_current = _Pass()
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of the new tokens, behind what the layer kept of older ones.
+
+    Shapes as transformers has them: ``[1, heads, tokens, head_size]``; the output is
+    ``[1, tokens, heads, head_size]``.
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if _current.past is None:
+        output = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+        newest = query[0, :, -_current.num_queries :].transpose(0, 1)
+        cache = LayerCache(key[0], value[0], newest.clone(), scale)
+        _current.layers[layer] = cache
+        if _current.prune is not None:
+            _current.prune.after(layer, cache)
+        return output.transpose(1, 2), None
+    past = _current.past[layer]
+    num_new, num_past = query.shape[2], past.key.shape[1]
+    mask = torch.ones(num_new, num_past + num_new, dtype=torch.bool).tril(num_past)
+    output = functional.scaled_dot_product_attention(
+        query,
+        torch.cat((past.key[None], key), dim=2),
+        torch.cat((past.value[None], value), dim=2),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return output.transpose(1, 2), None
+
+
+class DenseModel:
+    """A causal language model of transformers, in float32.
+
+    Args:
+        folder: the model's folder or name.
+
+    Raises:
+        ValueError: some of its layers have no full attention.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        if num_full_attention_layers(config) != config.num_hidden_layers:
+            raise ValueError(
+                f"model is '{folder}': valid are models whose layers all have full "
+                "attention"
+            )
+        AttentionInterface.register(_ATTENTION, _attend)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=_ATTENTION
+        ).eval()
+        self._stack = self.model.get_decoder()
+        self._layers = self._stack.layers
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self._layers)
+
+    @contextmanager
+    def _from_layer(self, first: int) -> Iterator[None]:
+        """Let the model start with a later layer."""
+        self._stack.layers = self._layers[first:]
+        self.model.config.num_hidden_layers = self.num_layers - first
+        try:
+            yield
+        finally:
+            self._stack.layers = self._layers
+            self.model.config.num_hidden_layers = self.num_layers
+
+    def _forward(self, run: _Pass, start: int, count: int, **inputs: Any) -> Any:
+        global _current
+        _current = run
+        positions = torch.arange(start, start + count)[None]
+        with torch.inference_mode():
+            return self.model(position_ids=positions, use_cache=False, **inputs).logits[
+                0
+            ]
+
+    def prefill(
+        self, prompt: Sequence[int], num_queries: int, keep_hidden: Sequence[int] = ()
+    ) -> Prefill:
+        """Run a prompt with the full cache.
+
+        Args:
+            prompt: token ids.
+            num_queries: newest tokens whose queries are wanted.
+            keep_hidden: layers whose inputs are wanted, to start from them again.
+        """
+        hidden: dict[int, torch.Tensor] = {}
+        hooks = [
+            self._layers[layer].register_forward_pre_hook(
+                lambda module, args, layer=layer: hidden.update({layer: args[0]})
+            )
+            for layer in keep_hidden
+        ]
+        run = _Pass(num_queries=num_queries)
+        ids = torch.tensor([list(prompt)])
+        logits = self._forward(run, 0, len(prompt), input_ids=ids, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+        layers = [run.layers[layer] for layer in range(self.num_layers)]
+        return Prefill(len(prompt), layers, logits[-1], hidden)
+
+    def pruned(self, full: Prefill, rule: LengthRule) -> Prefill:
+        """The same prompt, with rows pruned as the rule says, in one chunk.
+
+        ``full`` has to hold the input of the last layer before the first pruned tier.
+        """
+        first = layer_before_pruning(rule)
+        pruning = Pruning(rule, full.num_tokens)
+        hooks = [
+            layer.register_forward_pre_hook(pruning.before, with_kwargs=True)
+            for layer in self._layers[first:]
+        ]
+        run = _Pass(num_queries=len(full.layers[0].query), prune=pruning)
+        with self._from_layer(first):
+            logits = self._forward(
+                run,
+                0,
+                full.num_tokens,
+                inputs_embeds=full.hidden[first],
+                logits_to_keep=1,
+            )
+        for hook in hooks:
+            hook.remove()
+        layers = [
+            run.layers.get(layer, full.layers[layer])
+            for layer in range(self.num_layers)
+        ]
+        return Prefill(full.num_tokens, layers, logits[-1])
+
+    def kept(self, full: Prefill, rule: LengthRule) -> Prefill:
+        """What is left of a prompt once its tokens are evicted by a policy's rule."""
+        prefill = self.pruned(full, rule) if rule.prunes else full
+        counts = rule.cache_lengths(full.num_tokens)
+        layers = []
+        for tier, cache in zip(rule.layout.tier_of_layer, prefill.layers, strict=True):
+            count = counts[tier]
+            if count < cache.key.shape[1]:
+                chosen = choose(cache, rule.config, rule, count, full.num_tokens)
+                cache = gathered(cache, chosen)
+            layers.append(cache)
+        return Prefill(full.num_tokens, layers, prefill.logits)
+
+    def continued(self, prefill: Prefill, tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of the tokens behind a prompt, each given those before.
+
+        Returns:
+            ``[len(tokens), vocab_size]``, float32; row ``i`` predicts ``tokens[i]``.
+        """
+        rows = [prefill.logits[None]]
+        if len(tokens) > 1:
+            run = _Pass(past=prefill.layers)
+            ids = torch.tensor([list(tokens[:-1])])
+            start = prefill.num_tokens
+            rows.append(self._forward(run, start, len(tokens) - 1, input_ids=ids))
+        return torch.log_softmax(torch.cat(rows).float(), dim=-1)

@@ -1,0 +1,108 @@
+"""What an analysis finds, and what it so suggests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pyramid_vllm.policy import (
+    LengthRule,
+    PolicyConfig,
+    fitted,
+    profile_weights,
+    tier_layout,
+)
+from pyramid_vllm.policy.config import validated
+from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
+from pyramid_vllm.tools.analysis.suggest import layer_shares, not_rising
+
+#: What a suggestion leaves every layer at least.
+_LEAST = 0.15
+
+
+@dataclass
+class Found:
+    """What the analysis found."""
+
+    settings: AnalyzeSettings
+    model: Any
+    """The model's configuration."""
+    policy: PolicyConfig
+    text_costs: list[np.ndarray] = field(default_factory=list)
+    """Of each window, ``[num_ratios, num_layers, 2]``: loss and divergence."""
+    needle_costs: list[np.ndarray] = field(default_factory=list)
+    """The same of the answers of needles that the full cache finds."""
+    overlaps: list[np.ndarray] = field(default_factory=list)
+    """Of each window, ``[num_distances, num_layers]``."""
+    trial: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """By policy: what it costs on each window that the suggestion did not see."""
+
+    @property
+    def costs(self) -> np.ndarray:
+        """``[num_ratios, num_layers, 2]``: the mean over text and needles."""
+        kinds = [
+            np.mean(kind, axis=0)
+            for kind in (self.text_costs, self.needle_costs)
+            if kind
+        ]
+        mean: np.ndarray = np.mean(kinds, axis=0)
+        return mean
+
+    @property
+    def retention(self) -> float:
+        """Mean share that the suggestion keeps."""
+        return retention_of(self.settings, self.policy)
+
+    @property
+    def rule(self) -> LengthRule:
+        """The policy's counts on this model."""
+        layers = self.model.num_hidden_layers
+        return LengthRule(self.policy, tier_layout(self.policy, layers))
+
+    @property
+    def shares(self) -> list[float]:
+        """What each layer should keep, as a share of its context: layers of a tier
+        keep equally much."""
+        falling = self.settings.falling or self.policy.prune_from is not None
+        asked = (self.settings.ratios, self.costs[..., 1], self.retention, _LEAST)
+        shares = layer_shares(*asked)
+        if falling:
+            return [round(share, 4) for share in not_rising(shares)]
+        apart = suggestion(self.policy, self.retention, shares)
+        tiers = tier_layout(apart, len(shares)).layers
+        return [round(share, 4) for share in layer_shares(*asked, tiers)]
+
+    @property
+    def suggested(self) -> PolicyConfig:
+        """The policy with these shares."""
+        return suggestion(self.policy, self.retention, self.shares)
+
+    def compared(self) -> list[PolicyConfig]:
+        """The suggestion, the policy as it is, and as it is for unknown models."""
+        base = self.policy.model_copy(update={"retention": self.retention})
+        known = fitted(base, profile_weights(self.model))
+        flat = {"layer_weights": None, "name": f"{base.name}, no profile"}
+        weighted = [known] if known.given_weights else []
+        return [self.suggested, *weighted, base.model_copy(update=flat)]
+
+
+def retention_of(settings: AnalyzeSettings, policy: PolicyConfig) -> float:
+    """Mean share that a suggestion keeps."""
+    return policy.retention if settings.retention is None else settings.retention
+
+
+def suggestion(
+    policy: PolicyConfig, retention: float, weights: Sequence[float] | None
+) -> PolicyConfig:
+    """The policy with weights of layers, and a mean share that it keeps."""
+    changes = {
+        "name": f"{policy.name}-suggested",
+        "budget": "retention",
+        "retention": retention,
+        "layer_weights": weights,
+        # One tier has one count, whatever the weights.
+        "tiers": "auto" if policy.tiers == 1 else policy.tiers,
+        "capacity": None,
+    }
+    return validated(policy.model_dump() | changes, "suggested")

@@ -1,0 +1,164 @@
+"""The two hypotheses of PyramidInfer (arXiv 2405.12532, section 3), on any model.
+
+Inference context redundancy (ICR): deeper layers can do with less context. Recent
+attention consistency (RAC): tokens that recent ones attend to are those that later
+tokens will attend to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pyramid_vllm.policy import LengthRule, PolicyConfig, tier_layout
+from pyramid_vllm.tools.analysis.choice import (
+    LayerCache,
+    choose,
+    gathered,
+    layer_before_pruning,
+    layer_scores,
+    num_queries_read,
+)
+from pyramid_vllm.tools.analysis.dense import DenseModel, Prefill
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an evicted cache costs, mean over the tokens of a continuation."""
+
+    loss: float
+    """Rise of the loss, in nats a token."""
+    divergence: float
+    """KL of the next-token distribution from the full cache's, in nats."""
+    agreement: float
+    """Share of tokens whose most likely successor is the full cache's."""
+
+
+class Continuation:
+    """A prompt, its next tokens, and what the full cache makes of them.
+
+    Args:
+        model: the model.
+        prompt: token ids.
+        target: the tokens behind it.
+        rules: of the policies that will be tried.
+        num_queries: newest tokens of the prompt whose queries will be wanted besides.
+    """
+
+    def __init__(
+        self,
+        model: DenseModel,
+        prompt: Sequence[int],
+        target: Sequence[int],
+        rules: Sequence[LengthRule] = (),
+        num_queries: int = 1,
+    ) -> None:
+        self._model, self._target = model, list(target)
+        self._index = torch.tensor(self._target)[:, None]
+        num_queries = max(
+            num_queries, *(num_queries_read(rule, len(prompt)) for rule in rules), 1
+        )
+        hidden = {layer_before_pruning(rule) for rule in rules if rule.prunes}
+        self.full = model.prefill(prompt, num_queries, sorted(hidden))
+        self._logprobs = model.continued(self.full, self._target)
+        self.loss = -float(self._logprobs.gather(1, self._index).mean())
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether each of the next tokens is the full cache's most likely one."""
+        return bool((self._logprobs.argmax(1) == self._index[:, 0]).all())
+
+    def cost(self, prefill: Prefill) -> Cost:
+        """What it costs to continue from another cache of the same prompt."""
+        ours, full = self._model.continued(prefill, self._target), self._logprobs
+        loss = -float(ours.gather(1, self._index).mean())
+        return Cost(
+            loss=loss - self.loss,
+            divergence=float((full.exp() * (full - ours)).sum(dim=1).mean()),
+            agreement=float((ours.argmax(1) == full.argmax(1)).float().mean()),
+        )
+
+    def policy_cost(self, rule: LengthRule) -> Cost:
+        """What a policy costs."""
+        return self.cost(self._model.kept(self.full, rule))
+
+    def layer_costs(self, config: PolicyConfig, ratios: Sequence[float]) -> np.ndarray:
+        """ICR: what it costs to cut the context of one layer alone.
+
+        Args:
+            config: how the layer chooses its tokens.
+            ratios: shares of the context that it keeps.
+
+        Returns:
+            ``[num_ratios, num_layers, 2]``: loss and divergence, in nats a token.
+        """
+        model, full = self._model, self.full
+        rule = LengthRule(config, tier_layout(config, model.num_layers))
+        least = rule.budget.always(full.num_tokens)
+        costs = np.zeros((len(ratios), model.num_layers, 2))
+        for layer, cache in enumerate(full.layers):
+            for i, ratio in enumerate(ratios):
+                num_kept = max(least, int(ratio * full.num_tokens))
+                if num_kept == full.num_tokens:
+                    continue  # nothing is cut
+                chosen = choose(cache, config, rule, num_kept, full.num_tokens)
+                layers = list(full.layers)
+                layers[layer] = gathered(cache, chosen)
+                cost = self.cost(replace(full, layers=layers))
+                costs[i, layer] = cost.loss, cost.divergence
+        return costs
+
+
+def crucial_overlap(
+    full: Prefill,
+    config: PolicyConfig,
+    distances: Sequence[int],
+    window: int,
+    share: float,
+) -> np.ndarray:
+    """RAC: how far the crucial tokens chosen by windows of queries agree.
+
+    Each window of queries chooses the best-scored ``share`` of the tokens before the
+    oldest window; the newest window's choice is what the others are held against.
+
+    Args:
+        full: a prompt, with the queries of its ``max(distances) + window`` newest
+            tokens.
+        config: scorer and pooling.
+        distances: tokens between a window's end and the prompt's.
+        window: queries in a window.
+        share: of the tokens, chosen.
+
+    Returns:
+        ``[num_distances, num_layers]``: overlap as a share, mean over KV heads.
+    """
+    context = full.num_tokens - max(distances) - window
+    count = max(1, int(share * context))
+    overlaps = np.zeros((len(distances), len(full.layers)))
+    for layer, cache in enumerate(full.layers):
+        chosen = [
+            _chosen(cache, config, distance, window, context, count)
+            for distance in (0, *distances)
+        ]
+        for i, other in enumerate(chosen[1:]):
+            common = (chosen[0] & other).sum(dim=1).float() / count
+            overlaps[i, layer] = float(common.mean())
+    return overlaps
+
+
+def _chosen(
+    cache: LayerCache,
+    config: PolicyConfig,
+    distance: int,
+    window: int,
+    context: int,
+    count: int,
+) -> torch.Tensor:
+    """Which of the first tokens one window chooses: ``[num_groups, context]``."""
+    end = cache.key.shape[1] - distance
+    queries = cache.query[: len(cache.query) - distance]
+    part = replace(cache, key=cache.key[:, :end], query=queries)
+    scores = layer_scores(part, config, window, window)[:, :context]
+    best = scores.topk(count, dim=1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)

@@ -1,0 +1,207 @@
+"""From options to what was kept."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.model_shape import ModelShape
+from pyramid_vllm.policy import (
+    LengthRule,
+    PolicyConfig,
+    fitted,
+    num_pages,
+    profile_weights,
+    resolve_policy,
+    tier_layout,
+)
+from pyramid_vllm.policy.requests import KEEP_ALL
+from pyramid_vllm.policy.tiers import TierLayout, runs
+from pyramid_vllm.tools.inspection.engine import EngineTask, run_engine
+from pyramid_vllm.tools.inspection.settings import BLOCK_SIZE, InspectSettings
+from pyramid_vllm.tools.inspection.view import (
+    Inspection,
+    Request,
+    TokenView,
+    inspection_of,
+)
+from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.sizes import format_bytes
+from pyramid_vllm.tools.stop_ids import stop_ids
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is known of a model before it is loaded."""
+
+    config: Any
+    tokenizer: Any
+    shape: ModelShape
+
+    @classmethod
+    def of(cls, folder: str, dtype: str) -> "_Model":
+        from transformers import AutoConfig, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(folder)
+        shape = ModelShape.of(config, dtype)
+        return cls(config, AutoTokenizer.from_pretrained(folder), shape)
+
+
+def inspect_prompt(settings: InspectSettings) -> Inspection:
+    """Run the prompt and see what is left of it.
+
+    Raises:
+        KVPolicyError: the policy does not fit the model or the set-up.
+        ValueError: another option is not valid.
+        OSError: the model cannot be read.
+        RuntimeError: the engine failed.
+    """
+    check_vllm_version()
+    policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
+    model = _Model.of(settings.model, settings.engine_args.get("dtype", "float32"))
+    rule = _rule(policy, model)
+    prompt_ids = _token_ids(model.tokenizer, settings)
+    longest = len(prompt_ids) + settings.max_tokens
+    if longest > model.shape.max_position:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} tokens and max_tokens is "
+            f"{settings.max_tokens}: valid is up to {model.shape.max_position} "
+            "together, the model's longest request"
+        )
+    rule.cache_lengths(len(prompt_ids))  # not every budget can be met
+    task = _task(settings, policy, model, prompt_ids)
+    result = run_engine(task)
+    ids = prompt_ids + result.output_ids
+    request = Request(
+        model=settings.model,
+        tokens=tuple(TokenView(i, token_text(model.tokenizer, i)) for i in ids),
+        num_prompt=len(prompt_ids),
+        num_kv_heads=model.shape.num_kv_heads,
+        block_size=BLOCK_SIZE,
+        layer_page_bytes=model.shape.token_bytes * BLOCK_SIZE,
+    )
+    held = result.held
+    if held is None:
+        everything = [[*range(request.num_computed)]] * request.num_kv_heads
+        held = [everything] * model.shape.num_layers
+    return inspection_of(request, rule, held)
+
+
+def _rule(policy: PolicyConfig | None, model: _Model) -> LengthRule:
+    num_layers = model.shape.num_layers
+    if policy is None:
+        return LengthRule(KEEP_ALL, TierLayout(num_layers, 1))
+    policy = fitted(policy, profile_weights(model.config.get_text_config()))
+    return LengthRule(policy, tier_layout(policy, num_layers))
+
+
+def _token_ids(tokenizer: Any, settings: InspectSettings) -> list[int]:
+    """Raises ValueError: a chat is asked for and the model has no template."""
+    if not settings.chat:
+        ids: list[int] = tokenizer.encode(settings.prompt)
+        return ids
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"chat is on, but {settings.model} has no chat template: valid is off"
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": settings.prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    chat_ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return chat_ids
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token as it stands in a text."""
+    piece = tokenizer.convert_ids_to_tokens(token_id) or ""
+    text: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    # A decoder of whole sentences drops the space in front of a first word.
+    if piece.startswith("\u2581") and not text.startswith(" "):
+        return f" {text}"
+    return text
+
+
+def _task(
+    settings: InspectSettings,
+    policy: PolicyConfig | None,
+    model: _Model,
+    prompt_ids: list[int],
+) -> EngineTask:
+    longest = len(prompt_ids) + settings.max_tokens
+    (pages,) = num_pages((longest,), BLOCK_SIZE)
+    layers = model.config.get_text_config().num_hidden_layers
+    # Room for groups of unequal tiers, which vLLM pads, and for the null page.
+    kv_bytes = 3 * (pages + 2) * BLOCK_SIZE * model.shape.token_bytes * layers
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": kv_bytes,
+        "max_model_len": longest,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": max(1024, longest),
+        "seed": _SEED,
+    }
+    return EngineTask(
+        model=settings.model,
+        kv_policy=None if policy is None else json.dumps(policy.model_dump()),
+        prompt_ids=prompt_ids,
+        max_tokens=settings.max_tokens,
+        stop_ids=stop_ids(settings.model, model.tokenizer),
+        engine_args=defaults | settings.engine_args,
+    )
+
+
+def report(inspection: Inspection) -> dict[str, Any]:
+    """The JSON: what was found, and where it comes from."""
+    return inspection.as_dict() | provenance(_SEED)
+
+
+def write_report(inspection: Inspection, out: Path) -> None:
+    """Write ``inspect.json``, ``inspect.png`` and ``inspect.html``."""
+    from pyramid_vllm.tools.inspection.page import page
+    from pyramid_vllm.tools.inspection.plot import plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    content = report(inspection)
+    text = json.dumps(content, ensure_ascii=False)
+    (out / "inspect.json").write_text(text + "\n", encoding="utf-8")
+    (out / "inspect.html").write_text(page(content), encoding="utf-8")
+    plot(inspection, out / "inspect.png")
+
+
+def print_table(inspection: Inspection, console: Console) -> None:
+    """What each tier holds, for people."""
+    table = Table(
+        title=f"Policy {inspection.policy['name']}: {inspection.num_prompt} tokens of "
+        f"prompt, {len(inspection.tokens) - inspection.num_prompt} generated"
+    )
+    table.add_column("tier", justify="right")
+    table.add_column("layers")
+    for column in ("prompt kept", "share", "tokens held", "pages", "KV bytes"):
+        table.add_column(column, justify="right")
+    for tier in inspection.tiers:
+        table.add_row(
+            str(tier.tier),
+            runs(tier.layers),
+            f"{tier.num_prompt_held:,}",
+            f"{tier.num_prompt_held / inspection.num_prompt:.1%}",
+            f"{tier.num_held:,}",
+            f"{tier.pages:,}",
+            format_bytes(tier.kv_bytes),
+        )
+    console.print(table)
+    ours, stock = inspection.kv_bytes, inspection.stock_kv_bytes
+    console.print(
+        f"{format_bytes(ours)} of KV cache, {ours / stock:.1%} of stock vLLM's "
+        f"{format_bytes(stock)}"
+    )

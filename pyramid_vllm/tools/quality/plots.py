@@ -1,0 +1,87 @@
+"""Pictures of an evaluation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyramid_vllm.tools.plotting import new_figure
+from pyramid_vllm.tools.quality.evaluation import Outcome
+from pyramid_vllm.tools.quality.report import Summary, retention_label
+from pyramid_vllm.tools.quality.tasks import Task
+
+
+def plot_losses(
+    outcomes: Sequence[Outcome], summaries: Sequence[Summary], path: Path
+) -> None:
+    """Loss against memory, one curve a policy."""
+    figure = new_figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    pairs = list(zip(outcomes, summaries, strict=True))
+    full = pairs[0][1]["continuation"]["loss"].value
+    axes.axhline(full, color="0.6", linestyle="--", linewidth=1, label="full cache")
+    for label in dict.fromkeys(outcome.side.label for outcome in outcomes[1:]):
+        points = _points(pairs, label)
+        shares = [share for share, _ in points]
+        losses = [loss.value for _, loss in points]
+        axes.plot(shares, losses, marker="o", label=label)
+    axes.set_xlabel("KV bytes of a request, share of the full cache's")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_xlim(0, 1.05)
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _points(pairs: list[tuple[Outcome, Summary]], label: str) -> list[Any]:
+    found = [
+        (summary["continuation"]["kv_share"], summary["continuation"]["loss"])
+        for outcome, summary in pairs
+        if outcome.side.label == label
+    ]
+    return sorted(found, key=lambda point: point[0])
+
+
+def plot_retrieval(
+    outcomes: Sequence[Outcome],
+    summaries: Sequence[Summary],
+    tasks: Sequence[Task],
+    path: Path,
+) -> None:
+    """Scores by length and depth: a row a task, a column a retention.
+
+    Args:
+        outcomes: of the full cache and of one policy.
+        summaries: theirs.
+        tasks: of retrieval.
+        path: of the picture.
+    """
+    kinds = list(dict.fromkeys(task.cells[0]["task"] for task in tasks))
+    size = (1 + 2.6 * len(outcomes), 0.8 + 2.2 * len(kinds))
+    figure = new_figure(figsize=size)
+    grid = figure.subplots(len(kinds), len(outcomes), squeeze=False)
+    for row, kind in enumerate(kinds):
+        own = [task for task in tasks if task.cells[0]["task"] == kind]
+        for column, outcome in enumerate(outcomes):
+            axes = grid[row][column]
+            image = _heat_map(axes, own, summaries[column])
+            if row == 0:
+                axes.set_title(f"{outcome.side.label} {retention_label(outcome)}")
+            if column == 0:
+                axes.set_ylabel(f"{kind.replace('_', ' ')}\ndepth")
+    figure.colorbar(image, ax=grid, label="share of right answers", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def _heat_map(axes: Any, tasks: Sequence[Task], summary: Summary) -> Any:
+    columns = [summary[task.name]["by_depth"] for task in tasks]
+    scores = [[cell["score"] for cell in row] for row in zip(*columns, strict=True)]
+    image = axes.imshow(scores, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(tasks)), [t.cells[0]["num_tokens"] for t in tasks])
+    axes.set_yticks(range(len(scores)), [f"{c['depth']:g}" for c in columns[0]])
+    axes.set_xlabel("tokens")
+    for y, line in enumerate(scores):
+        for x, value in enumerate(line):
+            color = "black" if value > 0.6 else "white"
+            axes.text(x, y, f"{value:.0%}", ha="center", va="center", color=color)
+    return image

@@ -1,0 +1,190 @@
+"""Retrieval samples of an exact length, with a needle at an exact depth."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
+from typing import Any
+
+from pyramid_vllm.tools.quality.puzzles import PUZZLES, WITHOUT_DEPTH, Puzzle
+from pyramid_vllm.tools.quality.words import sentences
+
+#: Names of the tasks.
+TASKS = tuple(PUZZLES)
+#: Share of the haystack over which several needles of one question spread.
+_SPREAD = 0.2
+#: Output tokens beyond those of the answers, for each answer.
+_SLACK = 12
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what its answer must hold."""
+
+    task: str
+    num_tokens: int
+    """The length asked for; the prompt is at most that long."""
+    depth: float
+    """Where the needle lies: 0 oldest, 1 newest."""
+    prompt_ids: list[int]
+    answers: tuple[str, ...]
+    max_tokens: int
+
+
+def score(sample: Sample, text: str) -> float:
+    """Share of the answers that an output contains, as whole words."""
+    found = [
+        re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE)
+        for answer in sample.answers
+    ]
+    return sum(match is not None for match in found) / len(found)
+
+
+def has_depth(task: str) -> bool:
+    """Whether a task's answer lies at one place."""
+    return task not in WITHOUT_DEPTH
+
+
+def make_samples(
+    task: str,
+    tokenizer: Any,
+    num_tokens: int,
+    depth: float,
+    num_samples: int,
+    seed: int,
+    haystack_text: str | None = None,
+) -> list[Sample]:
+    """Make samples of one task, one length, one depth.
+
+    Args:
+        task: one of ``TASKS``.
+        tokenizer: a Hugging Face tokenizer; its chat template is used if it has one.
+        num_tokens: longest prompt, template and answer's beginning included.
+        depth: where the needle lies: 0 oldest, 1 newest.
+        num_samples: how many.
+        seed: of all that is random in them.
+        haystack_text: its sentences are the haystack, else synthetic ones.
+
+    Raises:
+        ValueError: an argument is not valid.
+    """
+    if task not in PUZZLES:
+        raise ValueError(f"retrieval is '{task}': valid tasks are {', '.join(TASKS)}")
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth is {depth}: valid is 0 (oldest) to 1 (newest)")
+    texts = None if haystack_text is None else split_sentences(haystack_text)
+    prompt = _Prompt(tokenizer)
+    samples = []
+    for index in range(num_samples):
+        rng = Random(f"{seed} {task} {num_tokens} {depth} {index}")
+        puzzle = PUZZLES[task](rng)
+        hay = puzzle.haystack or (
+            sentences(rng) if texts is None else _cycle(texts, rng)
+        )
+        ids = _fit(prompt, puzzle, hay, num_tokens, depth)
+        answer = ", ".join(puzzle.answers)
+        length = len(prompt.encode(" " + answer)) + _SLACK * len(puzzle.answers)
+        samples.append(Sample(task, num_tokens, depth, ids, puzzle.answers, length))
+    return samples
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a text, headings and short leftovers left out.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = re.split(r"(?<=[.!?])\s+|\n+", text)
+    kept = [" ".join(sentence.split()) for sentence in found]
+    kept = [s for s in kept if len(s) > 20 and s[-1] in ".!?"]
+    if not kept:
+        raise ValueError("the haystack's text has no sentence to hide a needle between")
+    return kept
+
+
+def _cycle(texts: list[str], rng: Random) -> Iterator[str]:
+    place = rng.randrange(len(texts))
+    while True:
+        yield texts[place % len(texts)]
+        place += 1
+
+
+class _Prompt:
+    """Turns a user's message and an answer's beginning into tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def ids(self, message: str, answer_start: str) -> list[int]:
+        if not self._has_template:
+            text = f"{message}\n{answer_start}"
+            ids: list[int] = self._tokenizer.encode(text)
+            return ids
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return self.encode(text + answer_start)
+
+
+def _fit(
+    prompt: _Prompt, puzzle: Puzzle, hay: Iterator[str], num_tokens: int, depth: float
+) -> list[int]:
+    """The prompt over as much of a haystack as fits."""
+
+    def build(pieces: list[tuple[str, int]]) -> list[int]:
+        lines = _hide(puzzle, pieces, depth)
+        text = " ".join(lines)
+        message = f"{puzzle.intro}\n\n{text}\n\n{puzzle.question}"
+        return prompt.ids(message, puzzle.answer_start)
+
+    shortest = len(build([]))
+    if shortest >= num_tokens:
+        raise ValueError(
+            f"retrieval_tokens is {num_tokens}: valid for this task and tokenizer is "
+            f"more than {shortest}"
+        )
+    pieces: list[tuple[str, int]] = []
+    length = shortest
+    while length < num_tokens:
+        piece = next(hay)
+        pieces.append((piece, len(prompt.encode(" " + piece))))
+        length += pieces[-1][1]
+    ids = build(pieces)
+    while len(ids) > num_tokens:
+        pieces.pop()
+        ids = build(pieces)
+    return ids
+
+
+def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[str]:
+    """The haystack's pieces with the needles between them."""
+    ends = list(accumulate((size for _, size in pieces), initial=0))
+    lines = [text for text, _ in pieces]
+    # From the back, so that earlier places stay what they are.
+    for share, line in reversed(_places(puzzle, depth)):
+        goal = share * ends[-1]
+        lines.insert(min(range(len(ends)), key=lambda i: abs(ends[i] - goal)), line)
+    return lines
+
+
+def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
+    """Where each line goes, as a share of the haystack, in order."""
+    gaps = len(puzzle.needles) - 1
+    places = [(depth, line) for line in puzzle.needles]
+    if gaps > 0:
+        first = depth * (1 - _SPREAD)
+        places = [
+            (first + _SPREAD * number / gaps, line)
+            for number, line in enumerate(puzzle.needles)
+        ]
+    for number, line in enumerate(puzzle.distractors):
+        places.append(((number + 0.5) / len(puzzle.distractors), line))
+    return sorted(places, key=lambda place: place[0])

@@ -1,0 +1,151 @@
+"""One policy, one process: runs jobs through vLLM.
+
+Run as ``python -m pyramid_vllm.tools.quality.runner``, with an ``EngineTask`` as JSON
+on its standard input. It writes ``ready``, then ``done`` with the requests finished so
+far after every step, and ``result`` after every job.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pyramid_vllm.policy import RETENTION_ARG
+from pyramid_vllm.tools.engine_process import leave, read_task, tell
+from pyramid_vllm.tools.quality.activity import ActivityWatch
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+
+
+def make_engine(task: EngineTask) -> Any:
+    """A vLLM engine in this process, so that its logits can be seen."""
+    import pyramid_vllm  # noqa: F401, I001 (lets `LLM` take a KV policy)
+    from vllm import LLM
+
+    from pyramid_vllm.tools.quality.forcing import ForcedTokens
+
+    settings = {
+        "dtype": task.dtype,
+        "enforce_eager": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": task.kv_bytes,
+        "max_model_len": task.max_model_len,
+        "max_num_batched_tokens": task.max_num_batched_tokens,
+    } | task.engine_args
+    return LLM(
+        model=task.model,
+        seed=task.seed,
+        kv_policy=task.kv_policy,
+        skip_tokenizer_init=True,
+        logits_processors=[ForcedTokens],
+        **settings,
+    ).llm_engine
+
+
+def run_job(
+    engine: Any, job: Job, has_policy: bool, progress: Callable[[int], None]
+) -> JobResult:
+    """Run a job's requests at once, greedily.
+
+    Args:
+        engine: from ``make_engine``.
+        job: the requests.
+        has_policy: whether the engine has one; else it is the full cache.
+        progress: told the finished requests after every step.
+
+    Raises:
+        RuntimeError: an output is not the one that was forced.
+    """
+    from pyramid_vllm.tools.quality.forcing import ForcedTokens
+
+    observers = _observers(job, has_policy)
+    ForcedTokens.observers.update(observers)
+    watch = ActivityWatch(engine.engine_core.engine_core.scheduler)
+    for index, request in enumerate(job.requests):
+        prompt = {"prompt_token_ids": request.prompt_ids}
+        engine.add_request(str(index), prompt, _sampling(request, job, str(index)))
+    finished: dict[str, Any] = {}
+    start = time.perf_counter()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = output.outputs[0]
+        watch.step()
+        progress(len(finished))
+    ForcedTokens.observers.clear()
+    completions = [finished[str(index)] for index in range(len(job.requests))]
+    return JobResult(
+        outputs=[list(completion.token_ids) for completion in completions],
+        logprobs=[
+            _forced_logprobs(request, completion)
+            for request, completion in zip(job.requests, completions, strict=True)
+        ],
+        rows=[observer.result() for observer in observers.values()],
+        activity=watch.result(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _observers(job: Job, has_policy: bool) -> dict[str, Any]:
+    from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
+
+    if job.rows_dir is None:
+        return {}
+    kind = PolicyRows if has_policy else FullRows
+    return {
+        str(index): kind(Path(job.rows_dir) / f"{index}.npy", len(request.forced))
+        for index, request in enumerate(job.requests)
+        if request.forced is not None
+    }
+
+
+def _sampling(request: Request, job: Job, name: str) -> Any:
+    from vllm import SamplingParams
+
+    from pyramid_vllm.tools.quality.forcing import FORCED_ARG, OBSERVER_ARG
+
+    extra: dict[str, Any] = {}
+    if job.retention is not None:
+        extra[RETENTION_ARG] = job.retention
+    if request.forced is not None:
+        extra |= {FORCED_ARG: request.forced, OBSERVER_ARG: name}
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=request.max_tokens,
+        ignore_eos=True,
+        stop_token_ids=request.stop_ids,
+        logprobs=None if request.forced is None else 0,
+        detokenize=False,
+        extra_args=extra or None,
+    )
+
+
+def _forced_logprobs(request: Request, completion: Any) -> list[float]:
+    if request.forced is None:
+        return []
+    tokens = list(completion.token_ids)
+    if tokens != request.forced:
+        raise RuntimeError(f"the output is {tokens}, forced was {request.forced}")
+    steps = zip(tokens, completion.logprobs, strict=True)
+    return [float(step[token].logprob) for token, step in steps]
+
+
+def main() -> None:
+    """Entry point of the child process."""
+    task = EngineTask.read(read_task())
+    engine = make_engine(task)
+    tell("ready", True)
+    before = 0
+    for job in task.jobs:
+
+        def progress(done: int, before: int = before) -> None:
+            tell("done", before + done)
+
+        result = run_job(engine, job, task.kv_policy is not None, progress)
+        tell("result", asdict(result))
+        before += len(job.requests)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

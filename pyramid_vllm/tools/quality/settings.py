@@ -1,0 +1,182 @@
+"""What is evaluated: options, sides and tasks, checked before any model loads."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyramid_vllm.policy import (
+    LengthRule,
+    PolicyConfig,
+    RequestPolicies,
+    fitted,
+    resolve_policy,
+)
+from pyramid_vllm.policy.profiles import Weights
+from pyramid_vllm.policy.requests import RETENTION_ARG
+from pyramid_vllm.tools.quality.gsm8k import read_problems
+from pyramid_vllm.tools.quality.retrieval import TASKS, has_depth, make_samples
+from pyramid_vllm.tools.quality.tasks import (
+    Task,
+    agreement_task,
+    continuation_task,
+    gsm8k_task,
+    retrieval_task,
+)
+from pyramid_vllm.tools.quality.texts import read_part, windows
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The options of the command."""
+
+    model: str
+    kv_policies: tuple[str, ...] = ("pyramid",)
+    retentions: tuple[float, ...] = ()
+    """Asked for in turn; empty is each policy's own."""
+    text: str | None = None
+    text_from: float = 0.0
+    text_to: float = 1.0
+    prompt_tokens: int = 1024
+    target_tokens: int = 128
+    windows: int = 8
+    agreement_tokens: int = 64
+    retrieval: tuple[str, ...] = TASKS
+    retrieval_tokens: tuple[int, ...] = (1024,)
+    depths: int = 5
+    samples: int = 4
+    gsm8k: str | None = None
+    gsm8k_problems: int = 50
+    gsm8k_tokens: int = 256
+    seed: int = 0
+    kv_bytes: int = 2**31
+    max_num_batched_tokens: int = 0
+    """0 is the longest prompt: each prompt is one chunk."""
+    dtype: str = "auto"
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One policy at one retention, or the full cache."""
+
+    label: str
+    config: PolicyConfig | None = None
+    retention: float | None = None
+    """None is the policy's own."""
+    rule: LengthRule | None = None
+
+    @property
+    def policy(self) -> dict[str, Any] | None:
+        """The engine's policy, as JSON can hold it."""
+        return None if self.config is None else self.config.model_dump(mode="json")
+
+    def should_evict(self, task: Task) -> bool:
+        """Whether any of the prompts is longer than what is kept of it."""
+        lengths = {len(request.prompt_ids) for request in task.requests}
+        return self.rule is not None and any(
+            min(self.rule.cache_lengths(length)) < length for length in lengths
+        )
+
+
+def make_sides(
+    settings: EvalSettings, num_layers: int, weights: Weights | None = None
+) -> list[list[Side]]:
+    """Sides by engine: the full cache, then each policy with its retentions.
+
+    Args:
+        settings: the options.
+        num_layers: the model's full-attention layers.
+        weights: its measured layer weights, if it has a profile.
+
+    Raises:
+        KVPolicyError: a policy or a retention of it is not valid.
+    """
+    engines = [[Side("full cache")]]
+    labels: list[str] = []
+    for given in settings.kv_policies:
+        config = resolve_policy(given)
+        if config is None:
+            continue  # the full cache, which always runs
+        config = fitted(config, weights)
+        labels.append(config.name)
+        count = labels.count(config.name)
+        label = config.name if count == 1 else f"{config.name} ({count})"
+        policies = RequestPolicies(config, num_layers, weights)
+        engines.append(
+            [
+                Side(label, config, retention, _rule(policies, retention))
+                for retention in settings.retentions or (None,)
+            ]
+        )
+    return engines
+
+
+def _rule(policies: RequestPolicies, retention: float | None) -> LengthRule:
+    wish = None if retention is None else {RETENTION_ARG: retention}
+    return policies.rule_for(wish)
+
+
+def make_tasks(
+    settings: EvalSettings, tokenizer: Any, stop_ids: list[int]
+) -> list[Task]:
+    """All tasks of an evaluation.
+
+    Raises:
+        ValueError: an option is not valid, a file is too short, or nothing is asked.
+        OSError: a file cannot be read.
+    """
+    text = None
+    tasks: list[Task] = []
+    if settings.text is not None:
+        path = Path(settings.text)
+        text = read_part(path, settings.text_from, settings.text_to)
+        tasks += _text_tasks(settings, tokenizer, text, path.name)
+    for name in settings.retrieval:
+        for length in settings.retrieval_tokens:
+            samples = [
+                sample
+                for depth in _depths(name, settings.depths)
+                for sample in make_samples(
+                    name,
+                    tokenizer,
+                    length,
+                    depth,
+                    settings.samples,
+                    settings.seed,
+                    text,
+                )
+            ]
+            tasks.append(retrieval_task(samples, tokenizer, stop_ids))
+    if settings.gsm8k is not None:
+        problems = read_problems(
+            Path(settings.gsm8k), tokenizer, settings.gsm8k_problems
+        )
+        tasks.append(gsm8k_task(problems, tokenizer, stop_ids, settings.gsm8k_tokens))
+    if not tasks:
+        raise ValueError(
+            "nothing is asked: valid is a text, a retrieval task or a gsm8k file; "
+            f"retrieval tasks are {', '.join(TASKS)}"
+        )
+    return tasks
+
+
+def _text_tasks(
+    settings: EvalSettings, tokenizer: Any, text: str, source: str
+) -> list[Task]:
+    start = tokenizer.encode("")  # some models' prompts begin with a special token
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    num_prefix = settings.prompt_tokens - len(start)
+    found = windows(ids, num_prefix, settings.target_tokens, settings.windows, source)
+    tasks = [continuation_task(found, start)]
+    if settings.agreement_tokens:
+        tasks.append(agreement_task(found, start, settings.agreement_tokens))
+    return tasks
+
+
+def _depths(task: str, num_depths: int) -> list[float]:
+    """From oldest to newest, evenly."""
+    if num_depths < 1:
+        raise ValueError(f"depths is {num_depths}: valid is 1 or more")
+    if num_depths == 1 or not has_depth(task):
+        return [0.5]
+    return [round(i / (num_depths - 1), 4) for i in range(num_depths)]

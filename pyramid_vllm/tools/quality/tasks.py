@@ -1,0 +1,120 @@
+"""The tasks of an evaluation: their requests, and how outputs are graded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyramid_vllm.tools.quality.gsm8k import Problem, is_right
+from pyramid_vllm.tools.quality.jobs import JobResult, Request
+from pyramid_vllm.tools.quality.retrieval import Sample, score
+from pyramid_vllm.tools.quality.texts import Window
+
+#: Values by name, one for each request.
+Values = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A batch of requests and the figures that come out of it."""
+
+    name: str
+    kind: str
+    """``continuation``, ``agreement``, ``retrieval`` or ``gsm8k``."""
+    requests: list[Request]
+    grade: Callable[[JobResult, JobResult], Values]
+    """From the results of a policy and of the full cache."""
+    cells: tuple[dict[str, Any], ...] = ()
+    """What each request stands for, where they differ."""
+
+
+def continuation_task(windows: Sequence[Window], start: list[int]) -> Task:
+    """Losses of the tokens that follow each prefix.
+
+    Args:
+        windows: of a text.
+        start: special tokens that every prompt of the model begins with.
+    """
+    requests = [
+        Request([*start, *w.prefix], len(w.target), forced=list(w.target))
+        for w in windows
+    ]
+    return Task("continuation", "continuation", requests, _grade_continuation)
+
+
+def _grade_continuation(result: JobResult, full: JobResult) -> Values:
+    values: Values = {"loss": [-_mean(logprobs) for logprobs in result.logprobs]}
+    if not result.rows:
+        return values
+    values["top_agreement"] = [
+        _mean([float(a == b) for a, b in zip(ours["top_tokens"], theirs, strict=True)])
+        for ours, theirs in zip(
+            result.rows, (rows["top_tokens"] for rows in full.rows), strict=True
+        )
+    ]
+    # The full cache has none with itself.
+    divergences = [rows.get("divergences", [0.0]) for rows in result.rows]
+    values["divergence"] = [_mean(row) for row in divergences]
+    return values
+
+
+def agreement_task(
+    windows: Sequence[Window], start: list[int], num_tokens: int
+) -> Task:
+    """Greedy outputs after each prefix."""
+    requests = [Request([*start, *w.prefix], num_tokens) for w in windows]
+    return Task("agreement", "agreement", requests, _grade_agreement)
+
+
+def _grade_agreement(result: JobResult, full: JobResult) -> Values:
+    lengths = [
+        match_length(ours, theirs)
+        for ours, theirs in zip(result.outputs, full.outputs, strict=True)
+    ]
+    return {"match_length": [float(length) for length in lengths]}
+
+
+def match_length(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Tokens up to the first difference."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    shortest = min(len(ours), len(theirs))
+    return next((i for i, (a, b) in pairs if a != b), shortest)
+
+
+def retrieval_task(
+    samples: Sequence[Sample], tokenizer: Any, stop_ids: list[int]
+) -> Task:
+    """Samples of one task and length, of all depths."""
+    requests = [Request(s.prompt_ids, s.max_tokens, stop_ids=stop_ids) for s in samples]
+
+    def grade(result: JobResult, full: JobResult) -> Values:
+        texts = [_decode(tokenizer, output) for output in result.outputs]
+        pairs = zip(samples, texts, strict=True)
+        return {"score": [score(sample, text) for sample, text in pairs]}
+
+    cells = tuple(
+        {"task": s.task, "num_tokens": s.num_tokens, "depth": s.depth} for s in samples
+    )
+    name = f"{samples[0].task} {samples[0].num_tokens}"
+    return Task(name, "retrieval", requests, grade, cells)
+
+
+def gsm8k_task(
+    problems: Sequence[Problem], tokenizer: Any, stop_ids: list[int], max_tokens: int
+) -> Task:
+    """Problems solved in words."""
+    requests = [Request(p.prompt_ids, max_tokens, stop_ids=stop_ids) for p in problems]
+
+    def grade(result: JobResult, full: JobResult) -> Values:
+        texts = [_decode(tokenizer, output) for output in result.outputs]
+        pairs = zip(problems, texts, strict=True)
+        return {"right": [float(is_right(problem, text)) for problem, text in pairs]}
+
+    return Task("gsm8k", "gsm8k", requests, grade)
+
+
+def _decode(tokenizer: Any, output: list[int]) -> str:
+    return str(tokenizer.decode(output, skip_special_tokens=True))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,214 @@
+"""Efficiencies of a device, fitted to runs of ``pyramid-vllm bench``.
+
+With all requests there from the start and one step at a time, what is scheduled does
+not depend on how long steps last. So each run is simulated once, and its steps' work
+is kept; then the times at which requests got their first and last tokens are a
+function of the efficiencies, which least squares fit to the measured ones.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
+from pyramid_vllm.tools.simulate.clock import step_seconds
+from pyramid_vllm.tools.simulate.device import Device, load_device
+from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
+from pyramid_vllm.tools.simulate.loads import Load, Piece, Session, Turn
+from pyramid_vllm.tools.simulate.model import ModelWork, load_model
+from pyramid_vllm.tools.simulate.run import RunOptions, SimulatedRun, simulate
+
+Floats = npt.NDArray[np.float64]
+
+#: Fitted settings of ``Efficiency``, and where the search for each starts. On one
+#: device the links say nothing.
+_STARTS = {
+    "bandwidth": 0.3,
+    "flops": 0.3,
+    "attention_flops": 0.1,
+    "score_flops": 0.1,
+    "move_bandwidth": 0.1,
+    "step_ms": 5.0,
+    "sequence_us": 300.0,
+    "compaction_us": 100.0,
+}
+_SHARES = ("bandwidth", "flops", "attention_flops", "score_flops", "move_bandwidth")
+#: How far a setting is held to its start, against one measured time: what the runs say
+#: nothing of stays where it is.
+_PRIOR = 0.05
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """One run of a bench, and what the simulation needs to repeat it."""
+
+    side: str
+    policy: PolicyConfig | None
+    engine: EngineSettings
+    load: Load
+    first_token_s: tuple[float, ...]
+    finish_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A run's steps, and the measured times at the ends of some of them."""
+
+    model: ModelWork
+    works: Floats
+    ends: npt.NDArray[np.int64]
+    seconds: Floats
+
+    def errors(self, device: Device) -> Floats:
+        """Logarithms of predicted over measured times."""
+        steps = np.cumsum(step_seconds(self.works, self.model, device))
+        found: Floats = np.log(steps[self.ends] / self.seconds)
+        return found
+
+
+def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
+    """The runs of a bench's ``results.json``.
+
+    Raises:
+        ValueError: the folder has none that can be repeated; says why.
+        OSError: it cannot be read.
+    """
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    settings = content["settings"]
+    if settings["workload"] != "offline":
+        raise ValueError(
+            f"--calibrate {folder} is of workload '{settings['workload']}': valid is "
+            "'offline', where every request is there from the start"
+        )
+    if settings.get("turns", 1) != 1:
+        raise ValueError(
+            f"--calibrate {folder} was run with turns={settings['turns']}: valid is 1, "
+            "where every request is there from the start"
+        )
+    dtype = settings["dtype"] or ("float32" if device.name == "cpu" else None)
+    work = load_model(model, dtype, 1)
+    return [_measured(run, settings, work, device) for run in content["runs"]]
+
+
+def _measured(
+    run: dict[str, Any], settings: dict[str, Any], work: ModelWork, device: Device
+) -> MeasuredRun:
+    raw = run["raw"]
+    lengths = list(zip(raw["prompt_lengths"], raw["output_lengths"], strict=True))
+    prefix, num_prefixes = settings["shared_prefix"], settings["num_prefixes"]
+    sessions = tuple(
+        Session((Turn(_pieces(i, prompt, prefix, i % num_prefixes), outputs),))
+        for i, (prompt, outputs) in enumerate(lengths)
+    )
+    policy_json = settings["sides"][run["side"]]
+    engine_args = settings["engine_args"]
+    return MeasuredRun(
+        side=run["side"],
+        policy=None if policy_json is None else resolve_policy(policy_json),
+        engine=EngineSettings(
+            model=work,
+            kv_bytes=run["point"]["kv_bytes"],
+            max_model_len=max(map(sum, lengths)),
+            max_num_seqs=settings["max_num_seqs"],
+            max_num_batched_tokens=settings["max_num_batched_tokens"],
+            block_size=engine_args.get("block_size") or device.block_size,
+            prefix_caching=engine_args.get("enable_prefix_caching", True),
+            async_scheduling=device.async_scheduling,
+        ),
+        load=Load("measured", sessions),
+        first_token_s=tuple(raw["first_token_s"]),
+        finish_s=tuple(raw["finish_s"]),
+    )
+
+
+def _pieces(
+    index: int, num_tokens: int, num_shared: int, prefix: int
+) -> tuple[Piece, ...]:
+    """A prompt: one of the shared prefixes, then tokens of its own."""
+    own = (1_000_000 + index, num_tokens - num_shared)
+    return ((prefix, num_shared), own) if num_shared else (own,)
+
+
+def _fitting(run: MeasuredRun, device: Device) -> _Fitting:
+    options = RunOptions(cpu_time=False, keep_works=True)
+    engine = SimulatedEngine(run.engine, run.policy)
+    done = simulate(run.side, engine, device, run.load, options)
+    works = np.array([work.values() for work in done.works])
+    return _Fitting(
+        run.engine.model,
+        works,
+        _step_ends(done, len(run.load.sessions)),
+        np.array([*run.first_token_s, *run.finish_s]),
+    )
+
+
+def _step_ends(done: SimulatedRun, num_requests: int) -> npt.NDArray[np.int64]:
+    """Steps that gave first tokens, then those that gave last ones."""
+    ends = np.array([step.end for step in done.steps])
+    records = [done.requests[f"{index}.0"] for index in range(num_requests)]
+    times = [*(r.first_token for r in records), *(r.finish for r in records)]
+    return np.searchsorted(ends, times)
+
+
+def fit(runs: list[MeasuredRun], device: Device) -> tuple[Device, float]:
+    """Fit the device's efficiencies.
+
+    Returns:
+        The device with the fitted ones, and the typical error: the root of the mean
+        squared logarithm of predicted over measured times.
+    """
+    from scipy.optimize import least_squares
+
+    fittings = [_fitting(run, device) for run in runs]
+    names = list(_STARTS)
+    start = np.log([_STARTS[name] for name in names])
+
+    def with_values(values: Floats) -> Device:
+        found = dict(zip(names, np.exp(values).tolist(), strict=True))
+        return device.changed(found)
+
+    def residuals(values: Floats) -> Floats:
+        changed = with_values(values)
+        errors = [fitting.errors(changed) for fitting in fittings]
+        return np.concatenate([*errors, _PRIOR * (values - start)])
+
+    upper = [0.0 if name in _SHARES else np.inf for name in names]
+    best = least_squares(residuals, start, bounds=(-np.inf, upper))
+    errors = residuals(best.x)[: -len(names)]
+    return with_values(best.x), float(np.sqrt(np.mean(errors**2)))
+
+
+def run_calibration(model: str, gpu: str, folder: Path) -> None:
+    """Fit, and print the efficiencies as a device file has them.
+
+    Raises:
+        ValueError: the folder's runs cannot be repeated.
+        RuntimeError: SciPy is missing.
+    """
+    if find_spec("scipy") is None:
+        raise RuntimeError(
+            "--calibrate needs SciPy, which is not installed: "
+            "pip install 'pyramid-vllm[calibrate]'"
+        )
+    device = load_device(gpu)
+    runs = read_runs(folder, model, device)
+    fitted, error = fit(runs, device)
+    changed = {
+        name: float(f"{value:.3g}")
+        for name, value in fitted.efficiency.model_dump().items()
+        if name in _STARTS
+    }
+    policies = ", ".join(sorted({run.side for run in runs} - {NONE}))
+    print(
+        f"# Fitted to {len(runs)} runs of {policies} and stock vLLM; typical error of "
+        f"requests' times {error:.1%}."
+    )
+    print(yaml.safe_dump({"efficiency": changed}, sort_keys=False), end="")

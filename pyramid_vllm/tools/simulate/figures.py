@@ -1,0 +1,88 @@
+"""Figures of a simulated run."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from pyramid_vllm.tools.bench.figures import Figures, Metric
+from pyramid_vllm.tools.simulate.run import SimulatedRun
+
+METRICS = (
+    Metric("seconds", "seconds", ",.1f"),
+    Metric("tokens_per_s", "tokens/s, prompt and output"),
+    Metric("requests_per_s", "requests/s", ".3f"),
+    Metric("ttft_p50_s", "time to first token p50, s", ",.2f"),
+    Metric("ttft_p99_s", "time to first token p99, s", ",.2f"),
+    Metric("tpot_p50_s", "time per output token p50, ms", ",.1f", 1e3),
+    Metric("tpot_p99_s", "time per output token p99, ms", ",.1f", 1e3),
+    Metric("max_num_running", "most sequences at once"),
+    Metric("mean_num_running", "mean sequences at once", ",.1f"),
+    Metric("num_preemptions", "preemptions"),
+    Metric("prefix_hit_rate", "prefix hit rate", ".1%"),
+    Metric("num_prompt_tokens_computed", "prompt tokens computed"),
+    Metric("num_compactions", "compactions"),
+    Metric("pages_running", "KV pages held by requests, mean", ".1%"),
+    Metric("pages_cached", "KV pages of the prefix cache alone, mean", ".1%"),
+    Metric("pages_free", "KV pages free, mean", ".1%"),
+    Metric("num_steps", "steps"),
+    Metric("cpu_ms_per_step", "scheduler's CPU time a step, ms", ",.2f"),
+    Metric("wall_s", "seconds that the simulation took", ",.1f"),
+)
+#: Figures that are times of this machine: they are not the same twice.
+MEASURED = ("cpu_ms_per_step", "wall_s")
+
+
+def run_figures(run: SimulatedRun) -> Figures:
+    """All figures of a run, every request of which has ended."""
+    requests, steps = list(run.requests.values()), run.steps
+    end = max(request.finish for request in requests)
+    start = min(request.arrival for request in requests)
+    seconds = end - start
+    prompts = sum(request.num_prompt_tokens for request in requests)
+    outputs = sum(request.num_outputs for request in requests)
+    tpots = [
+        (request.finish - request.first_token) / (request.num_outputs - 1)
+        for request in requests
+        if request.num_outputs > 1
+    ]
+    durations = np.array([step.seconds for step in steps])
+    running = np.array([step.num_running for step in steps])
+    return {
+        "seconds": seconds,
+        "tokens_per_s": (prompts + outputs) / seconds,
+        "requests_per_s": len(requests) / seconds,
+        **_percentiles("ttft", (r.first_token - r.arrival for r in requests)),
+        **_percentiles("tpot", tpots),
+        "max_num_running": int(running.max()),
+        "mean_num_running": float(running @ durations / durations.sum()),
+        "num_preemptions": run.num_preemptions,
+        "prefix_hit_rate": sum(r.num_cached_tokens for r in requests) / prompts,
+        "num_prompt_tokens_computed": run.num_prompt_tokens_computed,
+        "num_compactions": run.num_compactions,
+        **{
+            f"pages_{use}": float(np.mean([getattr(count, use) for count in run.pages]))
+            for use in ("running", "cached", "free")
+        },
+        "num_requests": len(requests),
+        "num_steps": len(steps),
+        "cpu_ms_per_step": 1e3 * sum(step.cpu_s for step in steps) / len(steps),
+        "wall_s": run.wall_s,
+    }
+
+
+def _percentiles(key: str, seconds: Iterable[float]) -> Figures:
+    values = list(seconds)
+    if not values:
+        return {f"{key}_p{p}_s": 0.0 for p in (50, 99)}
+    return {f"{key}_p{p}_s": float(np.percentile(values, p)) for p in (50, 99)}
+
+
+def rounded(figures: Figures) -> dict[str, Any]:
+    """Figures without those of this machine, to nine significant digits: what is the
+    same wherever the same versions run."""
+    return {
+        key: value if isinstance(value, int) else float(f"{value:.9g}")
+        for key, value in figures.items()
+        if key not in MEASURED
+    }

@@ -1,0 +1,296 @@
+"""The simulation: real ``schedule()`` and ``update_from_output()``, a clock between."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pyramid_vllm.plan import plan_of
+from pyramid_vllm.tools.simulate.clock import StepWork, WorkModel, step_seconds
+from pyramid_vllm.tools.simulate.device import Device
+from pyramid_vllm.tools.simulate.engine import SAMPLED_TOKEN, SimulatedEngine, sampled
+from pyramid_vllm.tools.simulate.loads import Load, Session, piece_tokens
+from pyramid_vllm.tools.simulate.pages import PageCount, count_pages, saved_tokens
+
+#: Steps from one count of pages to the next.
+_PAGES_EVERY = 64
+
+
+@dataclass
+class RequestRecord:
+    """What happened to a request. Times are in seconds since the start."""
+
+    num_prompt_tokens: int
+    num_outputs: int
+    arrival: float
+    first_token: float = -1.0
+    finish: float = -1.0
+    num_told: int = 0
+    """Tokens of its answer so far."""
+    num_cached_tokens: int = 0
+    """Of its prompt, found in the prefix cache when it was first scheduled."""
+
+
+@dataclass
+class StepRecord:
+    """What was seen of a step."""
+
+    end: float
+    """Seconds since the start, when its tokens were there."""
+    seconds: float
+    """Of the device."""
+    num_running: int
+    cpu_s: float
+
+
+@dataclass
+class SimulatedRun:
+    """All that a run left behind."""
+
+    policy: str
+    requests: dict[str, RequestRecord] = field(default_factory=dict)
+    steps: list[StepRecord] = field(default_factory=list)
+    works: list[StepWork] = field(default_factory=list)
+    """Of each step, where they are asked for."""
+    pages: list[PageCount] = field(default_factory=list)
+    num_preemptions: int = 0
+    num_prompt_tokens_computed: int = 0
+    num_compactions: int = 0
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is timed and what is kept of it."""
+
+    cpu_time: bool = True
+    """Whether the scheduler's own time counts."""
+    cascade: bool = False
+    """Whether pages that several sequences share are read once a step."""
+    keep_works: bool = False
+
+
+class Simulation:
+    """One side under one load.
+
+    Args:
+        name: of the policy.
+        engine: the side's.
+        device: whose clock it is.
+        load: what is asked.
+        options: see there.
+        progress: told the finished requests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: SimulatedEngine,
+        device: Device,
+        load: Load,
+        options: RunOptions,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._engine, self._device, self._options = engine, device, options
+        self._scheduler: Any = engine.scheduler
+        self._model = engine.settings.model
+        self._progress = progress
+        self._work = _work_model(engine)
+        self._depth = 2 if engine.settings.async_scheduling else 1
+        self.run_record = SimulatedRun(name)
+        # The host's time, and when the device is done with all it was given.
+        self._now = self._device_free = 0.0
+        self._flying: deque[tuple[Any, Any, float]] = deque()
+        self._events: list[tuple[float, int, int]] = []
+        """When the next turn of a session arrives: time, session, turn."""
+        self._sessions = load.sessions
+        self._tokens: dict[int, list[int]] = {}
+        self._origin: dict[str, tuple[int, int]] = {}
+        self._next_session = len(load.sessions)
+        if load.num_clients is None:
+            for index, session in enumerate(load.sessions):
+                heapq.heappush(self._events, (session.arrival, index, 0))
+        else:
+            self._next_session = min(load.num_clients, len(load.sessions))
+            for index in range(self._next_session):
+                heapq.heappush(self._events, (0.0, index, 0))
+        self._by_clients = load.num_clients is not None
+        self._num_finished = 0
+
+    def run(self) -> SimulatedRun:
+        """Serve the load to its end.
+
+        Raises:
+            RuntimeError: the scheduler stands still with requests waiting, or ended
+                one early.
+        """
+        start = time.perf_counter()
+        scheduler, stuck = self._scheduler, 0
+        while True:
+            self._admit()
+            if scheduler.has_requests():
+                scheduled = self._schedule()
+                stuck = 0 if scheduled or self._flying else stuck + 1
+                if stuck > 3 and not self._events:
+                    raise RuntimeError("the scheduler schedules nothing of what waits")
+                if scheduled and len(self._flying) < self._depth:
+                    continue
+            if self._flying:
+                self._land()
+            elif self._events:
+                self._now = max(self._now, self._events[0][0])
+            else:
+                break
+        self.run_record.wall_s = time.perf_counter() - start
+        counters = getattr(scheduler, "kv_counters", None)
+        if counters is not None:
+            self.run_record.num_compactions = counters.num_compactions
+        return self.run_record
+
+    # Arrivals.
+
+    def _admit(self) -> None:
+        """Hand the scheduler what has arrived by now."""
+        while self._events and self._events[0][0] <= self._now:
+            arrival, index, number = heapq.heappop(self._events)
+            turn = self._sessions[index].turns[number]
+            tokens = self._tokens.setdefault(index, [])
+            for piece in turn.pieces:
+                tokens += piece_tokens(piece)
+            name = f"{index}.{number}"
+            self._origin[name] = index, number
+            self.run_record.requests[name] = RequestRecord(
+                len(tokens), turn.num_outputs, arrival
+            )
+            self._scheduler.add_request(
+                self._engine.request(name, list(tokens), turn.num_outputs, arrival)
+            )
+
+    def _ended(self, name: str) -> None:
+        """A request's last token is there: its session goes on, or the next starts."""
+        self._num_finished += 1
+        index, number = self._origin.pop(name)
+        session: Session = self._sessions[index]
+        if number + 1 < len(session.turns):
+            self._tokens[index] += [SAMPLED_TOKEN] * session.turns[number].num_outputs
+            at = self._now + session.turns[number + 1].wait
+            heapq.heappush(self._events, (at, index, number + 1))
+            return
+        del self._tokens[index]
+        if self._by_clients and self._next_session < len(self._sessions):
+            heapq.heappush(self._events, (self._now, self._next_session, 0))
+            self._next_session += 1
+
+    # Steps.
+
+    def _schedule(self) -> bool:
+        """Schedule a step and give it to the device; False: it is empty."""
+        scheduler, record = self._scheduler, self.run_record
+        # Of this thread alone: other work on the machine does not count.
+        start = time.thread_time()
+        output = scheduler.schedule()
+        cpu_s = time.thread_time() - start
+        record.num_preemptions += len(output.preempted_req_ids or ())
+        for new in output.scheduled_new_reqs:
+            record.requests[new.req_id].num_cached_tokens = new.num_computed_tokens
+        if self._options.cpu_time:
+            self._now += cpu_s
+        result = sampled(scheduler, output)
+        num_rows = output.total_num_scheduled_tokens
+        seconds = self._device_seconds(output) if num_rows else 0.0
+        self._device_free = max(self._now, self._device_free) + seconds
+        self._flying.append((output, result, self._device_free))
+        if num_rows:
+            record.steps.append(
+                StepRecord(self._device_free, seconds, len(scheduler.running), cpu_s)
+            )
+            if len(record.steps) % _PAGES_EVERY == 1:
+                record.pages.append(count_pages(scheduler, self._device_free))
+        return bool(num_rows)
+
+    def _device_seconds(self, output: Any) -> float:
+        requests, plan = self._scheduler.requests, plan_of(output)
+        scheduled = output.num_scheduled_tokens
+        of_step = [requests[req_id] for req_id in scheduled]
+        rows = np.fromiter(scheduled.values(), np.int64, len(scheduled))
+        after = np.array([r.num_computed_tokens for r in of_step], np.int64)
+        prompts = np.array([r.num_prompt_tokens for r in of_step], np.int64)
+        before = after - rows
+        computed = np.maximum(0, np.minimum(after, prompts) - before)
+        self.run_record.num_prompt_tokens_computed += int(computed.sum())
+        saved = saved_tokens(self._scheduler, scheduled) if self._options.cascade else 0
+        work = self._work.step(before, rows, plan, saved)
+        if self._options.keep_works:
+            self.run_record.works.append(work)
+        return float(step_seconds(work, self._model, self._device))
+
+    def _land(self) -> None:
+        """Wait for the oldest step and take its tokens."""
+        output, result, done = self._flying.popleft()
+        self._now = max(self._now, done)
+        start = time.thread_time()
+        outputs = self._scheduler.update_from_output(output, result)
+        cpu_s = time.thread_time() - start
+        if self.run_record.steps:
+            self.run_record.steps[-1].cpu_s += cpu_s
+        # Clients get their tokens before the host goes on.
+        for of_client in outputs.values():
+            for told in of_client.outputs:
+                self._take(told)
+        if self._options.cpu_time:
+            self._now += cpu_s
+        self._progress(self._num_finished)
+
+    def _take(self, told: Any) -> None:
+        record = self.run_record.requests[told.request_id]
+        if record.first_token < 0 and told.new_token_ids:
+            record.first_token = self._now
+        record.num_told += len(told.new_token_ids)
+        if told.finish_reason is None:
+            return
+        if record.num_told < record.num_outputs:
+            raise RuntimeError(
+                f"a request of {record.num_prompt_tokens} + {record.num_outputs} "
+                f"tokens ended after {record.num_told} of its answer, finish reason "
+                f"'{told.finish_reason}': the KV memory cannot hold it"
+            )
+        record.finish = self._now
+        self._ended(told.request_id)
+
+
+def _work_model(engine: SimulatedEngine) -> WorkModel:
+    model = engine.settings.model
+    if engine.has_policy:
+        rule = engine.scheduler.kv_rule
+        return WorkModel(model, rule.layout.sizes, {rule.config.name: rule.config})
+    num_full = sum(window is None for window in model.windows)
+    return WorkModel(model, (num_full,), {})
+
+
+def simulate(
+    name: str,
+    engine: SimulatedEngine,
+    device: Device,
+    load: Load,
+    options: RunOptions,
+    progress: Callable[[int], None] = lambda done: None,
+) -> SimulatedRun:
+    """Run a side under a load, from an empty cache on.
+
+    Raises:
+        ValueError: a request is longer than the engine allows.
+        RuntimeError: a request was not served to its end.
+    """
+    if load.longest > engine.max_model_len:
+        raise ValueError(
+            f"the longest request has {load.longest} tokens: valid is up to "
+            f"--max-model-len, {engine.max_model_len}"
+        )
+    engine.restart()
+    return Simulation(name, engine, device, load, options, progress).run()
