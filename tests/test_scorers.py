@@ -20,7 +20,7 @@ from pyramid_vllm.policy import (
     scorer,
     scorers,
 )
-from pyramid_vllm.worker.scorers import ScoreInputs, layer_scores
+from pyramid_vllm.scorers import ScoreInputs, layer_scores
 
 NUM_TOKENS = 9
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pyramid_vllm.attention.layout import KVViews
+from pyramid_vllm.kernels.kernel_set import KernelSet
 from pyramid_vllm.policy import KVPolicyError
 
 
@@ -37,6 +38,10 @@ class KVAccess(ABC):
         """A cache of the layer's kind as keys and values."""
 
     @abstractmethod
+    def kernels(self) -> KernelSet:
+        """The kernel set that reads the cache."""
+
+    @abstractmethod
     def check(self, builder: Any) -> None:
         """Check ``views`` by the backend's own write.
 
@@ -46,14 +51,3 @@ class KVAccess(ABC):
         Raises:
             KVPolicyError: this backend keeps keys or values elsewhere.
         """
-
-
-def access_of(layer: Any) -> KVAccess:
-    """Access to a layer's cache, whatever its backend among those that are wrapped."""
-    if layer.attn_backend.get_name() == "CPU_ATTN":
-        from pyramid_vllm.attention.cpu import CPUAccess
-
-        return CPUAccess(layer)
-    from pyramid_vllm.attention.device import DeviceAccess
-
-    return DeviceAccess(layer)

@@ -22,6 +22,8 @@ from pyramid_vllm.attention.tiered import (
     TieredBuilder,
     TieredImpl,
 )
+from pyramid_vllm.kernels import on_torch
+from pyramid_vllm.kernels.kernel_set import KernelSet
 from pyramid_vllm.policy import KVPolicyError
 
 
@@ -96,6 +98,10 @@ class CPUAccess(KVAccess):
     def views(self, cache: torch.Tensor) -> KVViews:
         """See ``cpu_views``."""
         return cpu_views(cache)
+
+    def kernels(self) -> KernelSet:
+        """Torch."""
+        return on_torch
 
     def check(self, builder: Any) -> None:
         """See ``check_cpu_layout``.

@@ -9,6 +9,8 @@ import torch
 
 from pyramid_vllm.attention.access import KVAccess
 from pyramid_vllm.attention.layout import KVViews, check_layout, split_views
+from pyramid_vllm.kernels import on_triton
+from pyramid_vllm.kernels.kernel_set import KernelSet
 
 _FLOAT8 = {
     "fp8": torch.float8_e4m3fn,
@@ -25,6 +27,10 @@ class DeviceAccess(KVAccess):
         dtype = _FLOAT8.get(self.impl.kv_cache_dtype)
         typed = cache if dtype is None else cache.view(dtype)
         return split_views(typed, self.impl.head_size)
+
+    def kernels(self) -> KernelSet:
+        """Triton."""
+        return on_triton
 
     def check(self, builder: Any) -> None:
         """Check the views by the backend's own write.

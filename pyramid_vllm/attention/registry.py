@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+if TYPE_CHECKING:
+    from pyramid_vllm.attention.access import KVAccess
 
 #: By vLLM's name of the backend. Classes are named, not imported: a backend's module
 #: needs libraries that only machines which choose it have.
@@ -25,3 +29,14 @@ def register_backends() -> None:
         register_backend(backend, f"pyramid_vllm.attention.{path}")
     # A stock engine of the same process may have chosen already.
     _cached_get_attn_backend.cache_clear()
+
+
+def access_of(layer: Any) -> KVAccess:
+    """Access to a layer's cache, whatever its backend among those that are wrapped."""
+    if layer.attn_backend.get_name() == "CPU_ATTN":
+        from pyramid_vllm.attention.cpu import CPUAccess
+
+        return CPUAccess(layer)
+    from pyramid_vllm.attention.device import DeviceAccess
+
+    return DeviceAccess(layer)

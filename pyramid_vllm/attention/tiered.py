@@ -31,9 +31,7 @@ class TierLayer(Protocol):
     def is_active(self) -> bool:
         """Whether this step needs the layer's queries."""
 
-    def after_attention(
-        self, query: torch.Tensor, block_table: torch.Tensor | None
-    ) -> None:
+    def after_attention(self, query: torch.Tensor) -> None:
         """Score, select, prune and compact once the layer's attention has run."""
 
 
@@ -93,7 +91,7 @@ class TieredImpl:
         part = self.tier_layer
         # Steps in which vLLM profiles its memory have no metadata.
         if part is not None and attn_metadata is not None and part.is_active:
-            part.after_attention(query, getattr(attn_metadata, "block_table", None))
+            part.after_attention(query)
         return output
 
 

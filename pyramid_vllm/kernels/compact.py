@@ -1,8 +1,10 @@
 """Moving kept keys and values to the front of a request's pages."""
 
-from typing import NamedTuple
-
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from pyramid_vllm.kernels.spans import PagedLayers, Spans, as_bytes
 
 
 def compact(
@@ -41,77 +43,70 @@ def compact(
         cache[to_block[None], heads, to_offset[None]] = moved
 
 
-class Moves(NamedTuple):
-    """Where cached tokens come from and go to, page and place within it.
-
-    All are ``[..., num_requests, 1 or num_kv_heads, num_moves]``, int64.
-    """
-
-    from_block: torch.Tensor
-    from_offset: torch.Tensor
-    to_block: torch.Tensor
-    to_offset: torch.Tensor
-
-
-def group_moves(
+def compact_requests(
+    keys: PagedLayers,
+    values: PagedLayers,
     block_table: torch.Tensor,
-    block_size: int,
-    starts: torch.Tensor,
-    num_held: torch.Tensor,
-    order: torch.Tensor,
-    num_kept: torch.Tensor,
-) -> Moves:
-    """Moves that keep the best tokens of a group and close the gap behind it.
+    spans: npt.NDArray[np.int32],
+    kept: torch.Tensor,
+    targets: torch.Tensor | None = None,
+) -> None:
+    """``compact`` for some requests in some layers, one layer after the other.
 
-    ``...`` are any dimensions, such as layers.
+    A layer's tokens are all read before the first is written. Only the index arrays
+    are made on the host, once for all layers: nothing waits for the device.
 
     Args:
-        block_table: ``[..., num_requests, max_blocks]``, int64, the requests' pages.
-        block_size: tokens of a page.
-        starts: ``[..., num_requests]``, int64, first token of the group.
-        num_held: ``[..., num_requests]``, int64, cached tokens with the whole group.
-        order: ``[..., num_requests, 1 or num_kv_heads, group]``, int64, the places
-            within the group, the best first.
-        num_kept: ``[..., num_requests]``, int64, how many stay, at least one.
+        keys: the layers' keys.
+        values: their values.
+        block_table: ``[num_rows, max_blocks]``, int32.
+        spans: ``[len(Spans._fields), num_requests]``, on the host; read are ``row``,
+            ``num_held``, ``num_kept``, ``num_first`` and ``offset``.
+        kept: ``[num_layers, 1 or num_kv_heads, num_scores]``, int32, from ``select``.
+        targets: ``[num_requests, max_blocks]``, int32: pages to write; None: those
+            that the tokens lie in, where the first ``num_first`` tokens stay.
+    """
+    moved = _moved(spans, whole=targets is not None)
+    if not moved.size:
+        return
+    device, page = block_table.device, keys.like.shape[2]
+    indices = torch.from_numpy(moved)
+    if device.type == "cuda":
+        indices = indices.pin_memory().to(device, non_blocking=True)
+    row, place, index, request = indices
+    to_table, to_row = (block_table, row) if targets is None else (targets, request)
+    to_block, to_offset = to_table[to_row, place // page].long(), place % page
+    num_heads = keys.like.shape[1]
+    heads = torch.arange(num_heads, device=device)[:, None]
+    for key, value, of_layer in zip(keys.caches, values.caches, kept, strict=True):
+        source = of_layer[:, index].long()
+        from_block, from_offset = block_table[row, source // page].long(), source % page
+        for cache in (as_bytes(key), as_bytes(value)):
+            if len(source) == 1:
+                read = cache[from_block[0], :, from_offset[0]]
+                cache[to_block, :, to_offset] = read
+            else:
+                read = cache[from_block, heads, from_offset]
+                cache[to_block[None], heads, to_offset[None]] = read
+
+
+def _moved(spans: npt.NDArray[np.int32], whole: bool) -> npt.NDArray[np.int64]:
+    """What moves of some requests.
+
+    Args:
+        spans: of the requests.
+        whole: whether the first tokens move too.
 
     Returns:
-        Moves of rows that have fewer than others repeat their last one.
+        ``[4, num_moves]``: row of the token's request, its new place, where its old
+        one stands among the kept indices, and its request.
     """
-    group = order.shape[-1]
-    kept, start = num_kept[..., None, None], starts[..., None, None]
-    best = torch.arange(group, device=order.device) < kept
-    chosen = torch.where(best, order, group).sort(dim=-1).values
-    moved = kept + num_held[..., None, None] - start - group
-    place = torch.arange(int(moved.max()), device=order.device)
-    place = torch.minimum(place, moved - 1).expand(*order.shape[:-1], -1)
-    in_group = chosen.gather(-1, place.clamp(max=group - 1))
-    source = torch.where(place < kept, in_group, place + group - kept) + start
-    target = place + start
-    table = block_table[..., None, :].expand(*order.shape[:-1], -1)
-    return Moves(
-        from_block=table.gather(-1, source // block_size),
-        from_offset=source % block_size,
-        to_block=table.gather(-1, target // block_size),
-        to_offset=target % block_size,
-    )
-
-
-def move_tokens(key: torch.Tensor, value: torch.Tensor, moves: Moves) -> None:
-    """Move cached tokens of one layer.
-
-    Safe for overlapping ranges: all tokens are read before the first is written.
-
-    Args:
-        key: ``[num_blocks, num_kv_heads, block_size, head_size]``, any strides.
-        value: the same shape, for the values.
-        moves: each ``[num_requests, 1 or num_kv_heads, num_moves]``.
-    """
-    if moves.to_block.shape[1] == 1:
-        from_block, from_offset, to_block, to_offset = (m.flatten() for m in moves)
-        for cache in (key, value):
-            cache[to_block, :, to_offset] = cache[from_block, :, from_offset]
-        return
-    heads = torch.arange(key.shape[1], device=key.device)[:, None]
-    for cache in (key, value):
-        moved = cache[moves.from_block, heads, moves.from_offset]
-        cache[moves.to_block, heads, moves.to_offset] = moved
+    fields = dict(zip(Spans._fields, spans.astype(np.int64), strict=True))
+    first = 0 * fields["num_first"] if whole else fields["num_first"]
+    moves = fields["num_kept"] < fields["num_held"]
+    counts = np.where(moves, fields["num_kept"] - first, 0)
+    request = np.repeat(np.arange(len(counts)), counts)
+    begin = np.repeat(counts.cumsum() - counts, counts)
+    place = np.arange(len(request)) - begin + first[request]
+    index = fields["offset"][request] + place
+    return np.stack((fields["row"][request], place, index, request))

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from pyramid_vllm.kernels.compact import compact
 from pyramid_vllm.kernels.requests_triton import (
     INTERPRETED,
     PagedLayers,
@@ -106,24 +105,3 @@ def compact_pages(
         ALIGNMENT=math.gcd(keys.alignment, values.alignment), BLOCK_D=block_d,
         BLOCK_T=1024 if INTERPRETED else 128,
     )  # fmt: skip
-
-
-def gather_into_pages(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block_ids: torch.Tensor,
-    target_ids: torch.Tensor,
-    kept: torch.Tensor,
-) -> None:
-    """``compact`` for a request whose pages are shared, on any device.
-
-    Rare, so that it needs no kernel of its own; it is free of host synchronization.
-
-    Args:
-        key: ``[num_blocks, num_kv_heads, block_size, head_size]``, any strides.
-        value: the same shape, for the values.
-        block_ids: ``[num_request_blocks]``, int32, on the cache's device.
-        target_ids: ``[num_target_blocks]``, int32, on the cache's device.
-        kept: ``[1 or num_kv_heads, num_kept]``, int32, from ``select``.
-    """
-    compact(as_bytes(key), as_bytes(value), block_ids, target_ids, kept.long())

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from pyramid_vllm.kernels.spans import PagedLayers, Spans, as_bytes
+
+__all__ = [
+    "INTERPRETED",
+    "PagedLayers",
+    "Spans",
+    "as_bytes",
+    "as_float",
+    "float_kind",
+    "kernel",
+    "layer_pointer",
+    "load_keys",
+    "program_of",
+]
 
 #: Whether kernels run on the CPU, interpreted: larger blocks, for each costs Python.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,96 +41,6 @@ _OF_A_STEP = [
     "query_scale", "tags",
 ]  # fmt: skip
 kernel = partial(triton.jit, do_not_specialize=_OF_A_STEP)
-
-
-class Spans(NamedTuple):
-    """Requests of one launch, as columns of a device buffer.
-
-    All are ``[num_requests]``, int32, contiguous. A request's tokens lie in its pages
-    in order; its scores and kept indices lie in flat buffers, from ``offset`` on.
-    """
-
-    row: torch.Tensor
-    """Row of the block table."""
-    query_start: torch.Tensor
-    """First row of its queries, or of its ring of them."""
-    ring_start: torch.Tensor
-    """Place of the oldest query in the ring; 0 where there is none."""
-    num_queries: torch.Tensor
-    """Queries that score, the newest of the request; 0: it is not scored."""
-    num_held: torch.Tensor
-    """Tokens in the pages."""
-    num_kept: torch.Tensor
-    """Tokens that stay; equal to ``num_held``: nothing moves."""
-    num_first: torch.Tensor
-    """First tokens that stay whatever their score."""
-    num_recent: torch.Tensor
-    """Newest tokens that stay whatever their score."""
-    column: torch.Tensor
-    """First token that has a score."""
-    num_columns: torch.Tensor
-    """Tokens that have a score."""
-    offset: torch.Tensor
-    """Place of its first score, and of its first kept index."""
-
-    @classmethod
-    def of(cls, buffer: torch.Tensor) -> Spans:
-        """The fields of ``[len(Spans._fields), num_requests]``."""
-        return cls(*buffer.unbind(0))
-
-    @property
-    def num_requests(self) -> int:
-        """Requests."""
-        return self.row.shape[0]
-
-
-class PagedLayers(NamedTuple):
-    """Keys or values of several layers whose pages have one shape and one dtype.
-
-    Kernels reach each layer by its address.
-    """
-
-    like: torch.Tensor
-    """One layer's ``[num_blocks, num_kv_heads, block_size, head_size]``, any strides:
-    those of all."""
-    addresses: torch.Tensor
-    """``[num_layers]``, int64, on the layers' device."""
-    alignment: int = 1
-    """Bytes, at most 16, that all addresses are multiples of: several elements are
-    read at once where that is known."""
-
-    @classmethod
-    def of(cls, caches: list[torch.Tensor]) -> PagedLayers:
-        """Of views that have one shape, one dtype and the same strides.
-
-        Raises:
-            ValueError: they differ.
-        """
-        like = caches[0]
-        for cache in caches:
-            if (
-                cache.shape[1:] != like.shape[1:]
-                or cache.stride() != like.stride()
-                or cache.dtype != like.dtype
-            ):
-                raise ValueError(
-                    f"pages of {tuple(cache.shape)}, strides {cache.stride()} and "
-                    f"{cache.dtype}: valid are those of the other layers, "
-                    f"{tuple(like.shape)}, {like.stride()} and {like.dtype}"
-                )
-        pointers = [cache.data_ptr() for cache in caches]
-        addresses = torch.tensor(pointers, dtype=torch.int64, device=like.device)
-        return cls(like, addresses, math.gcd(16, *pointers))
-
-    @property
-    def num_layers(self) -> int:
-        """Layers."""
-        return self.addresses.shape[0]
-
-
-def as_bytes(values: torch.Tensor) -> torch.Tensor:
-    """Eight-bit floats as bytes; anything else as it is."""
-    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
 
 
 def float_kind(dtype: torch.dtype) -> int:

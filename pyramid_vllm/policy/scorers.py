@@ -27,7 +27,7 @@ class Scorer:
     """A function from a layer's queries and keys to scores, and its properties."""
 
     function: Callable[..., Any] | str
-    """A ``worker.scorers.ScoreFunction``, or the ``module:name`` of one: what is built
+    """A ``scorers.ScoreFunction``, or the ``module:name`` of one: what is built
     in is imported when it is called, for policies are read without torch."""
     queries: Queries
     is_same_for_all_heads: bool = False
@@ -43,7 +43,7 @@ class Scorer:
             raise ValueError("is_pooled is True: scores that add up are never pooled")
 
     def __call__(self, inputs: Any, config: Any) -> Any:
-        """Scores, as ``worker.scorers.ScoreFunction`` says."""
+        """Scores, as ``scorers.ScoreFunction`` says."""
         return self._loaded(inputs, config)
 
     @cached_property
@@ -55,7 +55,7 @@ class Scorer:
 def scorer(
     queries: Queries, *, is_same_for_all_heads: bool = False, is_pooled: bool = False
 ) -> Callable[[Callable[..., Any]], Scorer]:
-    """Decorator that makes a scorer of a ``worker.scorers.ScoreFunction``.
+    """Decorator that makes a scorer of a ``scorers.ScoreFunction``.
 
     Args:
         queries: which queries it reads.
@@ -69,7 +69,7 @@ def scorer(
     return decorate
 
 
-_HERE = "pyramid_vllm.worker.scorers"
+_HERE = "pyramid_vllm.scorers"
 
 #: What is built in; another one is a line here, or none: see ``find_scorer``.
 SCORERS: dict[str, Scorer] = {

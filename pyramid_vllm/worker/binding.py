@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from pyramid_vllm.attention.access import KVAccess, access_of
-from pyramid_vllm.attention.registry import WRAPPED
+from pyramid_vllm.attention.registry import WRAPPED, access_of
 from pyramid_vllm.attention.tiered import TieredBackend, TieredBuilder
+from pyramid_vllm.kernels.spans import Attention
 from pyramid_vllm.policy import KVPolicyError, LengthRule
-from pyramid_vllm.worker.layer import LayerConstants
+from pyramid_vllm.worker.cache_group import CacheGroup, LayerConstants
+from pyramid_vllm.worker.layer import TieredLayer
 
 if TYPE_CHECKING:
-    from pyramid_vllm.worker.adapter import RunnerAdapter
-    from pyramid_vllm.worker.path import ComputePath
-    from pyramid_vllm.worker.shared import WorkerState
+    from pyramid_vllm.attention.access import KVAccess
+    from pyramid_vllm.worker.runners.adapter import RunnerAdapter
+    from pyramid_vllm.worker.state import WorkerState
     from pyramid_vllm.worker.step import TierStep
 
 
@@ -77,11 +79,11 @@ class LayerBinder:
             )
         return access_of(layer)
 
-    def bind(self, group_id: int, path: ComputePath, state: WorkerState) -> list[Any]:
+    def bind(self, group_id: int, state: WorkerState) -> list[TieredLayer]:
         """Bind the layers of one cache group.
 
         Returns:
-            Their parts, first to last.
+            Their parts in the policy, first to last.
 
         Raises:
             KVPolicyError: a layer's attention, or where it keeps what it caches, is
@@ -96,12 +98,16 @@ class LayerBinder:
             self.access(group.layer_names[0]).check(builder)
         members = [name for group in groups for name in group.layer_names]
         members.sort(key=extract_layer_index)
-        layers = [
-            (self._context[name], self._constants(name, group_id)) for name in members
-        ]
-        parts = path.bind(group_id, layers, state)
-        for (layer, _), part in zip(layers, parts, strict=True):
+        constants = [self._constants(name) for name in members]
+        tier = self._rule.layout.tier_of_layer[constants[0].index]
+        cache_group = CacheGroup(group_id, tier, constants, self._attention(members))
+        parts = []
+        for place, (name, one) in enumerate(zip(members, constants, strict=True)):
+            layer = self._context[name]
+            scale = _scale(layer, "_q_scale").view(1)
+            part = TieredLayer(one, cache_group, place, state, scale)
             layer.impl.tier_layer = part
+            parts.append(part)
         return parts
 
     def _check_block_size(self, group_id: int) -> None:
@@ -114,23 +120,57 @@ class LayerBinder:
                 f"split it into blocks of {kernel_block_size}"
             )
 
-    def _constants(self, name: str, group_id: int) -> LayerConstants:
+    def _constants(self, name: str) -> LayerConstants:
         access, index = self.access(name), self._names.index(name)
         access.check_movable()
-        impl = access.impl
         tiers = self._rule.layout.tier_of_layer
-        return LayerConstants(
-            index=index,
-            tier=tiers[index],
-            group_id=group_id,
-            prunes_next=(
-                self._rule.prunes
-                and index + 1 < len(tiers)
-                and tiers[index + 1] > tiers[index]
-            ),
-            scale=impl.scale,
-            logits_soft_cap=impl.logits_soft_cap or 0.0,
-            # The weights themselves, for they may be loaded anew.
-            sink_logits=None if impl.sinks is None else impl.sinks.detach(),
-            cache=access.views(access.layer.kv_cache),
+        prunes_next = (
+            self._rule.prunes
+            and index + 1 < len(tiers)
+            and tiers[index + 1] > tiers[index]
         )
+        return LayerConstants(index, prunes_next, access.views(access.layer.kv_cache))
+
+    def _attention(self, names: Sequence[str]) -> Attention:
+        """What the attention of a group's layers is.
+
+        Raises:
+            KVPolicyError: they differ in what a launch has one value of.
+        """
+        layers = [self._context[name] for name in names]
+        impls = [layer.impl for layer in layers]
+        kinds = {
+            (impl.scale, impl.logits_soft_cap or 0.0, impl.sinks is None)
+            for impl in impls
+        }
+        if len(kinds) > 1:
+            raise KVPolicyError(
+                "kv_policy does not support layers of one tier that differ in scale, "
+                f"logits_soft_cap or sinks: they have {sorted(map(str, kinds))}"
+            )
+        ((scale, soft_cap, _),) = kinds
+        sinks = [impl.sinks.detach() for impl in impls if impl.sinks is not None]
+        device = layers[0].kv_cache.device
+        pointers = [_scale(layer, "_k_scale").data_ptr() for layer in layers]
+        return Attention(
+            scale=scale,
+            logits_soft_cap=soft_cap,
+            sink_logits=sinks or None,
+            query_scale=torch.ones(1, dtype=torch.float32, device=device),
+            key_scales=torch.tensor(pointers, dtype=torch.int64, device=device),
+        )
+
+
+def _scale(layer: Any, name: str) -> torch.Tensor:
+    """A layer's factor of quantized tensors: one float32 on the device.
+
+    Raises:
+        KVPolicyError: it has one for each head.
+    """
+    scale: torch.Tensor = getattr(layer, name)
+    if scale.numel() != 1 or scale.dtype != torch.float32:
+        raise KVPolicyError(
+            f"kv_policy does not support {name} of {scale.numel()} {scale.dtype} "
+            "values: valid is one float32 factor of a layer"
+        )
+    return scale

@@ -2,217 +2,174 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
-from vllm.utils.math_utils import cdiv
 
-from pyramid_vllm.kernels import compact, select_tokens
-from pyramid_vllm.policy import PolicyConfig, Queries
-from pyramid_vllm.worker.query_slots import GroupQueries
-from pyramid_vllm.worker.scorers import ScoreInputs, layer_scores
+from pyramid_vllm.policy import Queries
+from pyramid_vllm.worker.cache_group import CacheGroup, LayerConstants, over_heads
 
 if TYPE_CHECKING:
-    from pyramid_vllm.attention.layout import KVViews
-    from pyramid_vllm.plan import PromptWindow
-    from pyramid_vllm.worker.shared import WorkerState
-    from pyramid_vllm.worker.step import WindowRows
-
-
-def over_heads(scores: torch.Tensor, by_rank: bool) -> torch.Tensor:
-    """Mean scores of a layer: over heads, and over tensor-parallel ranks.
-
-    Args:
-        scores: ``[..., num_kv_heads, num_tokens]``, float32.
-        by_rank: whether each rank has scores of its own heads.
-
-    Returns:
-        ``[..., 1, num_tokens]``
-    """
-    mean = scores.mean(dim=-2, keepdim=True)
-    num_ranks = get_tensor_model_parallel_world_size()
-    if num_ranks > 1 and by_rank:
-        # One rank's heads alone would choose other tokens than all heads do.
-        mean = tensor_model_parallel_all_reduce(mean) / num_ranks
-    return mean
-
-
-@dataclass(frozen=True)
-class LayerConstants:
-    """What one attention layer is, whatever runs its part of the policy."""
-
-    index: int
-    """Its place among the tiered layers, from 0."""
-    tier: int
-    group_id: int
-    """KV cache group whose pages it has; a tier may have several."""
-    prunes_next: bool
-    """Whether it is the last layer before another tier, whose rows it chooses."""
-    scale: float
-    """Factor of its attention logits."""
-    logits_soft_cap: float
-    """Its soft cap, 0 for none."""
-    sink_logits: torch.Tensor | None
-    """``[num_heads]``, of its attention sinks; None if it has none."""
-    cache: KVViews
-    """Its paged keys and values."""
+    from pyramid_vllm.worker.state import WorkerState
+    from pyramid_vllm.worker.windows import WindowBatch
 
 
 class TieredLayer:
-    """Scores, selects, prunes and compacts in one layer, after its attention.
+    """Scores after its attention; the last of its group selects and compacts for all.
 
     Args:
         constants: of the layer.
+        group: the layers that share its block table.
+        place: its place among them.
         state: what the worker's layers share.
+        query_scale: ``[1]``, float32: factor of quantized queries.
     """
 
-    def __init__(self, constants: LayerConstants, state: WorkerState) -> None:
-        self.index = constants.index
-        self.tier = constants.tier
-        self._group_id = constants.group_id
-        self.scale = constants.scale
-        self.logits_soft_cap = constants.logits_soft_cap
-        self.sink_logits = constants.sink_logits
+    def __init__(
+        self,
+        constants: LayerConstants,
+        group: CacheGroup,
+        place: int,
+        state: WorkerState,
+        query_scale: torch.Tensor,
+    ) -> None:
+        self.index, self.tier = constants.index, group.tier
         self.cache = constants.cache
         self._prunes_next = constants.prunes_next
-        self._state = state
+        self.group, self._place, self._state = group, place, state
+        self._keys = group.keys.layer(place)
+        self._query_scale = query_scale
+        self._no_scale = torch.ones_like(query_scale)
+        self._only = torch.zeros(1, dtype=torch.int64, device=query_scale.device)
 
     @property
     def is_active(self) -> bool:
-        """Whether this step needs the layer's queries."""
-        plan = self._state.step.plan
-        return plan is not None and (
-            plan.num_prompt_tokens > 0 or self._state.group_queries is not None
+        """Whether this step needs the layer's queries; captured graphs copy them."""
+        step = self._state.step
+        return step.generated is not None or (
+            step.plan is not None and step.plan.num_prompt_tokens > 0
         )
 
-    def after_attention(
-        self, query: torch.Tensor, block_table: torch.Tensor | None
-    ) -> None:
+    def after_attention(self, query: torch.Tensor) -> None:
         """Handle every window of the step.
 
         Args:
-            query: ``[num_rows, num_heads, head_size]``, this layer's queries.
-            block_table: ``[num_reqs, max_blocks]``, int32, the tier's pages.
+            query: ``[num_rows, num_heads, head_size]``, this layer's queries, and rows
+                that pad them.
         """
-        assert block_table is not None
-        state = self._state
-        state.counters.count(self.index, self.tier, len(query), state.step)
-        if state.group_queries is not None:
-            assert isinstance(state.group_queries, GroupQueries)
-            state.group_queries.write(self.index, self.tier, query, state.step.rows)
-        if not state.step.rows.windows:
+        step, state = self._state.step, self._state
+        scale = self._query_scale if query.dtype.itemsize == 1 else self._no_scale
+        if step.generated is not None:
+            step.generated.write(self.index, self.tier, query, scale)
+        if step.plan is None or not step.plan.num_prompt_tokens:
+            return
+        state.counters.count(self.index, self.tier, self._rows_of(query), step)
+        if not step.batches:
             return
         with state.timer.part():
-            self._handle_windows(query, block_table)
-        state.step.num_layers_done += 1
+            self._handle_batches(query, scale)
+        step.num_layers_done += 1
 
-    def _handle_windows(self, query: torch.Tensor, block_table: torch.Tensor) -> None:
-        state = self._state
-        prunes = self._prunes_next and state.step.rows.is_pruned[-1]
-        if prunes:
-            assert state.pruner is not None
-            state.pruner.begin_tier(self.tier + 1, state.step.rows)
-        for rows in state.step.rows.windows:
-            config = state.policies[rows.window.policy]
-            newest = self._newest(rows, query, config)
-            self._evict(rows, newest, block_table[rows.row], prunes, config)
+    def _handle_batches(self, query: torch.Tensor, scale: torch.Tensor) -> None:
+        state, group = self._state, self.group
+        scores = group.scores(state.step)
+        for batch in state.step.batches:
+            self._score(batch, query, scale, scores)
+        if self._prunes_next and state.step.rows.is_pruned[-1]:
+            self._choose_rows(scores[self._place : self._place + 1])
+        if self._place + 1 == len(group.layers):
+            for batch in state.step.batches:
+                group.move(batch, state, scores)
 
-    def _newest(
-        self, rows: WindowRows, query: torch.Tensor, config: PolicyConfig
-    ) -> torch.Tensor | None:
-        """The window's queries, kept where a later chunk needs them."""
-        window = rows.window
-        if not window.num_queries:
-            return None
-        chunk = query[rows.query_starts[self.tier] : rows.query_ends[self.tier]]
-        if config.scored_queries is Queries.ALL:
-            return chunk
-        queries = self._state.queries
-        newest = queries.newest(window.req_id, self.index, chunk, window.num_queries)
-        if window.retain:
-            queries.retain(window.req_id, self.index, newest)
-        return newest
+    def _rows_of(self, query: torch.Tensor) -> int:
+        """Rows that the layer has computed, without those that pad a graph; rows of a
+        pruned tier are never padded."""
+        rows = self._state.step.rows
+        expected = rows.total_rows[self.tier]
+        padded = not rows.is_pruned[self.tier] and len(query) > expected
+        return expected if padded else len(query)
 
-    def _evict(
+    def _score(
         self,
-        rows: WindowRows,
-        newest: torch.Tensor | None,
-        block_table: torch.Tensor,
-        prunes: bool,
-        config: PolicyConfig,
+        batch: WindowBatch,
+        query: torch.Tensor,
+        query_scale: torch.Tensor,
+        scores: torch.Tensor,
     ) -> None:
-        window, tier, cache = rows.window, self.tier, self.cache
-        num_held = rows.num_held(tier)
-        num_kept = num_held if window.num_kept is None else window.num_kept[tier]
-        narrows = prunes and rows.num_rows(tier + 1) < rows.num_rows(tier)
-        adds_up = config.scored_queries is Queries.ALL and window.retain
-        if num_kept == num_held and not narrows and not adds_up:
+        tier, config = self.tier, batch.config
+        source = self._source(batch, query)
+        bounds, spans = batch.bounds[tier], batch.spans[tier]
+        moves = bounds.moves
+        if self._prunes_next:
+            bounds, spans = batch.narrow_bounds[tier], batch.narrow_spans[tier]
+            moves |= bounds.moves
+        if not (bounds.is_scored if config.needs_queries else moves):
             return
-        block_size = cache.key.shape[2]
-        block_ids = block_table[: cdiv(num_held, block_size)].long()
-        # [blocks, heads, block_size, size] -> [tokens, heads, size]
-        key = cache.key[block_ids].transpose(1, 2).flatten(0, 1)[:num_held]
-        scores = self._scores(window, newest, key, config)
-        if adds_up:
-            self._state.accumulated.retain(window.req_id, self.index, scores)
-        layer = None
-        if narrows or config.selection == "layer":
-            layer = over_heads(scores, not config.scoring.is_same_for_all_heads)
-        if narrows:
-            assert layer is not None
-            self._narrow(rows, self._kept_rows(rows, layer, config))
-        if num_kept < num_held:
-            groups = scores if config.selection == "head" else layer
-            assert groups is not None
-            kept = select_tokens(groups, num_kept, config.sinks, window.num_recent)
-            pages = None if window.pages is None else window.pages[self._group_id]
-            target = block_ids if pages is None else torch.tensor(pages)
-            compact(cache.key, cache.value, block_ids, target, kept)
-            if self._state.record is not None:
-                self._state.record.evict(window.req_id, self.index, kept)
-
-    def _narrow(self, rows: WindowRows, kept: torch.Tensor) -> None:
-        """Leave the next tier some rows of a request."""
-        state = self._state
-        assert state.pruner is not None
-        state.pruner.keep(rows, self.tier, kept)
-        if state.record is not None:
-            state.record.prune(rows.window.req_id, self.tier + 1, kept)
-
-    def _scores(
-        self,
-        window: PromptWindow,
-        newest: torch.Tensor | None,
-        key: torch.Tensor,
-        config: PolicyConfig,
-    ) -> torch.Tensor:
-        inputs = ScoreInputs(
-            newest,
-            key,
-            self.scale,
-            self.logits_soft_cap,
-            self.sink_logits,
-            window.num_recent,
+        own = scores[self._place : self._place + 1]
+        self._state.step.kernels.score(
+            config,
+            self.group.attention.layer(self._place, query_scale),
+            source[None],
+            self._only,
+            self._keys,
+            self._state.step.batch.pages(self.group.group_id),
+            spans,
+            own,
+            max_queries=bounds.max_queries,
+            max_tokens=bounds.max_tokens,
+            max_columns=bounds.max_tokens,
+            scratch=self._state.step.scratch,
         )
-        scores = layer_scores(inputs, config)
         if config.scored_queries is Queries.ALL:
-            return self._state.accumulated.add(window.req_id, self.index, scores)
-        return scores
+            self._accumulate(batch, own[0])
 
-    def _kept_rows(
-        self, rows: WindowRows, scores: torch.Tensor, config: PolicyConfig
-    ) -> torch.Tensor:
-        """Rows of the chunk that the next tier computes: ``[num_rows]``, ascending."""
-        num_rows = rows.num_rows(self.tier)
-        before = rows.window.num_tokens - rows.num_scheduled
-        return select_tokens(
-            scores[:, -num_rows:],
-            rows.num_rows(self.tier + 1),
-            max(0, config.sinks - before),
-            min(rows.num_scheduled, rows.window.num_recent),
-        )[0]
+    def _source(self, batch: WindowBatch, query: torch.Tensor) -> torch.Tensor:
+        """``[num_rows, num_heads, head_size]``: where the batch's queries lie; those
+        that a later chunk needs are kept."""
+        if batch.config.scored_queries is not Queries.WINDOW:
+            return query
+        queries, parts = self._state.queries, []
+        starts = batch.columns.starts[self.tier]
+        ends = starts + batch.columns.num_rows[self.tier]
+        for window, start, end in zip(batch.windows, starts, ends, strict=True):
+            if not window.num_queries or not (window.retain or batch.packed):
+                continue
+            newest = queries.newest(
+                window.req_id, self.index, query[start:end], window.num_queries
+            )
+            parts.append(newest)
+            if window.retain:
+                queries.retain(window.req_id, self.index, newest)
+        return torch.cat(parts) if batch.packed else query
+
+    def _accumulate(self, batch: WindowBatch, scores: torch.Tensor) -> None:
+        """Add the scores of earlier chunks, and keep them for later ones."""
+        accumulated = self._state.accumulated
+        starts = batch.offsets[self.tier]
+        ends = starts + batch.columns.num_held[self.tier]
+        for window, start, end in zip(batch.windows, starts, ends, strict=True):
+            own = scores[:, start:end]
+            own.copy_(accumulated.add(window.req_id, self.index, own))
+            if window.retain:
+                accumulated.retain(window.req_id, self.index, own.clone())
+
+    def _choose_rows(self, scores: torch.Tensor) -> None:
+        """Choose the rows of the next tier by this layer's scores."""
+        step, tier, state = self._state.step, self.tier, self._state
+        assert state.pruner is not None
+        kept = step.scratch.get("rows", (scores.shape[-1],), torch.int32)
+        for batch in step.batches:
+            bounds, config = batch.narrow_bounds[tier], batch.config
+            if not bounds.moves:
+                continue
+            final = self.group.final_scores(
+                scores, batch, batch.narrow_spans[tier], bounds, step
+            )
+            layer = over_heads(final, not config.scoring.is_same_for_all_heads)
+            rows = batch.row_spans[tier]
+            step.kernels.select(
+                layer, kept[None, None], rows, max_tokens=bounds.max_tokens
+            )
+        state.pruner.set_rows(tier, kept)
+        if state.record is not None:
+            state.record.prune(tier, step, kept)

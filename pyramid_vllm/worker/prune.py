@@ -13,7 +13,7 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 
 from pyramid_vllm.policy import KVPolicyError
-from pyramid_vllm.worker.step import BatchRows, WindowRows
+from pyramid_vllm.worker.step import TierStep
 
 _LOOP = ("positions", "hidden_states", "residual")
 #: What a stack of layers may be called with: nothing else has a row for each token.
@@ -84,6 +84,8 @@ class RowPruner:
     ) -> None:
         self._model = model
         self._layers = list(zip(layers, tier_of_layer, strict=True))
+        self._step: TierStep | None = None
+        """The step that prunes."""
         self._kept: dict[int, torch.Tensor] = {}
         """By tier: its rows, as indices of the tier's before."""
         self._rows_of_batch: torch.Tensor | None = None
@@ -92,29 +94,34 @@ class RowPruner:
         self._tier = 0
         self._num_rows = 0
 
-    def begin_tier(self, tier: int, rows: BatchRows) -> None:
-        """Prepare the rows of a tier: of every request the first ones, to be replaced
-        by ``keep`` where any are dropped."""
-        before, starts = rows.starts[tier - 1], rows.starts[tier]
-        num_rows = rows.num_rows[tier]
-        shift = torch.repeat_interleave((before - starts)[:-1], num_rows)
-        self._kept[tier] = torch.arange(len(shift)) + shift
-
-    def keep(self, rows: WindowRows, tier: int, kept: torch.Tensor) -> None:
-        """Set which of a request's rows of a tier the next tier computes.
+    def set_rows(self, tier: int, kept: torch.Tensor) -> None:
+        """Set the rows that the tier after ``tier`` computes.
 
         Args:
-            rows: the request.
             tier: the tier that has just run.
-            kept: ``[num_rows]``, int64, ascending, from its first row on.
+            kept: ``[num_scores]``, int32: of each window the chunk's rows that stay.
         """
-        start, end = rows.query_starts[tier + 1], rows.query_ends[tier + 1]
-        self._kept[tier + 1][start:end] = rows.query_starts[tier] + kept
+        step = self._step
+        assert step is not None
+        assert step.starts is not None
+        assert step.window_of is not None
+        assert step.row_offsets is not None
+        num_rows = step.rows.total_rows[tier + 1]
+        index = torch.empty(num_rows, dtype=torch.int32, device=kept.device)
+        step.kernels.row_indices(
+            step.starts[tier],
+            step.starts[tier + 1],
+            step.window_of[tier],
+            kept,
+            step.row_offsets[tier],
+            index,
+        )
+        self._kept[tier + 1] = index
 
     @contextmanager
-    def pruning(self) -> Iterator[None]:
+    def pruning(self, step: TierStep) -> Iterator[None]:
         """Install the hooks for one step."""
-        self._tier, self._kept = 0, {}
+        self._step, self._tier, self._kept = step, 0, {}
         self._rows_of_batch = self._positions = None
         with ExitStack() as hooks:
             handle = self._model.register_forward_pre_hook(_run_uncompiled)
@@ -143,6 +150,8 @@ class RowPruner:
 
     def _enter(self, tier: int, values: dict[str, Any]) -> None:
         """Go to the next tier's rows."""
+        assert self._step is not None
+        kernels = self._step.kernels
         self._tier, kept = tier, self._kept[tier]
         if self._rows_of_batch is None:
             self._num_rows = len(values["hidden_states"])
@@ -152,21 +161,11 @@ class RowPruner:
             return
         positions = values["positions"] if self._positions is None else self._positions
         values["positions"] = self._positions = positions.index_select(-1, kept)
-        values["hidden_states"] = self._gather(values["hidden_states"], kept)
+        values["hidden_states"] = kernels.gather_rows(values["hidden_states"], kept)
         if values["residual"] is not None:
-            values["residual"] = self._gather(values["residual"], kept)
+            values["residual"] = kernels.gather_rows(values["residual"], kept)
         before = self._rows_of_batch
         self._rows_of_batch = kept if before is None else before[kept]
-
-    def _gather(self, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """``[num_kept, width]``: some rows, in order."""
-        return rows[kept]
-
-    def _place(self, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """``[num_rows, width]``: rows in their places among zeros."""
-        full = rows.new_zeros((self._num_rows, *rows.shape[1:]))
-        full[places] = rows
-        return full
 
     def _scatter(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
@@ -175,7 +174,8 @@ class RowPruner:
         rows = self._rows_of_batch
         if rows is None:
             raise RuntimeError("KV policy: a step that should prune dropped no row")
-        return self._place(output, rows)
+        assert self._step is not None
+        return self._step.kernels.scatter_rows(output, rows, self._num_rows)
 
 
 def _run_uncompiled(module: nn.Module, args: Any) -> None:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyramid_vllm.kernels.spans import Spans
 from pyramid_vllm.policy import KVPolicyError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from pyramid_vllm.plan import GroupWindow, StepPlan
+    from pyramid_vllm.plan import StepPlan
     from pyramid_vllm.worker.layer import TieredLayer
-    from pyramid_vllm.worker.step import BatchRows
+    from pyramid_vllm.worker.rows import BatchRows
+    from pyramid_vllm.worker.step import TierStep
 
 
 class KeptRecord:
@@ -31,6 +33,7 @@ class KeptRecord:
 
     def __init__(self, layers: Sequence[TieredLayer]) -> None:
         self._layers = layers
+        self._place = {layer.index: place for place, layer in enumerate(layers)}
         self._held: dict[str, list[torch.Tensor]] = {}
         """By layer: ``[num_kv_heads, num_held]``, int64, in the order of the cache."""
         self._ended: set[str] = set()
@@ -48,15 +51,21 @@ class KeptRecord:
         """
         self._evicted[req_id, layer] = kept
 
-    def prune(self, req_id: str, tier: int, kept: torch.Tensor) -> None:
-        """Note which of the rows of the tier before it a tier computes.
+    def prune(self, tier: int, step: TierStep, kept: torch.Tensor) -> None:
+        """Note which rows of a tier the next one computes.
 
         Args:
-            req_id: the request.
-            tier: the tier that computes them.
-            kept: ``[num_rows]``, int64, ascending.
+            tier: the tier that chose.
+            step: the current step.
+            kept: ``[num_scores]``, int32: of each window the chunk's rows that stay.
         """
-        self._pruned[req_id, tier] = kept
+        for batch in step.batches:
+            spans = dict(zip(Spans._fields, batch.on_host[2, tier], strict=True))
+            for column, window in enumerate(batch.windows):
+                count, start = spans["num_kept"][column], spans["offset"][column]
+                if count < spans["num_held"][column]:
+                    rows = kept[start : start + count].long().cpu()
+                    self._pruned[window.req_id, tier + 1] = rows
 
     def end_forward(self, plan: StepPlan, rows: BatchRows) -> None:
         """Append the step's tokens, then take away those that were evicted.
@@ -102,38 +111,13 @@ class KeptRecord:
             kept = self._evicted.get((req_id, layer.index))
             held[i] = after if kept is None else after.gather(1, _by_head(kept, after))
 
-    def group(
-        self,
-        layers: Sequence[TieredLayer],
-        groups: Sequence[GroupWindow],
-        order: torch.Tensor,
-        num_kept: torch.Tensor,
-    ) -> None:
-        """Take away what groups of generated tokens were compressed by.
-
-        Args:
-            layers: some layers.
-            groups: of the step.
-            order: ``[num_layers, num_groups, 1 or num_kv_heads, group]``, int64, places
-                within the group, the best first.
-            num_kept: ``[num_layers, num_groups]``, int64, how many stay.
-        """
-        place = {layer.index: i for i, layer in enumerate(self._layers)}
-        for layer, of_layer, counts in zip(layers, order, num_kept, strict=True):
-            for window, best, count in zip(groups, of_layer, counts, strict=True):
-                held = self._held.get(window.req_id)
-                if held is None:
-                    continue
-                before, start = held[place[layer.index]], window.starts[layer.tier]
-                kept = best[:, : int(count)].sort(dim=1).values + start
-                held[place[layer.index]] = torch.cat(
-                    (
-                        before[:, :start],
-                        before.gather(1, _by_head(kept, before)),
-                        before[:, start + window.group :],
-                    ),
-                    dim=1,
-                )
+    def compress(self, req_id: str, layer: int, kept: torch.Tensor) -> None:
+        """Take away what a layer evicts after the forward pass: arguments as of
+        ``evict``."""
+        held = self._held.get(req_id)
+        if held is not None:
+            place = self._place[layer]
+            held[place] = held[place].gather(1, _by_head(kept, held[place]))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for ``collective_rpc``.
@@ -162,15 +146,8 @@ def check_recordable(layers: Sequence[Any], vllm_config: VllmConfig) -> None:
     Raises:
         KVPolicyError: names it.
     """
-    from pyramid_vllm.worker.layer import TieredLayer
-
     if not layers:
         raise KVPolicyError("kv_policy has no record: no layer of the model is tiered")
-    if not all(isinstance(layer, TieredLayer) for layer in layers):
-        raise KVPolicyError(
-            "kv_policy does not record what is kept on this device: its kernels do not "
-            "say which tokens they chose; valid is the CPU back end"
-        )
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     if num_ranks > 1:
         raise KVPolicyError(

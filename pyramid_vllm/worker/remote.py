@@ -9,7 +9,7 @@ from pyramid_vllm.worker.record import KeptRecord, check_recordable
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from pyramid_vllm.worker.shared import WorkerState
+    from pyramid_vllm.worker.state import WorkerState
 
 
 class RemoteCalls:

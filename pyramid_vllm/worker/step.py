@@ -1,73 +1,124 @@
-"""One step on a worker: the plan, mapped to the rows of its batch."""
+"""The current step: the plan, mapped to the rows of the runner's batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
-from pyramid_vllm.plan import PromptWindow, StepPlan
-from pyramid_vllm.worker.batch import Batch
+from pyramid_vllm.kernels.scratch import Scratch
+from pyramid_vllm.worker.rows import BatchRows
+from pyramid_vllm.worker.windows import WindowBatch, window_batches
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from pyramid_vllm.kernels.kernel_set import KernelSet
+    from pyramid_vllm.plan import StepPlan
+    from pyramid_vllm.policy import PolicyConfig
+    from pyramid_vllm.worker.generated import GeneratedQueries
+    from pyramid_vllm.worker.runners.adapter import RunnerAdapter
+    from pyramid_vllm.worker.runners.batch import StepInputs
 
-@dataclass(frozen=True)
-class WindowRows:
-    """A prompt window and where it lies in this step's batch."""
 
-    window: PromptWindow
-    row: int
-    """Row of the request's block table."""
-    query_starts: tuple[int, ...]
-    """First of its rows of the query tensor, per tier."""
-    query_ends: tuple[int, ...]
-    num_evicted: tuple[int, ...]
-    """Per tier, before this step."""
-    num_scheduled: int
-    """Prompt tokens of this step."""
+class _Upload:
+    """Arrays that go to the device in one copy."""
 
-    def num_held(self, tier: int) -> int:
-        """Tokens in a tier's pages while this step runs."""
-        before = self.window.num_tokens - self.num_scheduled - self.num_evicted[tier]
-        return before + self.num_rows(tier)
+    def __init__(self) -> None:
+        self._arrays: list[npt.NDArray[np.int32]] = []
 
-    def num_rows(self, tier: int) -> int:
-        """Rows that a tier computes."""
-        return self.query_ends[tier] - self.query_starts[tier]
+    def add(self, array: npt.NDArray[Any]) -> int:
+        """Take an array along; its place is where ``send`` returns it."""
+        self._arrays.append(np.ascontiguousarray(array, dtype=np.int32))
+        return len(self._arrays) - 1
+
+    def send(self, device: torch.device) -> list[torch.Tensor]:
+        """The same arrays, int32, on the device."""
+        if device.type == "cpu":
+            return [torch.from_numpy(array) for array in self._arrays]
+        flat = np.concatenate([array.ravel() for array in self._arrays])
+        sent = async_tensor_h2d(flat, device=device)
+        parts = sent.split([array.size for array in self._arrays])
+        return [
+            part.view(array.shape)
+            for part, array in zip(parts, self._arrays, strict=True)
+        ]
 
 
 class TierStep:
     """The current step, shared by a worker's metadata builders and layers.
 
     Between ``begin`` and ``finish`` the plan holds; outside (profiling and warm-up
-    steps) every tier is as in stock vLLM.
+    steps) every tier is as in stock vLLM. Captured graphs read lengths from
+    ``tier_lens`` and slots from the runner's own buffer: both are written before every
+    replay.
 
     Args:
         block_size: tokens of a page.
-        batch: the runner's batch, for the order of its rows.
+        adapter: the runner's.
+        runner: vLLM's.
+        tier_of_group: tiers of its KV cache groups; groups of no tier are left out.
+        policies: by the names that plans use.
+        kernels: of the device.
     """
 
-    def __init__(self, block_size: int, batch: Batch) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        adapter: RunnerAdapter,
+        runner: Any,
+        tier_of_group: Mapping[int, int],
+        policies: Mapping[str, PolicyConfig],
+        kernels: KernelSet,
+    ) -> None:
         self._block_size = block_size
-        self.batch = batch
+        self.batch, self.kernels = adapter, kernels
+        self.device: torch.device = runner.device
+        self.scratch = Scratch(self.device)
+        self._policies = policies
+        self.num_tiers = max(tier_of_group.values()) + 1
+        self._tier_of_group = torch.tensor(
+            [tier_of_group.get(group, -1) for group in range(adapter.num_groups)],
+            dtype=torch.int32,
+            device=self.device,
+        )
+        self.tier_lens = torch.zeros(
+            self.num_tiers, runner.max_num_reqs, dtype=torch.int32, device=self.device
+        )
+        self.generated: GeneratedQueries | None = None
+        """Queries of generated tokens; None: they are not scored."""
         self._plan: StepPlan | None = None
         self._rows: BatchRows | None = None
         self.shared: dict[Hashable, Any] = {}
         """Metadata that builders share in a step where all tiers have stock lengths."""
         self.num_layers_done = 0
         """Layers that have handled this step's windows."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._rows = None
+        self.shared.clear()
+        self.batches: list[WindowBatch] = []
+        """This step's windows."""
+        self.num_scores: list[int] = []
+        """By tier, of all windows."""
+        self.starts: torch.Tensor | None = None
+        """``[num_tiers, num_reqs + 1]``, int32, where rows are pruned."""
+        self.window_of: torch.Tensor | None = None
+        """``[num_tiers, num_reqs]``, int32: place of a request's window whose rows are
+        pruned for the next tier; -1: all of them stay."""
+        self.row_offsets: torch.Tensor | None = None
+        """``[num_tiers, num_windows]``, int32: place of its rows among the kept."""
 
     def begin(self, plan: StepPlan) -> None:
-        """Start a step. Its rows are mapped when the first builder asks."""
-        self._plan = plan
-        self._rows = None
-        self.num_layers_done = 0
-        self.shared.clear()
+        """Start a step. The runner's batch is mapped once it is there."""
+        self._reset()
+        self._plan, self.num_layers_done = plan, 0
 
     def finish(self, num_layers: int) -> None:
         """End a step.
@@ -76,8 +127,8 @@ class TierStep:
             RuntimeError: a layer that should have compacted did not run, or the
                 step ran with the lengths of stock vLLM.
         """
-        plan, rows, self._plan, self._rows = self._plan, self._rows, None, None
-        self.shared.clear()
+        plan, rows, self._plan = self._plan, self._rows, None
+        self._reset()
         if plan and plan.windows and self.num_layers_done != num_layers:
             raise RuntimeError(
                 f"KV policy: {self.num_layers_done} of {num_layers} layers compacted "
@@ -105,136 +156,90 @@ class TierStep:
         assert self._rows is not None, "attention ran before its metadata was built"
         return self._rows
 
+    def prepare(self, inputs: StepInputs) -> None:
+        """Compute what builders and layers read; the runner's slots are there already.
+
+        Args:
+            inputs: of the runner; its slots are rewritten in place.
+        """
+        plan = self._plan
+        if plan is None:
+            return
+        rows = self._rows = BatchRows(
+            plan, self.batch, inputs.starts_on_host, inputs.seq_lens_on_host
+        )
+        if plan.windows:
+            self.batches, self.num_scores = window_batches(
+                plan.windows, rows, self._policies
+            )
+        upload = _Upload()
+        evicted = upload.add(rows.num_evicted.numpy())
+        windows = [upload.add(batch.on_host) for batch in self.batches]
+        pruned = self._add_pruned(upload, rows) if plan.prunes else None
+        sent = upload.send(self.device)
+        for batch, place in zip(self.batches, windows, strict=True):
+            batch.upload(sent[place])
+        num_rows = None
+        if pruned:
+            num_rows, self.starts, self.window_of, self.row_offsets = sent[pruned:]
+        self.kernels.lengths(
+            inputs.seq_lens,
+            inputs.starts,
+            sent[evicted],
+            self._tier_of_group,
+            inputs.tables,
+            self.tier_lens[:, : inputs.num_padded],
+            inputs.slots,
+            block_size=self._block_size,
+            num_rows=num_rows,
+            row_starts=self.starts,
+        )
+        if self.generated is not None:
+            self.generated.begin_step(rows)
+
+    def _add_pruned(self, upload: _Upload, rows: BatchRows) -> int:
+        """Add what only steps that prune rows need; the place of the first of them."""
+        window_of = np.full(rows.num_rows.shape, -1, dtype=np.int32)
+        offsets, place = [], 0
+        for batch in self.batches:
+            columns = batch.columns
+            num_rows = columns.num_rows
+            offsets.append(batch.offsets + columns.num_held - num_rows)
+            places = np.arange(place, place + len(batch.windows))
+            for tier in range(self.num_tiers - 1):
+                narrows = num_rows[tier + 1] < num_rows[tier]
+                window_of[tier, columns.row[narrows]] = places[narrows]
+            place += len(batch.windows)
+        first = upload.add(rows.num_rows.numpy())
+        upload.add(rows.starts.numpy())
+        upload.add(window_of)
+        upload.add(np.concatenate(offsets, axis=1))
+        return first
+
     def for_tier(
         self, tier: int, common: CommonAttentionMetadata
     ) -> CommonAttentionMetadata:
-        """The metadata with the tier's lengths; its slots are rewritten in place.
-
-        The slots have to be written where they are, for the KV write reads the same
-        storage. They follow from lengths alone, so that writing them twice is harmless.
-        """
-        if self._plan is None:
-            return common
-        if self._rows is None:
-            starts = common.query_start_loc_cpu[: len(self.batch.req_ids) + 1]
-            seq_lens = common.seq_lens[: len(starts) - 1]
-            self._rows = BatchRows(self._plan, self.batch, starts, seq_lens)
-        rows = self._rows
-        if not (rows.has_evicted[tier] or rows.is_pruned[tier]):
-            return common
-        positions, row_of_token = rows.positions(tier)
-        blocks = common.block_table_tensor[row_of_token, positions // self._block_size]
-        slots = blocks * self._block_size + positions % self._block_size
-        common.slot_mapping[: len(positions)] = slots
+        """The metadata with the tier's lengths; its slots are rewritten in place."""
+        if self._plan is not None and self._rows is None:
+            self.prepare(self.batch.inputs(common))
+        lens = self.tier_lens[tier, : common.num_reqs]
         tiered = copy.copy(common)
-        tiered.seq_lens = rows.seq_lens[tier]
-        tiered.max_seq_len = int(tiered.seq_lens.max())
-        tiered.seq_lens_cpu_upper_bound = None
+        tiered.seq_lens = lens
+        if self._plan is None:
+            # Warm-up and capture: a replay reads these lengths where they lie now.
+            lens.copy_(common.seq_lens)
+            return tiered
+        rows = self.rows
+        on_host = torch.zeros(common.num_reqs, dtype=torch.int32)
+        on_host[: rows.seq_lens.shape[1]] = rows.seq_lens[tier]
+        tiered.seq_lens_cpu_upper_bound = on_host
+        tiered.max_seq_len = int(on_host.max())
         tiered._num_computed_tokens_cache = None
         if rows.is_pruned[tier]:
-            tiered.query_start_loc = tiered.query_start_loc_cpu = rows.starts[tier]
-            tiered.num_actual_tokens = len(positions)
+            assert self.starts is not None
+            tiered.query_start_loc = self.starts[tier]
+            tiered.query_start_loc_cpu = rows.starts[tier]
+            tiered.num_actual_tokens = rows.total_rows[tier]
             tiered.max_query_len = int(rows.num_rows[tier].max())
+            tiered._token_to_req_indices_cache = None
         return tiered
-
-
-class BatchRows:
-    """Lengths, rows and positions of all tiers, computed once a step.
-
-    Args:
-        plan: the step's plan.
-        batch: the runner's batch.
-        starts: ``[num_reqs + 1]``, int32, on CPU: first row of each request.
-        seq_lens: ``[num_reqs]``, int32, on CPU: computed tokens with this step's.
-    """
-
-    def __init__(
-        self, plan: StepPlan, batch: Batch, starts: torch.Tensor, seq_lens: torch.Tensor
-    ) -> None:
-        self._batch = batch
-        self.row_of = batch.row_of
-        num_reqs, num_tiers = len(seq_lens), plan.num_evicted.shape[1]
-        # [num_tiers, num_reqs]: kernels read a tier's lengths as contiguous memory.
-        self.num_evicted = torch.zeros(num_tiers, num_reqs, dtype=torch.int32)
-        self.has_evicted = [False] * num_tiers
-        if plan.has_evicted:
-            order = [self.row_of[req_id] for req_id in plan.req_ids]
-            self.num_evicted[:, order] = torch.from_numpy(plan.num_evicted.T)
-            self.has_evicted = (self.num_evicted > 0).any(dim=1).tolist()
-        scheduled = (starts[1:] - starts[:-1]).to(torch.int32)
-        self.num_rows = scheduled.expand(num_tiers, -1)
-        self.starts = starts.to(torch.int32).expand(num_tiers, -1)
-        self.is_pruned = [False] * num_tiers
-        if plan.prunes:
-            self._prune(plan, scheduled)
-        self.total_rows: list[int] = self.starts[:, -1].tolist()
-        """Rows that each tier computes, of all requests."""
-        self.seq_lens = seq_lens - self.num_evicted
-        if plan.prunes:
-            self.seq_lens -= scheduled - self.num_rows
-        self._scheduled = scheduled
-        self.total_scheduled = int(starts[num_reqs])
-        """Tokens of this step, of all requests."""
-        self._rows = torch.arange(num_reqs)
-        self._row_of_token: torch.Tensor | None = None
-        self.windows = self._windows(plan, scheduled) if plan.windows else []
-
-    def _prune(self, plan: StepPlan, scheduled: torch.Tensor) -> None:
-        self.num_rows = self.num_rows.contiguous()
-        for window in plan.windows:
-            if window.num_rows is not None:
-                rows = torch.tensor(window.num_rows, dtype=torch.int32)
-                self.num_rows[:, self.row_of[window.req_id]] = rows
-        self.starts = torch.zeros(
-            len(self.num_rows), len(scheduled) + 1, dtype=torch.int32
-        )
-        self.starts[:, 1:] = self.num_rows.cumsum(1)
-        self.is_pruned = (self.num_rows < scheduled).any(dim=1).tolist()
-
-    def _windows(self, plan: StepPlan, scheduled: torch.Tensor) -> list[WindowRows]:
-        order = [self.row_of[window.req_id] for window in plan.windows]
-        first = self.starts[:, order].T.tolist()
-        last = (self.starts[:, order] + self.num_rows[:, order]).T.tolist()
-        evicted = self.num_evicted[:, order].T.tolist()
-        return [
-            WindowRows(
-                window=window,
-                row=row,
-                query_starts=tuple(first[i]),
-                query_ends=tuple(last[i]),
-                num_evicted=tuple(evicted[i]),
-                num_scheduled=int(scheduled[row]),
-            )
-            for i, (window, row) in enumerate(zip(plan.windows, order, strict=True))
-        ]
-
-    def positions(self, tier: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place of each of the tier's rows in its request's pages, and its request.
-
-        Both are ``[num_rows]``, int64.
-        """
-        rows, starts = self.num_rows[tier], self.starts[tier]
-        if self.is_pruned[tier]:
-            row_of_token = torch.repeat_interleave(self._rows, rows)
-        else:
-            if self._row_of_token is None:
-                self._row_of_token = torch.repeat_interleave(self._rows, rows)
-            row_of_token = self._row_of_token
-        # A request's first place, less that row's place in the batch.
-        shift = self.seq_lens[tier] - starts[1:]
-        return shift[row_of_token] + torch.arange(len(row_of_token)), row_of_token
-
-    def progress(self) -> Iterator[tuple[str, int, int, int]]:
-        """Of each request: its name, computed tokens with this step's, generated ones
-        among them, and tokens of this step."""
-        batch, scheduled = self._batch, self._scheduled.numpy()
-        count = len(scheduled)
-        ends = batch.num_computed[:count] + scheduled
-        generated = ends - batch.num_prompt[:count]
-        return zip(
-            batch.req_ids,
-            ends.tolist(),
-            generated.tolist(),
-            scheduled.tolist(),
-            strict=True,
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -18,16 +19,18 @@ from pyramid_vllm.spec import (
     model_weights,
     request_policies,
 )
-from pyramid_vllm.worker.adapter import RunnerAdapter, adapter_of
 from pyramid_vllm.worker.binding import LayerBinder, bind_builders
+from pyramid_vllm.worker.cache_group import CacheGroup, compress_generated
 from pyramid_vllm.worker.counters import WorkerCounters
-from pyramid_vllm.worker.guard import guard_runner
-from pyramid_vllm.worker.path import ComputePath, path_of
+from pyramid_vllm.worker.generated import GeneratedQueries, QueryShape
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
-from pyramid_vllm.worker.query_slots import QueryShape
 from pyramid_vllm.worker.remote import RemoteCalls
-from pyramid_vllm.worker.shared import WorkerState
-from pyramid_vllm.worker.timing import with_times
+from pyramid_vllm.worker.runners.adapter import RunnerAdapter, adapter_of
+from pyramid_vllm.worker.runners.guard import guard_runner
+from pyramid_vllm.worker.state import WorkerState
+from pyramid_vllm.worker.step import TierStep
+from pyramid_vllm.worker.timing import DeviceTimer, HostTimer, with_times
+from pyramid_vllm.worker.warmup import compile_kernels
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,7 +62,7 @@ class TieredWorker(RemoteCalls):
         self.tier_layers = []
         self.tier_state = None
         self.adapter: RunnerAdapter | None = None
-        self._path: ComputePath | None = None
+        self._groups: list[CacheGroup] = []
         self._tier_of_group: dict[int, int] = {}
         self._is_warming_up = False
         self._has_failed = False
@@ -163,26 +166,38 @@ class TieredWorker(RemoteCalls):
         assert adapter is not None
         context = self.compilation_config.static_forward_context
         binder = LayerBinder(runner, adapter, context, names, rule)
-        path = path_of(binder.access(names[0]), adapter, runner, policies.valid)
-        shape = self._query_shape()
-        self._path = path
-        state = self.tier_state = WorkerState(
-            step=path.make_step(block_size, self._tier_of_group),
-            policies=policies.valid,
-            pruner=self._make_pruner(path, rule, names) if rule.prunes else None,
-            counters=WorkerCounters(len(names)),
-            group_queries=path.make_queries(shape) if shape else None,
-            timer=path.make_timer(),
+        kernels = binder.access(names[0]).kernels()
+        kernels.check_policies(policies.valid.values())
+        step = TierStep(
+            block_size,
+            adapter,
+            runner,
+            self._tier_of_group,
+            policies.valid,
+            kernels,
         )
-        bind_builders(runner, state.step, self._tier_of_group)
+        adapter.prepare = step.prepare
+        shape, device = self._query_shape(), runner.device
+        if shape is not None:
+            step.generated = GeneratedQueries(
+                shape, runner.max_num_tokens, device, kernels
+            )
+        state = self.tier_state = WorkerState(
+            step=step,
+            policies=policies.valid,
+            pruner=self._make_pruner(rule, names) if rule.prunes else None,
+            counters=WorkerCounters(len(names)),
+            timer=DeviceTimer() if device.type == "cuda" else HostTimer(),
+        )
+        bind_builders(runner, step, self._tier_of_group)
         for group_id in self._tier_of_group:
-            self.tier_layers += binder.bind(group_id, path, state)
+            parts = binder.bind(group_id, state)
+            self.tier_layers += parts
+            self._groups.append(parts[0].group)
         self.tier_layers.sort(key=lambda layer: layer.index)
-        guard_runner(runner, state.step)
+        guard_runner(runner, step)
 
-    def _make_pruner(
-        self, path: ComputePath, rule: LengthRule, names: list[str]
-    ) -> RowPruner:
+    def _make_pruner(self, rule: LengthRule, names: list[str]) -> RowPruner:
         groups = self.model_runner.kv_cache_config.kv_cache_groups
         if not all(isinstance(g.kv_cache_spec, TierAttentionSpec) for g in groups):
             raise KVPolicyError(
@@ -191,7 +206,7 @@ class TieredWorker(RemoteCalls):
             )
         model = self.model_runner.get_model()
         layers = decoder_layers(model, names)
-        return path.make_pruner(model, layers, rule.layout.tier_of_layer)
+        return RowPruner(model, layers, rule.layout.tier_of_layer)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up and capture; such steps carry no plan."""
@@ -199,8 +214,16 @@ class TieredWorker(RemoteCalls):
         self._is_warming_up = True
         times = stock.compile_or_warm_up_model()
         self._is_warming_up = False
-        if self._path is not None:  # a model without a KV cache has none
-            self._path.warm_up(self.kv_policy)
+        state = self.tier_state  # a model without a KV cache has none
+        if state is not None and state.step.kernels.IS_COMPILED:
+            model = self.model_config
+            heads = model.get_num_attention_heads(self.parallel_config)
+            count = compile_kernels(
+                self._groups[0], self.kv_policy, state.step, heads, model.dtype
+            )
+            logger.info(
+                "KV policy %s: warmed up by %d launches", self.kv_policy.name, count
+            )
         return times
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
@@ -227,10 +250,9 @@ class TieredWorker(RemoteCalls):
                 "KV policy: a step came without a plan; the scheduler must be "
                 "pyramid_vllm.scheduler.PyramidScheduler"
             )
-        state, adapter, path = self.tier_state, self.adapter, self._path
+        state, adapter = self.tier_state, self.adapter
         assert state is not None
         assert adapter is not None
-        assert path is not None
         state.begin(plan)
         adapter.begin(plan)
         with state.pruning(plan):
@@ -239,9 +261,9 @@ class TieredWorker(RemoteCalls):
             state.record.end_forward(plan, state.step.rows)
         adapter.after_forward()
         if plan.groups:
-            with state.timer.part():
-                path.compress_groups(plan, state)
-        path.end_step(plan, state)
+            # As the runner's step, whose buffers are written here.
+            with state.timer.part(), torch.inference_mode():
+                compress_generated(self._groups, state)
         state.finish(plan, len(self.tier_layers))
         num_freed = adapter.truncate(self._tier_of_group, plan)
         if num_freed and not state.counters.num_pages_freed:

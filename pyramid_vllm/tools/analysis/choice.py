@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyramid_vllm import scorers
 from pyramid_vllm.kernels import select_tokens
 from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries
-from pyramid_vllm.worker import scorers
 
 
 @dataclass

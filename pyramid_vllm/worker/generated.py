@@ -1,17 +1,110 @@
-"""The newest queries of generating requests on a GPU, inside captured graphs too."""
+"""The newest queries of generating requests, which score what they generated."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from pyramid_vllm.kernels.queries_triton import count_missing, store_queries
-from pyramid_vllm.kernels.requests_triton import Spans
-from pyramid_vllm.worker.query_slots import GeneratedRows, QueryShape, QuerySlots
-from pyramid_vllm.worker.step import BatchRows
+from pyramid_vllm.kernels.spans import Spans
+from pyramid_vllm.worker.rows import BatchRows
+
+if TYPE_CHECKING:
+    from pyramid_vllm.kernels.kernel_set import KernelSet
 
 
-class DeviceGroupQueries(QuerySlots):
+class QueryShape(NamedTuple):
+    """Size of a buffer of queries."""
+
+    num_layers: int
+    """Tiered layers of this worker."""
+    max_num_seqs: int
+    """Most requests at once."""
+    num_queries: int
+    """Queries of a request."""
+    num_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffer."""
+        elements = self.num_layers * self.max_num_seqs * self.num_queries
+        return elements * self.num_heads * self.head_size * self.dtype.itemsize
+
+
+class GeneratedRows(NamedTuple):
+    """This step's generated tokens, in the order of the batch; all ``[num_tokens]``."""
+
+    row: torch.Tensor
+    """Int64: the request's row."""
+    from_end: torch.Tensor
+    """Int64: 1 is a request's newest token, 2 the one before."""
+    target: torch.Tensor
+    """Int64: place of its query in the buffer."""
+    position: torch.Tensor
+    """Int64: its position in the request."""
+
+
+class QuerySlots:
+    """Which requests have a place for their newest queries.
+
+    A request has a slot; the query of position ``p`` lies at ``p % num_queries``.
+
+    Args:
+        shape: of the buffer.
+    """
+
+    def __init__(self, shape: QueryShape) -> None:
+        self.num_queries = shape.num_queries
+        self._slot_of: dict[str, int] = {}
+        self._free = list(reversed(range(shape.max_num_seqs)))
+
+    def __len__(self) -> int:
+        """Requests that have a slot."""
+        return len(self._slot_of)
+
+    def slot(self, req_id: str) -> int:
+        """The slot of a generating request."""
+        return self._slot_of[req_id]
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        """Free the slots of requests that finished or were preempted."""
+        for req_id in req_ids:
+            slot = self._slot_of.pop(req_id, None)
+            if slot is not None:
+                self._free.append(slot)
+
+    def generated(self, step: BatchRows) -> GeneratedRows:
+        """The step's generated tokens that are to be kept, their requests given slots.
+
+        Args:
+            step: this step's rows.
+        """
+        rows, slots, ends, counts = [], [], [], []
+        for row, (req_id, end, generated, scheduled) in enumerate(step.progress()):
+            if generated <= 0:
+                continue
+            slot = self._slot_of.get(req_id)
+            if slot is None:
+                slot = self._slot_of[req_id] = self._free.pop()
+            rows.append(row)
+            slots.append(slot)
+            ends.append(end)
+            counts.append(min(scheduled, generated, self.num_queries))
+        count = torch.tensor(counts, dtype=torch.int64)
+        last = torch.tensor([ends, slots, rows], dtype=torch.int64)
+        end, slot_of, row_of = last.repeat_interleave(count, dim=1)
+        behind = count.cumsum(0).repeat_interleave(count)
+        from_end = behind - torch.arange(len(row_of))
+        place = (end - from_end) % self.num_queries
+        target = slot_of * self.num_queries + place
+        return GeneratedRows(row_of, from_end, target, end - from_end)
+
+
+class GeneratedQueries(QuerySlots):
     """The newest queries of every generating request, in every layer.
 
     A replayed graph runs no Python: the copy of queries is part of the graph, and reads
@@ -22,12 +115,18 @@ class DeviceGroupQueries(QuerySlots):
         shape: of the buffer.
         max_num_tokens: most rows of a step.
         device: where the buffer lies.
+        kernels: of the device.
     """
 
     def __init__(
-        self, shape: QueryShape, max_num_tokens: int, device: torch.device
+        self,
+        shape: QueryShape,
+        max_num_tokens: int,
+        device: torch.device,
+        kernels: KernelSet,
     ) -> None:
         super().__init__(shape)
+        self._kernels = kernels
         places = shape.max_num_seqs * shape.num_queries
         self.buffer = torch.zeros(
             shape.num_layers,
@@ -114,7 +213,7 @@ class DeviceGroupQueries(QuerySlots):
                 )
                 self._of_tier[tier] = target, position
             target, position = self._of_tier[tier]
-        store_queries(
+        self._kernels.store_queries(
             query, target, position, scale, self.buffer[layer], self._tags[layer]
         )
 
@@ -129,5 +228,5 @@ class DeviceGroupQueries(QuerySlots):
             first: ``[num_requests]``, int32: position of the oldest query of each.
         """
         tags = self._tags[layers]
-        count_missing(tags, spans, first, self._missing, self.num_queries)
+        self._kernels.count_missing(tags, spans, first, self._missing, self.num_queries)
         self._missing_on_host.copy_(self._missing, non_blocking=True)

@@ -71,8 +71,8 @@ def recency(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
     return recency_scores(inputs.key.shape[0], inputs.key.device)
 
 
-def layer_scores(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
-    """Scores of one request in one layer, pooled where the policy says so.
+def scored(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """What a policy's scorer gives for one request in one layer.
 
     Returns:
         ``[num_kv_heads or 1, num_tokens]``, float32.
@@ -88,6 +88,12 @@ def layer_scores(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
             f"KV policy: scorer '{config.scorer}' gave {scores.dtype} of shape "
             f"{tuple(scores.shape)}: valid is torch.float32 of {(rows, num_tokens)}"
         )
+    return scores
+
+
+def layer_scores(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """The same, pooled where the policy says so."""
+    scores = scored(inputs, config)
     if not config.pools:
         return scores
     return pooled(scores, inputs.num_recent, config.pooling, config.pool_kernel)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pyramid_vllm.plan import StepPlan
     from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.prune import RowPruner
-    from pyramid_vllm.worker.query_slots import QuerySlots
     from pyramid_vllm.worker.record import KeptRecord
     from pyramid_vllm.worker.step import TierStep
 
@@ -30,8 +29,6 @@ class WorkerState:
     counters: WorkerCounters
     pruner: RowPruner | None
     """None: the policy prunes nothing."""
-    group_queries: QuerySlots | None
-    """None: generated tokens are not scored."""
     timer: CompactionTimer
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)
@@ -39,11 +36,11 @@ class WorkerState:
     """Which tokens are held; None: nobody asked."""
 
     def begin(self, plan: StepPlan) -> None:
-        """Start a step: what left is forgotten."""
+        """Start a step: requests that left are forgotten."""
         self.queries.release(plan.released)
         self.accumulated.release(plan.released)
-        if self.group_queries is not None:
-            self.group_queries.release(plan.released)
+        if self.step.generated is not None:
+            self.step.generated.release(plan.released)
         self.step.begin(plan)
         self.counters.num_scheduled += plan.num_prompt_tokens
 
@@ -53,7 +50,7 @@ class WorkerState:
             return nullcontext()
         assert self.pruner is not None
         self.counters.num_pruned_steps += 1
-        return self.pruner.pruning()
+        return self.pruner.pruning(self.step)
 
     def finish(self, plan: StepPlan, num_layers: int) -> None:
         """End a step.
@@ -61,6 +58,8 @@ class WorkerState:
         Raises:
             RuntimeError: a layer did not do its part.
         """
+        if self.step.generated is not None:
+            self.step.generated.end_step()
         self.step.finish(num_layers)
         through = [w.req_id for w in plan.windows if not w.retain]
         self.queries.release(through)

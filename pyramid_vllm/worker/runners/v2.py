@@ -7,7 +7,7 @@ of an engine with a policy. Removal: see ``patches/``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 
-if TYPE_CHECKING:
-    from pyramid_vllm.plan import StepPlan
+from pyramid_vllm.kernels.spans import BlockTables
+from pyramid_vllm.worker.runners.batch import Prepare, StepInputs
 
-#: Called with the runner's batch, the tables and the slots of its step.
-Prepare = Callable[[Any, Sequence[torch.Tensor], torch.Tensor], None]
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from pyramid_vllm.plan import StepPlan
 
 
 class V2Runner:
@@ -34,7 +36,7 @@ class V2Runner:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self.prepare: Prepare | None = None
-        """Set by the worker where lengths and slots are computed on the device."""
+        """Called between the runner's slots and its metadata."""
         self._plan: StepPlan | None = None
         self._tables: Sequence[torch.Tensor] = ()
         self._row_of: dict[str, int] = {}
@@ -99,7 +101,38 @@ class V2Runner:
         self._input_batch, self._tables = input_batch, tables
         self._row_of = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
         if self.prepare is not None:
-            self.prepare(input_batch, tables, slots)
+            self.prepare(self._inputs(input_batch, tables, slots))
+
+    def _inputs(
+        self, input_batch: Any, tables: Sequence[torch.Tensor], slots: torch.Tensor
+    ) -> StepInputs:
+        count = input_batch.num_reqs
+        of_runner = self._runner.block_tables
+        return StepInputs(
+            starts=input_batch.query_start_loc[: count + 1],
+            starts_on_host=torch.from_numpy(
+                input_batch.query_start_loc_np[: count + 1]
+            ),
+            seq_lens=input_batch.seq_lens[:count],
+            seq_lens_on_host=input_batch.seq_lens_cpu_upper_bound[:count],
+            num_padded=input_batch.num_reqs_after_padding,
+            tables=BlockTables(
+                tables,
+                of_runner.input_block_table_ptrs,
+                of_runner.block_table_strides,
+            ),
+            slots=slots,
+        )
+
+    def inputs(self, common: CommonAttentionMetadata) -> StepInputs:
+        """The runner builds no metadata before ``prepare``."""
+        raise RuntimeError("KV policy: metadata was built before its lengths")
+
+    @property
+    def num_groups(self) -> int:
+        """KV cache groups."""
+        num_groups: int = self._runner.block_tables.num_kv_cache_groups
+        return num_groups
 
     @property
     def req_ids(self) -> Sequence[str]:

@@ -10,9 +10,13 @@ import numpy.typing as npt
 import torch
 from vllm.utils.math_utils import cdiv
 
-from pyramid_vllm.worker.generators import make_rewindable
+from pyramid_vllm.kernels.spans import BlockTables
+from pyramid_vllm.worker.runners.batch import Prepare, StepInputs
+from pyramid_vllm.worker.runners.generators import make_rewindable
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
     from pyramid_vllm.plan import StepPlan
 
 
@@ -26,6 +30,28 @@ class V1Runner:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._batch = runner.input_batch
+        self.prepare: Prepare | None = None
+        """Not called: inputs are asked for."""
+
+    @property
+    def num_groups(self) -> int:
+        """KV cache groups."""
+        return len(self._batch.block_table.block_tables)
+
+    def inputs(self, common: CommonAttentionMetadata) -> StepInputs:
+        """A step's inputs, from its first group's metadata and all groups' tables."""
+        tables = self._batch.block_table.block_tables
+        starts = common.query_start_loc_cpu[: len(self.req_ids) + 1]
+        seq_lens = common.seq_lens[: len(starts) - 1]
+        return StepInputs(
+            starts=starts,
+            starts_on_host=starts,
+            seq_lens=seq_lens,
+            seq_lens_on_host=seq_lens,
+            num_padded=common.num_reqs,
+            tables=BlockTables.of([self.pages(i) for i in range(len(tables))]),
+            slots=[table.slot_mapping.gpu for table in tables],
+        )
 
     @property
     def req_ids(self) -> Sequence[str]:

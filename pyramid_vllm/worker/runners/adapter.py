@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pyramid_vllm.worker.batch import Batch
-from pyramid_vllm.worker.v1 import V1Runner
-from pyramid_vllm.worker.v2 import V2Runner
+from pyramid_vllm.worker.runners.batch import Batch, Prepare, StepInputs
+from pyramid_vllm.worker.runners.v1 import V1Runner
+from pyramid_vllm.worker.runners.v2 import V2Runner
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
     from pyramid_vllm.plan import StepPlan
 
 
 class RunnerAdapter(Batch, Protocol):
     """A model runner, as the worker uses it."""
+
+    prepare: Prepare | None
+    """Set by the worker: called with a step's inputs as soon as they are there."""
+
+    @property
+    def num_groups(self) -> int:
+        """KV cache groups."""
+
+    def inputs(self, common: CommonAttentionMetadata) -> StepInputs:
+        """A step's inputs, where they are asked for when its metadata is built."""
 
     def kernel_block_size(self, group_id: int) -> int:
         """Tokens of the blocks that a group's kernels see."""

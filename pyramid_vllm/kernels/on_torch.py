@@ -1,0 +1,263 @@
+"""The kernel set of CPUs: torch, one request after the other.
+
+The functions are those of ``KernelSet``; see there for their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pyramid_vllm.kernels.compact import compact_requests
+from pyramid_vllm.kernels.score import pooled
+from pyramid_vllm.kernels.select import keep_best
+from pyramid_vllm.kernels.spans import Attention, BlockTables, PagedLayers, Spans
+from pyramid_vllm.policy import PolicyConfig
+from pyramid_vllm.scorers import ScoreInputs, scored
+
+IS_COMPILED = False
+
+
+def check_policies(policies: Iterable[PolicyConfig]) -> None:
+    """Any scorer will do."""
+
+
+class _Span:
+    """One request of a launch; fields as in ``Spans``."""
+
+    row: int
+    query_start: int
+    ring_start: int
+    num_queries: int
+    num_held: int
+    num_kept: int
+    num_first: int
+    num_recent: int
+    column: int
+    num_columns: int
+    offset: int
+
+    def __init__(self, values: Sequence[int]) -> None:
+        self.__dict__.update(zip(Spans._fields, values, strict=True))
+
+
+def _each(spans: Spans) -> Iterator[_Span]:
+    return map(_Span, zip(*(field.tolist() for field in spans), strict=True))
+
+
+def lengths(
+    seq_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    evicted: torch.Tensor,
+    tier_of_group: torch.Tensor,
+    tables: BlockTables,
+    tier_lens: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    *,
+    block_size: int,
+    num_rows: torch.Tensor | None = None,
+    row_starts: torch.Tensor | None = None,
+) -> None:
+    """Lengths of all tiers; slots of those that differ from stock vLLM's."""
+    count = len(seq_lens)
+    scheduled = query_starts[1:] - query_starts[:-1]
+    held = seq_lens - evicted
+    differs = (evicted != 0).any(dim=1)
+    if num_rows is not None:
+        held -= scheduled - num_rows
+        differs |= (num_rows != scheduled).any(dim=1)
+    tier_lens[:, :count] = held
+    tier_lens[:, count:] = 0
+    changed = differs.tolist()
+    places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for group, tier in enumerate(tier_of_group.tolist()):
+        if tier < 0 or not changed[tier]:
+            continue
+        if tier not in places:
+            rows = scheduled if num_rows is None else num_rows[tier]
+            starts = query_starts if row_starts is None else row_starts[tier]
+            places[tier] = _places(held[tier], rows, starts)
+        row, place = places[tier]
+        block = tables.tensors[group][row, place // block_size].long()
+        slots[group][: len(row)] = block * block_size + place % block_size
+        # Rows that are pruned are written nowhere.
+        slots[group][len(row) : int(query_starts[count])] = -1
+
+
+def _places(
+    held: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request of each of a tier's rows, and its token's place in the pages."""
+    row = torch.repeat_interleave(rows)
+    # The place of a request's first row, less that row's place in the batch.
+    shift = held - starts[1:]
+    return row, shift[row] + torch.arange(len(row))
+
+
+def score(
+    config: PolicyConfig,
+    attention: Attention,
+    query: torch.Tensor,
+    query_layers: torch.Tensor,
+    keys: PagedLayers,
+    block_table: torch.Tensor,
+    spans: Spans,
+    out: torch.Tensor,
+    *,
+    max_queries: int,
+    max_tokens: int,
+    max_columns: int,
+    ring: int | None = None,
+    scratch: Any = None,
+) -> None:
+    """Score by ``config``'s own scorer."""
+    page = keys.like.shape[2]
+    for layer, (cache, of_query) in enumerate(
+        zip(keys.caches, query_layers.tolist(), strict=True)
+    ):
+        sinks = attention.sink_logits
+        for span in _each(spans):
+            newest = None
+            if config.needs_queries:
+                if not span.num_queries:
+                    continue
+                newest = _newest(query[of_query], span, ring)
+            blocks = block_table[span.row, : -(-span.num_held // page)].long()
+            # [blocks, heads, page, size] -> [tokens, heads, size]
+            key = cache[blocks].transpose(1, 2).flatten(0, 1)[: span.num_held]
+            inputs = ScoreInputs(
+                newest,
+                key,
+                attention.scale,
+                attention.logits_soft_cap,
+                None if sinks is None else sinks[layer],
+                span.num_recent,
+            )
+            found = scored(inputs, config)
+            columns = slice(span.column, span.column + span.num_columns)
+            to = slice(span.offset, span.offset + span.num_columns)
+            out[layer, : len(found), to] = found[:, columns]
+
+
+def _newest(query: torch.Tensor, span: _Span, ring: int | None) -> torch.Tensor:
+    """``[num_queries, num_heads, head_size]``, of one layer."""
+    if ring is None:
+        return query[span.query_start : span.query_start + span.num_queries]
+    places = (span.ring_start + torch.arange(span.num_queries)) % ring
+    return query[span.query_start + places]
+
+
+def pool(
+    scores: torch.Tensor,
+    out: torch.Tensor,
+    spans: Spans,
+    kind: str,
+    kernel: int,
+    *,
+    max_tokens: int,
+) -> None:
+    """Pool the scores of each request, in all layers at once."""
+    for span in _each(spans):
+        own = slice(span.offset, span.offset + span.num_held)
+        part = scores[..., own]
+        result = pooled(part.flatten(0, 1), span.num_recent, kind, kernel)
+        out[..., own] = result.view_as(part)
+
+
+def select(
+    scores: torch.Tensor, out: torch.Tensor, spans: Spans, *, max_tokens: int
+) -> None:
+    """Choose what stays of each request, in all layers at once."""
+    for span in _each(spans):
+        if span.num_kept >= span.num_held:
+            continue
+        start = span.offset + span.num_first - span.column
+        end = span.offset + span.num_held - span.num_recent - span.column
+        middle = scores[..., start:end]
+        kept = keep_best(
+            middle.flatten(0, 1), span.num_kept, span.num_first, span.num_held
+        )
+        to = slice(span.offset, span.offset + span.num_kept)
+        out[..., to] = kept.view(*middle.shape[:-1], -1)
+
+
+def compact(
+    keys: PagedLayers,
+    values: PagedLayers,
+    block_table: torch.Tensor,
+    spans: Spans,
+    on_host: npt.NDArray[np.int32],
+    kept: torch.Tensor,
+) -> None:
+    """Move what stays of all requests, one layer after the other."""
+    compact_requests(keys, values, block_table, on_host, kept)
+
+
+def row_indices(
+    starts: torch.Tensor,
+    next_starts: torch.Tensor,
+    window_of: torch.Tensor,
+    kept: torch.Tensor,
+    offset: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Rows that the next tier computes."""
+    counts = next_starts[1:] - next_starts[:-1]
+    shift = torch.repeat_interleave((starts - next_starts)[:-1], counts)
+    torch.add(torch.arange(len(shift)), shift, out=out)
+    for request, window in enumerate(window_of.tolist()):
+        if window >= 0:
+            begin, end = next_starts[request : request + 2].tolist()
+            first = int(offset[window])
+            rows = kept[first : first + end - begin]
+            out[begin:end] = starts[request] + rows
+
+
+def gather_rows(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``source[index]``"""
+    return source[index]
+
+
+def scatter_rows(
+    source: torch.Tensor, index: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """Rows in their places among zeros."""
+    out = source.new_zeros((num_rows, *source.shape[1:]))
+    out[index] = source
+    return out
+
+
+def store_queries(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    positions: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    tags: torch.Tensor,
+) -> None:
+    """Copy the queries of some rows to their places in a buffer."""
+    target, positions = target[: len(query)], positions[: len(query)]
+    kept = target >= 0
+    if not kept.all():
+        query, target, positions = query[kept], target[kept], positions[kept]
+    target = target.long()
+    out.index_copy_(0, target, query)
+    tags.index_copy_(0, target, positions)
+
+
+def count_missing(
+    tags: torch.Tensor,
+    spans: Spans,
+    first: torch.Tensor,
+    missing: torch.Tensor,
+    ring: int,
+) -> None:
+    """Count queries that are not those of the positions that are to score."""
+    place = torch.arange(ring)
+    rows = spans.query_start[:, None] + (spans.ring_start[:, None] + place) % ring
+    wrong = tags[:, rows] != first[:, None] + place
+    missing += (wrong & (place < spans.num_queries[:, None])).sum().int()

@@ -1,0 +1,316 @@
+"""Layers of one tier that share a block table: compacted together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from pyramid_vllm.kernels.compact import compact_requests
+from pyramid_vllm.kernels.spans import Attention, PagedLayers, Spans
+
+if TYPE_CHECKING:
+    from pyramid_vllm.attention.layout import KVViews
+    from pyramid_vllm.plan import GroupWindow
+    from pyramid_vllm.policy import PolicyConfig
+    from pyramid_vllm.worker.state import WorkerState
+    from pyramid_vllm.worker.step import TierStep
+    from pyramid_vllm.worker.windows import Bounds, Ints, WindowBatch
+
+_KEPT, _HELD = (Spans._fields.index(name) for name in ("num_kept", "num_held"))
+_OFFSET = Spans._fields.index("offset")
+
+
+def over_heads(scores: torch.Tensor, by_rank: bool) -> torch.Tensor:
+    """Mean scores of a layer: over heads, and over tensor-parallel ranks.
+
+    Args:
+        scores: ``[..., num_kv_heads, num_tokens]``, float32.
+        by_rank: whether each rank has scores of its own heads.
+
+    Returns:
+        ``[..., 1, num_tokens]``
+    """
+    mean = scores.mean(dim=-2, keepdim=True)
+    num_ranks = get_tensor_model_parallel_world_size()
+    if num_ranks > 1 and by_rank:
+        # One rank's heads alone would choose other tokens than all heads do.
+        mean = tensor_model_parallel_all_reduce(mean) / num_ranks
+    return mean
+
+
+@dataclass(frozen=True)
+class LayerConstants:
+    """What one attention layer is."""
+
+    index: int
+    """Its place among the tiered layers, from 0."""
+    prunes_next: bool
+    """Whether it is the last layer before another tier, whose rows it chooses."""
+    cache: KVViews
+    """Its paged keys and values."""
+
+
+class CacheGroup:
+    """Selects and compacts in all its layers.
+
+    Args:
+        group_id: vLLM's KV cache group, whose pages the layers have; a tier may have
+            several.
+        tier: of the layers.
+        layers: first to last.
+        attention: of the layers.
+    """
+
+    def __init__(
+        self,
+        group_id: int,
+        tier: int,
+        layers: Sequence[LayerConstants],
+        attention: Attention,
+    ) -> None:
+        self.group_id, self.tier, self.layers = group_id, tier, layers
+        self.attention = attention
+        self.keys = PagedLayers.of([layer.cache.key for layer in layers])
+        self.values = PagedLayers.of([layer.cache.value for layer in layers])
+        self.indices = torch.tensor(
+            [layer.index for layer in layers],
+            dtype=torch.int64,
+            device=self.keys.like.device,
+        )
+
+    def scores(self, step: TierStep) -> torch.Tensor:
+        """``[num_layers, num_kv_heads, num_scores]``, float32, of a step's windows."""
+        shape = (len(self.layers), self.keys.like.shape[1], step.num_scores[self.tier])
+        return step.scratch.get(f"scores {self.group_id}", shape, torch.float32)
+
+    def final_scores(
+        self,
+        scores: torch.Tensor,
+        batch: WindowBatch,
+        spans: Spans,
+        bounds: Bounds,
+        step: TierStep,
+    ) -> torch.Tensor:
+        """Scores as they are compared: pooled where the policy says so.
+
+        Args:
+            scores: ``[num_layers, num_kv_heads, num_scores]``, float32, contiguous.
+            batch: windows of one policy.
+            spans: the requests.
+            bounds: of the launch.
+            step: the current step.
+
+        Returns:
+            ``[num_layers, 1 or num_kv_heads, num_scores]``
+        """
+        config = batch.config
+        if config.scoring.is_same_for_all_heads:
+            scores = scores[:, :1]
+        if not config.pools:
+            return scores
+        pooled = step.scratch.get("pooled", tuple(scores.shape), torch.float32)
+        step.kernels.pool(
+            scores,
+            pooled,
+            spans,
+            config.pooling,
+            config.pool_kernel,
+            max_tokens=bounds.max_tokens,
+        )
+        return pooled
+
+    def move(
+        self, batch: WindowBatch, state: WorkerState, scores: torch.Tensor
+    ) -> None:
+        """Evict what the windows of one policy evict.
+
+        Args:
+            batch: the windows.
+            state: of the worker.
+            scores: ``[num_layers, num_kv_heads, num_scores]``, float32.
+        """
+        step, tier = state.step, self.tier
+        bounds, spans = batch.bounds[tier], batch.spans[tier]
+        if not bounds.moves:
+            return
+        final = self.final_scores(scores, batch, spans, bounds, step)
+        on_host = batch.on_host[0, tier]
+        kept = self._selected(final, batch.config, step, spans, bounds.max_tokens)
+        table = step.batch.pages(self.group_id)
+        targets = [
+            None if window.pages is None else window.pages[self.group_id]
+            for window in batch.windows
+        ]
+        elsewhere = np.array([target is not None for target in targets])
+        if elsewhere.any():
+            self._move_elsewhere(targets, elsewhere, table, on_host, kept)
+            stays = async_tensor_h2d(elsewhere.tolist(), step.device, torch.bool)
+            num_kept = torch.where(stays, spans.num_held, spans.num_kept)
+            spans = spans._replace(num_kept=num_kept)
+            in_place = on_host.copy()
+            in_place[_KEPT] = np.where(elsewhere, on_host[_HELD], on_host[_KEPT])
+        else:
+            in_place = on_host
+        if not elsewhere.all():
+            step.kernels.compact(self.keys, self.values, table, spans, in_place, kept)
+        if state.record is not None:
+            req_ids = [window.req_id for window in batch.windows]
+            self._record(state.record.evict, req_ids, on_host, kept)
+
+    def _move_elsewhere(
+        self,
+        targets: Sequence[tuple[int, ...] | None],
+        elsewhere: Any,
+        table: torch.Tensor,
+        on_host: Ints,
+        kept: torch.Tensor,
+    ) -> None:
+        """Gather what requests keep of shared pages into pages of their own."""
+        chosen = [target for target in targets if target is not None]
+        pages = np.zeros((len(chosen), max(map(len, chosen))), dtype=np.int32)
+        for row, target in zip(pages, chosen, strict=True):
+            row[: len(target)] = target
+        sent = async_tensor_h2d(pages, device=table.device)
+        spans = on_host[:, elsewhere]
+        compact_requests(self.keys, self.values, table, spans, kept, sent)
+
+    def _selected(
+        self,
+        scores: torch.Tensor,
+        config: PolicyConfig,
+        step: TierStep,
+        spans: Spans,
+        max_tokens: int,
+    ) -> torch.Tensor:
+        """``[num_layers, 1 or num_kv_heads, num_scores]``, int32: what stays."""
+        if config.selection == "layer":
+            by_rank = not config.scoring.is_same_for_all_heads
+            scores = over_heads(scores, by_rank)
+        kept = step.scratch.get("kept", tuple(scores.shape), torch.int32)
+        step.kernels.select(scores, kept, spans, max_tokens=max_tokens)
+        return kept
+
+    def _record(
+        self,
+        note: Callable[[str, int, torch.Tensor], None],
+        req_ids: Sequence[str],
+        on_host: Ints,
+        kept: torch.Tensor,
+    ) -> None:
+        """Note what stays of each request that evicts tokens."""
+        for column, req_id in enumerate(req_ids):
+            count, start = int(on_host[_KEPT, column]), int(on_host[_OFFSET, column])
+            if count == on_host[_HELD, column]:
+                continue
+            for layer, of_layer in zip(self.layers, kept, strict=True):
+                stays = of_layer[:, start : start + count].long().cpu()
+                note(req_id, layer.index, stays)
+
+    def compress(
+        self, windows: Sequence[GroupWindow], config: PolicyConfig, state: WorkerState
+    ) -> None:
+        """Compress generated tokens of requests that have one policy.
+
+        The queries were copied by the forward pass itself, which may be a captured
+        graph.
+
+        Args:
+            windows: of the plan.
+            config: their policy.
+            state: of the worker.
+        """
+        step = state.step
+        on_host = self._spans(windows, step)
+        sent = async_tensor_h2d(on_host, device=step.device)
+        spans, oldest = Spans.of(sent[:-1]), sent[-1]
+        longest = int(on_host[_HELD].max())
+        scores = self._generated_scores(windows, config, step, spans, oldest, on_host)
+        kept = self._selected(scores, config, step, spans, longest)
+        table = step.batch.pages(self.group_id)
+        step.kernels.compact(self.keys, self.values, table, spans, on_host[:-1], kept)
+        if state.record is not None:
+            req_ids = [window.req_id for window in windows]
+            self._record(state.record.compress, req_ids, on_host, kept)
+
+    def _spans(self, windows: Sequence[GroupWindow], step: TierStep) -> Ints:
+        """``[num_fields + 1, num_windows]``: the spans, and each oldest query's
+        position. All tokens before and after the window stay: its own are chosen from.
+        """
+        queries, offset, columns = step.generated, 0, []
+        for window in windows:
+            start, size = window.starts[self.tier], window.group
+            kept = window.num_kept[self.tier]
+            held = kept + size - window.group_kept[self.tier]
+            oldest = window.num_tokens - window.num_queries
+            slot = ring = 0
+            if queries is not None:
+                ring = oldest % queries.num_queries
+                slot = queries.slot(window.req_id) * queries.num_queries
+            row = step.batch.row_of[window.req_id]
+            columns.append(
+                (row, slot, ring, window.num_queries, held, kept, start,
+                 held - start - size, start, size, offset, oldest)
+            )  # fmt: skip
+            offset += held
+        return np.array(columns, dtype=np.int32).T.copy()
+
+    def _generated_scores(
+        self,
+        windows: Sequence[GroupWindow],
+        config: PolicyConfig,
+        step: TierStep,
+        spans: Spans,
+        oldest: torch.Tensor,
+        on_host: Ints,
+    ) -> torch.Tensor:
+        """``[num_layers, 1 or num_kv_heads, num_scores]``, float32"""
+        num_layers, size = len(self.layers), int(on_host[_HELD].sum())
+        queries = step.generated
+        if not config.needs_queries:
+            # Newer tokens stay, as in the prompt.
+            newer = torch.arange(size, dtype=torch.float32, device=step.device)
+            return newer.expand(num_layers, 1, -1)
+        assert queries is not None
+        queries.verify(self.indices, spans, oldest)
+        shape = (num_layers, self.keys.like.shape[1], size)
+        scores = step.scratch.get("scores of generated", shape, torch.float32)
+        step.kernels.score(
+            config,
+            self.attention,
+            queries.buffer,
+            self.indices,
+            self.keys,
+            step.batch.pages(self.group_id),
+            spans,
+            scores,
+            max_queries=queries.num_queries,
+            max_tokens=int(on_host[_HELD].max()),
+            max_columns=windows[0].group,
+            ring=queries.num_queries,
+            scratch=step.scratch,
+        )
+        return scores
+
+
+def compress_generated(groups: Sequence[CacheGroup], state: WorkerState) -> None:
+    """Score and compact the plan's windows of generated tokens, after the forward pass.
+
+    Args:
+        groups: this worker's layers.
+        state: of the worker.
+    """
+    plan = state.step.plan
+    assert plan is not None
+    for name in {window.policy for window in plan.groups}:
+        windows = [window for window in plan.groups if window.policy == name]
+        for group in groups:
+            group.compress(windows, state.policies[name], state)

@@ -1,0 +1,1 @@
+"""vLLM's model runners, as the policy uses them."""
