@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pyramid_vllm.plan import GroupWindow, PromptWindow, StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
-from pyramid_vllm.worker.v1 import V1Runner
+from pyramid_vllm.worker.runners.v1 import V1Runner
 
 Tokens = npt.NDArray[np.int64]
 _MAX_REQS = 64

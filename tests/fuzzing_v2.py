@@ -10,11 +10,12 @@ import torch
 import vllm.v1.worker.cpu.shm  # noqa: F401  # what a CPU has in place of pinned memory
 from vllm.v1.worker.gpu.block_table import BlockTables
 
+from pyramid_vllm.kernels import on_triton
 from pyramid_vllm.plan import StepPlan
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.spec import model_weights, request_policies, required_policy
-from pyramid_vllm.worker.device.step import DeviceStep
-from pyramid_vllm.worker.v2 import V2Runner
+from pyramid_vllm.worker.runners.v2 import V2Runner
+from pyramid_vllm.worker.step import TierStep
 from tests.fuzzing import _MAX_REQS, PageWorker, Tokens
 
 _MAX_TOKENS = 1024
@@ -52,12 +53,13 @@ class V2PageWorker(PageWorker):
             self._managers[0].kv_cache_spec.num_layers,
             model_weights(config),
         )
-        self._step = DeviceStep(
+        self._step = TierStep(
             block_size,
             self._adapter,
             self._runner,
             self._tier_of_group,
             policies.valid,
+            on_triton,
         )
         self._adapter.prepare = self._step.prepare
         self._is_fresh: set[int] = set()

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from pyramid_vllm.checks import _check_model
+from pyramid_vllm.kernels import on_torch
 from pyramid_vllm.policy import KVPolicyError, resolve_policy
-from pyramid_vllm.worker import layer as layer_module
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from tests.engines import (
     close,
@@ -89,14 +89,13 @@ def test_sinks_share_in_the_scores(
 ) -> None:
     """Kept tokens are those of a dense float64 model that has the sinks."""
     choices: list[list[int]] = []
-    select = layer_module.select_tokens
+    select = on_torch.select
 
-    def recording(*args: Any) -> torch.Tensor:
-        kept = select(*args)
-        choices.append(kept[0].tolist())
-        return kept
+    def recording(scores: Any, out: Any, spans: Any, **kwargs: Any) -> None:
+        select(scores, out, spans, **kwargs)
+        choices.extend(kept[0, : int(spans.num_kept[0])].tolist() for kept in out)
 
-    monkeypatch.setattr(layer_module, "select_tokens", recording)
+    monkeypatch.setattr(on_torch, "select", recording)
     llm = make_llm(gpt_oss, kv_policy="pyramid-by-depth", kv_policy_config=POLICY)
     generate(llm, PROMPTS[:1], 2)
     close(llm)

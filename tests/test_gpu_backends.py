@@ -98,7 +98,7 @@ def run_backend(
         results[name] = {
             "tokens": _tokens(llm),
             "impl": type(impl).__name__,
-            "layer": type(worker.tier_layers[0]).__name__,
+            "kernels": worker.tier_state.step.kernels.__name__,
             "strides": list(worker.tier_layers[0].cache.key.stride()),
         } | _activity(llm)
         close(llm)
@@ -137,7 +137,7 @@ def test_tokens_are_those_of_the_cpu(
     assert list(results) == policies
     for name, result in results.items():
         assert result["tokens"] == by_v1[name]
-        assert result["layer"] == "DeviceLayer"
+        assert result["kernels"] == "pyramid_vllm.kernels.on_triton"
         assert result["compactions"] >= len(PROMPTS)
         assert result["pages"] > 0
         is_pyramidinfer = name == "pyramidinfer"
@@ -201,9 +201,9 @@ def _fault_of_windows(llm: Any) -> str:
 
 def _fault_of_queries(llm: Any) -> str:
     """What is said of queries that a graph did not copy."""
-    from pyramid_vllm.worker.device.queries import DeviceGroupQueries
+    from pyramid_vllm.worker.generated import GeneratedQueries
 
-    DeviceGroupQueries.write = lambda *_: None  # type: ignore[method-assign]
+    GeneratedQueries.write = lambda *_: None  # type: ignore[method-assign]
     try:
         _tokens(llm)
     except Exception as error:

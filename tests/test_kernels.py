@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from pyramid_vllm.kernels import (
-    Moves,
     accumulated_scores,
     compact,
-    group_moves,
-    group_scores,
     key_norm_scores,
-    move_tokens,
-    order_of_group,
     pooled,
     recency_scores,
     select_tokens,
@@ -183,74 +178,6 @@ def test_pooling_shares_scores_before_the_window() -> None:
     assert torch.equal(pooled(scores, 6, "avg", 3), scores)
 
 
-@pytest.mark.parametrize("cap", [0.0, 5.0])
-def test_group_scores_are_window_scores_of_the_group(cap: float) -> None:
-    """Rows of other lengths, and padding, change nothing."""
-    torch.manual_seed(0)
-    held, used, starts, group = [40, 23, 64], [6, 1, 3], [11, 5, 40], 7
-    query, key = torch.randn(3, 6, 4, 8), torch.randn(3, 64, 2, 8)
-    scores = group_scores(
-        query,
-        key,
-        torch.tensor(held),
-        torch.tensor(used),
-        torch.tensor(starts),
-        group,
-        0.3,
-        1.6,
-        cap,
-    )
-    for row in range(3):
-        whole = window_scores(
-            query[row, 6 - used[row] :], key[row, : held[row]], 0.3, 1.6, cap
-        )
-        expected = whole[:, starts[row] : starts[row] + group]
-        torch.testing.assert_close(scores[row], expected)
-
-
-def test_the_order_of_a_group_breaks_ties_to_the_newer() -> None:
-    torch.manual_seed(0)
-    scores = torch.randint(0, 3, (5, 2, 8)).float()
-    order = order_of_group(scores)
-    for row, places in zip(
-        scores.view(10, 8).tolist(), order.view(10, 8).tolist(), strict=True
-    ):
-        assert places == sorted(range(8), key=lambda i: (row[i], i), reverse=True)
-
-
-@pytest.mark.parametrize("num_groups", [1, 2])
-def test_a_group_is_closed_up(num_groups: int) -> None:
-    """Several layers and requests at once; what lies before a group stays."""
-    torch.manual_seed(1)
-    caches = torch.randn(2, 2, 12, 2, 4, 3)  # layers, K and V, pages
-    before = caches.clone()
-    table = torch.tensor([[[5, 0, 3, 6], [1, 7, 2, 0]], [[9, 8, 4, 0], [10, 11, 0, 0]]])
-    starts, held = torch.tensor([[5, 2], [0, 1]]), torch.tensor([[15, 10], [11, 7]])
-    num_kept = torch.tensor([[2, 2], [4, 4]])
-    group = 6
-    order = torch.rand(2, 2, num_groups, group).argsort(-1)
-    moves = group_moves(table, 4, starts, held, order, num_kept)
-    for layer in range(2):
-        of_layer = Moves(*(part[layer] for part in moves))
-        move_tokens(caches[layer, 0], caches[layer, 1], of_layer)
-        touched = set()
-        for cache, old in zip(caches[layer], before[layer], strict=True):
-            for request in range(2):
-                start, end = int(starts[layer, request]), int(held[layer, request])
-                for head in range(2):
-                    best = order[layer, request, head % num_groups]
-                    chosen = sorted(best[: int(num_kept[layer, request])].tolist())
-                    source = [start + i for i in chosen]
-                    source = [*range(start), *source, *range(start + group, end)]
-                    for slot, token in enumerate(source):
-                        block = int(table[layer, request, slot // 4])
-                        touched.add(block)
-                        moved = old[table[layer, request, token // 4], head, token % 4]
-                        assert torch.equal(cache[block, head, slot % 4], moved)
-            for block in set(range(12)) - touched:
-                assert torch.equal(cache[block], old[block])
-
-
 @pytest.mark.parametrize("num_queries", [1, 16])
 @pytest.mark.parametrize("cap", [0.0, 5.0])
 def test_sinks_share_in_the_attention(num_queries: int, cap: float) -> None:
@@ -273,20 +200,5 @@ def test_sinks_share_in_the_attention(num_queries: int, cap: float) -> None:
         (window_scores(query, key, 1.0, 1.5, cap, sinks), window),
         (accumulated_scores(query, key, 1.0, cap, sinks), dense.sum(2).mean(1)),
         (vote_scores(query, key, 1.0, cap, sinks), votes),
-        (
-            group_scores(
-                query.expand(2, -1, -1, -1),
-                key.expand(2, -1, -1, -1),
-                torch.tensor([50, 50]),
-                torch.tensor([num_queries] * 2),
-                torch.tensor([10, 10]),
-                20,
-                1.0,
-                1.5,
-                cap,
-                torch.stack((torch.full_like(sinks, -torch.inf), sinks)),
-            )[1],
-            window[:, 10:30],
-        ),
     ):
         torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)

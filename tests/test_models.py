@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from pyramid_vllm.kernels import on_torch
 from pyramid_vllm.plan import PromptWindow, StepPlan
 from pyramid_vllm.spec import TierAttentionSpec
-from pyramid_vllm.worker import layer as layer_module
-from pyramid_vllm.worker.layer import over_heads
+from pyramid_vllm.worker import cache_group
+from pyramid_vllm.worker.cache_group import over_heads
 from pyramid_vllm.worker.step import TierStep
 from tests.engines import (
     close,
@@ -127,9 +131,9 @@ def test_two_ranks_choose_what_one_does(tiny_llama: str, tmp_path: Path) -> None
 def test_scores_of_one_head_are_reduced_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank with a single KV head still needs the other ranks' scores."""
     other = torch.tensor([[0.0, 4.0, 2.0]])
-    monkeypatch.setattr(layer_module, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(cache_group, "get_tensor_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(
-        layer_module, "tensor_model_parallel_all_reduce", lambda scores: scores + other
+        cache_group, "tensor_model_parallel_all_reduce", lambda scores: scores + other
     )
     assert over_heads(torch.tensor([[2.0, 0.0, 2.0]]), True).tolist() == [
         [1.0, 2.0, 2.0]
@@ -141,7 +145,9 @@ def test_scores_of_one_head_are_reduced_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_windows_without_metadata_are_an_error() -> None:
-    step = TierStep(32, None)
+    adapter: Any = SimpleNamespace(num_groups=1)
+    runner = SimpleNamespace(device=torch.device("cpu"), max_num_reqs=2)
+    step = TierStep(32, adapter, runner, {0: 0}, {}, on_torch)
     window = PromptWindow("a", "pyramid", 10, 2, False, (5,), 2)
     step.begin(
         StepPlan(

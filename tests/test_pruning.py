@@ -154,7 +154,7 @@ def test_a_long_output_holds_what_the_policy_says(tiny_llama: str, policy: str) 
         for layer in range(6):
             assert len(held_kv(llm, req_id, layer)[0]) == held[layer]
     assert total - free_pages(scheduler) == pages
-    queries = worker_of(llm).tier_state.group_queries
+    queries = worker_of(llm).tier_state.step.generated
     assert len(queries) == 2
     drain(llm)
     generate(llm, random_prompts([40]), 2)
@@ -171,7 +171,7 @@ def test_the_buffer_of_queries_is_taken_from_the_kv_memory(tiny_llama: str) -> N
             max_num_seqs=16,
         )
         blocks = scheduler_of(llm).kv_cache_config.num_blocks
-        queries = worker_of(llm).tier_state.group_queries
+        queries = worker_of(llm).tier_state.step.generated
         if queries is not None:
             # layers, sequences, queries, heads, size of a head, float32
             size = queries.buffer.numel() * 4

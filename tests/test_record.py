@@ -169,7 +169,6 @@ def config(ranks: int = 1, speculative: Any = None) -> Any:
     ("layers", "vllm_config", "message"),
     [
         ([], config(), "no layer of the model"),
-        ([object()], config(), "valid is the CPU back end"),
         (LAYER, config(ranks=2), "tensor_parallel_size=2: valid is 1"),
         (LAYER, config(speculative=object()), "with speculative_config"),
     ],

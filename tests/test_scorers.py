@@ -4,7 +4,6 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,11 +142,9 @@ def test_scores_of_another_shape_stop_the_step(
 
 
 def test_layers_on_a_device_refuse_what_no_kernel_computes(module: str) -> None:
-    from pyramid_vllm.worker.device.layer import DeviceLayer
-    from pyramid_vllm.worker.device.scorers import KERNELS
+    from pyramid_vllm.kernels import on_triton
 
-    assert set(SCORERS) == KERNELS
-    state: Any = SimpleNamespace(policies={"own": policy(f"{module}:evens")})
-    nothing: Any = None
+    assert set(SCORERS) == on_triton.SCORERS
+    on_triton.check_policies(policy(name) for name in SCORERS)
     with pytest.raises(KVPolicyError, match=rf"scorer='{module}:evens' on this device"):
-        DeviceLayer(nothing, nothing, 0, state, nothing)
+        on_triton.check_policies([policy(f"{module}:evens")])

@@ -208,7 +208,7 @@ def row_indices(
     """Rows that the next tier computes."""
     counts = next_starts[1:] - next_starts[:-1]
     shift = torch.repeat_interleave((starts - next_starts)[:-1], counts)
-    torch.add(torch.arange(len(shift)), shift, out=out)
+    out[: len(shift)] = torch.arange(len(shift)) + shift
     for request, window in enumerate(window_of.tolist()):
         if window >= 0:
             begin, end = next_starts[request : request + 2].tolist()

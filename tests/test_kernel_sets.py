@@ -1,0 +1,243 @@
+"""The two kernel sets give the same: torch loops beside interpreted Triton kernels."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pyramid_vllm.kernels import on_torch, on_triton
+from pyramid_vllm.kernels.compact import compact_requests
+from pyramid_vllm.kernels.requests_triton import INTERPRETED
+from pyramid_vllm.kernels.spans import Attention, BlockTables, Spans
+from pyramid_vllm.policy import SCORERS, PolicyConfig, resolve_policy
+from tests.paging import Cache, Request, Shape, ones, queries_of
+
+if not INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+SETS = (on_torch, on_triton)
+LAYOUTS = ("HND", "NHD")
+REQUESTS = [
+    Request(40, num_kept=17, num_first=4, num_recent=5, num_queries=5),
+    Request(20, num_kept=20),
+    Request(65, num_kept=40, num_first=2, num_recent=16, num_queries=16),
+    Request(33, num_kept=30, num_first=4, num_recent=1, num_queries=1),
+]
+
+
+def policy(**settings: Any) -> PolicyConfig:
+    found = resolve_policy("pyramid", settings)
+    assert found is not None
+    return found
+
+
+def on_host(spans: Spans) -> Any:
+    return torch.stack(spans).numpy()
+
+
+def attention(num_layers: int, num_heads: int, sinks: bool) -> Attention:
+    addresses, _ = ones(1, 1.0)
+    logits = [torch.randn(num_heads) for _ in range(num_layers)] if sinks else None
+    factors = addresses.repeat(num_layers)
+    return Attention(0.3, 5.0, logits, torch.ones(1), factors)
+
+
+def scores_of(
+    kernels: Any, cache: Cache, config: PolicyConfig, sinks: bool, ring: int | None
+) -> tuple[torch.Tensor, Spans]:
+    torch.manual_seed(0)
+    shape = cache.shape
+    query, starts, _ = queries_of(cache, 3, shape.dtype, ring)
+    spans = cache.spans(starts)
+    out = torch.zeros(shape.num_layers, shape.num_heads, cache.num_scores)
+    # One, whose address the kernels read.
+    factor = torch.ones(1)
+    of_layers = attention(shape.num_layers, 3 * shape.num_heads, sinks)
+    pointers = torch.tensor([factor.data_ptr()] * shape.num_layers)
+    kernels.score(
+        config,
+        of_layers._replace(key_scales=pointers),
+        query,
+        torch.arange(shape.num_layers),
+        cache.paged(),
+        cache.table,
+        spans,
+        out,
+        max_queries=16,
+        max_tokens=65,
+        max_columns=65,
+        ring=ring,
+    )
+    return out, spans
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("scorer", sorted(SCORERS))
+def test_scores(scorer: str, sinks: bool, layout: str) -> None:
+    config = policy(scorer=scorer, distance_weight=1.5, queries=None)
+    cache = Cache(Shape(layout=layout), REQUESTS)
+    (ours, spans), (theirs, _) = (
+        scores_of(kernels, cache, config, sinks, None) for kernels in SETS
+    )
+    for i, request in enumerate(REQUESTS):
+        if config.needs_queries and not request.num_queries:
+            continue
+        own = slice(int(spans.offset[i]), int(spans.offset[i]) + request.num_held)
+        left, right = ours[..., own], theirs[..., own]
+        if config.scoring.is_same_for_all_heads:
+            # Numbers that rise with the token: their differences alone count.
+            left, right = left[:, :1].diff(), right[:, :1].diff()
+        assert left.abs().sum() > 0
+        torch.testing.assert_close(left, right, rtol=2e-4, atol=2e-6)
+
+
+def test_scores_of_columns_by_queries_in_a_ring() -> None:
+    requests = [
+        Request(40, num_queries=8, ring_start=3, column=11, num_columns=7),
+        Request(23, num_queries=1, ring_start=7, column=5, num_columns=7),
+        Request(64, num_queries=5, column=40, num_columns=7),
+    ]
+    cache = Cache(Shape(), requests)
+    (ours, spans), (theirs, _) = (
+        scores_of(kernels, cache, policy(), False, 8) for kernels in SETS
+    )
+    for offset in spans.offset.tolist():
+        own = slice(offset, offset + 7)
+        assert ours[..., own].sum() > 0
+        torch.testing.assert_close(ours[..., own], theirs[..., own])
+
+
+@pytest.mark.parametrize("kind", ["avg", "max"])
+def test_pooling(kind: str) -> None:
+    cache = Cache(Shape(), REQUESTS)
+    scores = torch.rand(2, 2, cache.num_scores)
+    results = []
+    for kernels in SETS:
+        out = torch.zeros_like(scores)
+        kernels.pool(scores, out, cache.spans(), kind, 5, max_tokens=65)
+        results.append(out)
+    assert not torch.equal(results[0], scores)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("levels", [3, 1 << 20])
+def test_selection_and_compaction(levels: int) -> None:
+    """Ties among few levels; both in place and into other pages."""
+    results = []
+    for kernels in SETS:
+        cache = Cache(Shape(layout="NHD"), REQUESTS)
+        generator = torch.Generator().manual_seed(levels)
+        size = (2, 2, cache.num_scores)
+        scores = torch.randint(0, levels, size, generator=generator).float()
+        kept, spans = torch.zeros(size, dtype=torch.int32), cache.spans()
+        kernels.select(scores, kept, spans, max_tokens=65)
+        keys, values = cache.paged(), cache.paged("values")
+        kernels.compact(keys, values, cache.table, spans, on_host(spans), kept)
+        results.append((kept, *cache.keys, *cache.values))
+    untouched = Cache(Shape(layout="NHD"), REQUESTS)
+    assert not torch.equal(results[0][1], untouched.keys[0])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_compaction_into_other_pages() -> None:
+    """First tokens move too; the pages that are read stay as they are."""
+    cache = Cache(Shape(), [Request(40, num_kept=20, num_first=3), Request(40)])
+    spans = on_host(cache.spans())[:, :1]
+    kept = torch.zeros(2, 2, cache.num_scores, dtype=torch.int32)
+    start = int(spans[Spans._fields.index("offset"), 0])
+    kept[..., start : start + 20] = torch.arange(0, 40, 2)
+    before = [cache.tokens(layer, 0).clone() for layer in range(2)]
+    compact_requests(
+        cache.paged(),
+        cache.paged("values"),
+        cache.table,
+        spans,
+        kept,
+        cache.block_ids(1)[None],
+    )
+    for layer, old in enumerate(before):
+        assert torch.equal(cache.tokens(layer, 1)[:20], old[::2])
+        assert torch.equal(cache.tokens(layer, 0), old)
+
+
+@pytest.mark.parametrize("prunes", [False, True])
+def test_lengths_and_slots(prunes: bool) -> None:
+    """Where a tier differs from stock vLLM; else slots stay as the runner's are."""
+    scheduled = torch.tensor([1, 40, 7], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 41, 48], dtype=torch.int32)
+    seq_lens = torch.tensor([90, 70, 7], dtype=torch.int32)
+    evicted = torch.tensor([[0, 0, 0], [30, 8, 0]], dtype=torch.int32)
+    num_rows = torch.stack((scheduled, scheduled - torch.tensor([0, 25, 2]).int()))
+    row_starts = torch.zeros(2, 4, dtype=torch.int32)
+    row_starts[:, 1:] = num_rows.cumsum(1)
+    tables = [torch.randperm(60).int().view(3, 20) for _ in range(3)]
+    results = []
+    for kernels in SETS:
+        lens = torch.full((2, 4), -5, dtype=torch.int32)
+        slots = torch.full((3, 48), -9)
+        given: dict[str, Any] = {"block_size": 16}
+        if prunes:
+            given |= {"num_rows": num_rows, "row_starts": row_starts}
+        kernels.lengths(
+            seq_lens,
+            starts,
+            evicted,
+            torch.tensor([1, -1, 1], dtype=torch.int32),
+            BlockTables.of(tables),
+            lens,
+            slots,
+            **given,
+        )
+        results.append((lens[1], slots))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (results[0][1][1] == -9).all()
+    assert (results[0][1][0] == -1).sum() == (27 if prunes else 0)
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_rows_of_the_next_tier(kernels: ModuleType) -> None:
+    starts = torch.tensor([0, 5, 8, 18], dtype=torch.int32)
+    next_starts = torch.tensor([0, 5, 7, 11], dtype=torch.int32)
+    kept = torch.tensor([9, 9, 0, 2, 5, 8, 1, 2], dtype=torch.int32)
+    window_of = torch.tensor([-1, 1, 0], dtype=torch.int32)
+    offset = torch.tensor([2, 6], dtype=torch.int32)
+    index = torch.empty(11, dtype=torch.int32)
+    kernels.row_indices(starts, next_starts, window_of, kept, offset, index)
+    assert index.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 10, 13, 16]
+    rows = torch.randn(18, 7)
+    some = kernels.gather_rows(rows, index)
+    assert torch.equal(some, rows[index.long()])
+    whole = kernels.scatter_rows(some, index, 18)
+    assert torch.equal(whole[index.long()], some)
+    assert np.flatnonzero(whole.any(dim=1)).tolist() == index.tolist()
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_queries_in_rings(kernels: ModuleType) -> None:
+    """A query lies at its place, with its position; the others are counted."""
+    ring, query = 4, torch.randn(3, 2, 8)
+    target = torch.tensor([5, -1, 2, 99], dtype=torch.int32)
+    positions = torch.tensor([21, 7, 14, 99], dtype=torch.int32)
+    buffer, tags = torch.zeros(8, 2, 8), torch.full((2, 8), -1, dtype=torch.int32)
+    for layer in range(2):
+        kernels.store_queries(
+            query, target, positions, torch.ones(1), buffer, tags[layer]
+        )
+    assert torch.equal(buffer[[5, 2]], query[[0, 2]])
+    assert buffer.any(dim=(1, 2)).sum() == 2
+    requests = [
+        Request(50, num_queries=1, ring_start=2),
+        Request(50, num_queries=2, ring_start=1),
+        Request(50),
+    ]
+    spans = Cache(Shape(), requests).spans([0, ring, 0])
+    missing = torch.tensor([3], dtype=torch.int32)
+    first = torch.tensor([14, 21, 0], dtype=torch.int32)
+    kernels.count_missing(tags, spans, first, missing, ring)
+    # The second request's newer query, in both layers.
+    assert missing.item() == 5
