@@ -189,7 +189,7 @@ def held_kv(llm: Any, req_id: str, layer: int) -> tuple[Any, Any]:
 
     Each is ``[num_held, num_kv_heads, head_size]``.
     """
-    from pyramid_vllm.attention.access import access_of
+    from pyramid_vllm.attention.registry import access_of
 
     scheduler, runner = scheduler_of(llm), worker_of(llm).model_runner
     name = f"model.layers.{layer}.self_attn.attn"

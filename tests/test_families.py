@@ -295,7 +295,8 @@ def test_pruned_rows_have_their_positions(
     kept = torch.tensor([0, 3, 4])
     positions = torch.randint(0, 99, (*channels, 6))
     rows = torch.randn(6, 2)
-    with pruner.pruning():
+    step: Any = SimpleNamespace(kernels=on_torch)
+    with pruner.pruning(step):
         pruner._kept[1] = kept
         output = model(positions, rows)
     first, last = model.model.layers
