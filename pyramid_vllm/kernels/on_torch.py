@@ -1,6 +1,6 @@
 """The kernel set of CPUs: torch, one request after the other.
 
-The functions are those of ``KernelSet``; see there for their arguments.
+The functions are those of ``KernelSet``.
 """
 
 from __future__ import annotations
@@ -114,33 +114,58 @@ def score(
     ring: int | None = None,
     scratch: Any = None,
 ) -> None:
-    """Score by ``config``'s own scorer."""
-    page = keys.like.shape[2]
-    for layer, (cache, of_query) in enumerate(
-        zip(keys.caches, query_layers.tolist(), strict=True)
-    ):
+    """Score cached tokens of some requests in some layers by a policy's scorer.
+
+    Args:
+        config: the policy.
+        attention: of the layers.
+        query: ``[num_query_layers, num_rows, num_heads, head_size]``, any strides.
+        query_layers: ``[num_layers]``, int64: which of these is each layer's.
+        keys: the layers' keys.
+        block_table: ``[num_rows, max_blocks]``, int32.
+        spans: the requests; those without queries are left out where the scorer reads
+            queries.
+        out: ``[num_layers, num_kv_heads, num_scores]``, float32; a scorer that is the
+            same for all heads writes the first group alone.
+        max_queries: most queries of a request; next: most tokens held, and scored.
+        ring: rows of each request's ring of queries; None: queries lie in order.
+        scratch: memory that calls share.
+    """
+    for layer, of_query in enumerate(query_layers.tolist()):
         sinks = attention.sink_logits
+        of_layer = attention._replace(sink_logits=sinks and sinks[layer : layer + 1])
         for span in _each(spans):
             newest = None
             if config.needs_queries:
                 if not span.num_queries:
                     continue
                 newest = _newest(query[of_query], span, ring)
-            blocks = block_table[span.row, : -(-span.num_held // page)].long()
-            # [blocks, heads, page, size] -> [tokens, heads, size]
-            key = cache[blocks].transpose(1, 2).flatten(0, 1)[: span.num_held]
-            inputs = ScoreInputs(
-                newest,
-                key,
-                attention.scale,
-                attention.logits_soft_cap,
-                None if sinks is None else sinks[layer],
-                span.num_recent,
-            )
-            found = scored(inputs, config)
+            key = _held(keys.caches[layer], block_table, span)
+            found = scored(_inputs(of_layer, newest, key, span), config)
             columns = slice(span.column, span.column + span.num_columns)
             to = slice(span.offset, span.offset + span.num_columns)
             out[layer, : len(found), to] = found[:, columns]
+
+
+def _inputs(
+    attention: Attention, query: torch.Tensor | None, key: torch.Tensor, span: _Span
+) -> ScoreInputs:
+    sinks = attention.sink_logits
+    return ScoreInputs(
+        query,
+        key,
+        attention.scale,
+        attention.logits_soft_cap,
+        None if sinks is None else sinks[0],
+        span.num_recent,
+    )
+
+
+def _held(cache: torch.Tensor, block_table: torch.Tensor, span: _Span) -> torch.Tensor:
+    """``[num_held, num_kv_heads, head_size]``: what a request holds, oldest first."""
+    blocks = block_table[span.row, : -(-span.num_held // cache.shape[2])].long()
+    # [blocks, heads, page, size] -> [tokens, heads, size]
+    return cache[blocks].transpose(1, 2).flatten(0, 1)[: span.num_held]
 
 
 def _newest(query: torch.Tensor, span: _Span, ring: int | None) -> torch.Tensor:
@@ -193,7 +218,16 @@ def compact(
     on_host: npt.NDArray[np.int32],
     kept: torch.Tensor,
 ) -> None:
-    """Move what stays of all requests, one layer after the other."""
+    """Gather kept tokens into the first slots of their own pages.
+
+    Args:
+        keys: some layers' keys.
+        values: their values.
+        block_table: ``[num_rows, max_blocks]``, int32.
+        spans: the requests.
+        on_host: ``[len(Spans._fields), num_requests]``: the same.
+        kept: from ``select``.
+    """
     compact_requests(keys, values, block_table, on_host, kept)
 
 

@@ -1,6 +1,6 @@
 """The kernel set of GPUs: one launch for all requests of a step.
 
-The functions are those of ``KernelSet``; see there for their arguments.
+The functions are those of ``KernelSet``.
 """
 
 from __future__ import annotations
