@@ -392,7 +392,7 @@ def text_of(html: str) -> str:
 
 
 def rows_of(dom: str) -> list[list[str]]:
-    rows = re.findall(r"<tr data-tier=.*?</tr>", dom)
+    rows = re.findall(r"<tr data-tier=.*?</tr>", dom, flags=re.DOTALL)
     return [
         [text_of(cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)]
         for row in rows
@@ -434,6 +434,28 @@ def test_the_page_needs_nothing_else() -> None:
     assert json.loads(data[1]) == json.loads(json.dumps(report))
 
 
+def test_the_page_has_tiers_and_text_without_a_script() -> None:
+    """And shows what looks like a tag as text."""
+    report = json.loads(json.dumps(report_of(small({3: NASTY}))))
+    html = page(report)
+    assert rows_of(html) == expected_rows(report)
+    assert shown_text(html) == "".join(token["text"] for token in report["tokens"])
+    notes = [
+        unescape(note)
+        for note in re.findall(r'data-position="\d+" title="(.*?)"', html)
+    ]
+    assert len(notes) == 13
+    assert notes[0] == (
+        "Position 0 (id 40, sink, always kept): kept in 2 of 2 layers: "
+        "2 of 2 heads in layers 0-1"
+    )
+    assert notes[1] == (
+        "Position 1 (id 41, prompt): kept in 1 of 2 layers: 1 of 2 heads in layers 0"
+    )
+    assert notes[7] == "Position 7 (id 47, prompt): kept in 0 of 2 layers"
+    assert "generated last, not in the cache yet" in notes[12]
+
+
 @needs_chromium
 @pytest.mark.timeout(300)
 def test_the_page_shows_what_the_json_says(command: Path, tmp_path: Path) -> None:
@@ -461,10 +483,9 @@ def test_the_page_is_used_by_keyboard(tmp_path: Path) -> None:
     file.write_text(html)
     dom = dom_of(file, tmp_path / "profile")
     assert shown_text(dom) == "".join(token.text for token in found.tokens)
-    cell = text_of(re.findall(r'<div id="cell".*?</div>', dom)[0])
-    assert f"Position 1: {NASTY} (id 41, prompt)" in cell
+    cell = text_of(re.findall(r'<div id="cell".*?</div>', dom, flags=re.DOTALL)[0])
+    assert f"Token: {NASTY}\nPosition 1 (id 41, prompt): kept in 1 of 2" in cell
     assert "Layer 0, tier 0: kept by 1 of 2 KV heads." in cell
-    assert "Kept in 1 of 2 layers: 1 of 2 heads in layers 0." in cell
     pressed = re.findall(r'<button[^>]*aria-pressed="(\w+)"', dom)
     assert pressed == ["false", "true"]
     # Of tier 1, in which no head keeps position 1.
