@@ -23,7 +23,7 @@ from pyramid_vllm.tools.inspection import run
 from pyramid_vllm.tools.inspection.engine import EngineTask, inspect_request, run_engine
 from pyramid_vllm.tools.inspection.page import page
 from pyramid_vllm.tools.inspection.plot import kept_shares, plot, tier_runs
-from pyramid_vllm.tools.inspection.settings import InspectSettings, read_prompt
+from pyramid_vllm.tools.inspection.settings import InspectSettings
 from pyramid_vllm.tools.inspection.view import (
     Inspection,
     Request,
@@ -133,17 +133,19 @@ def test_tokens_keep_their_spaces() -> None:
 
 
 def test_one_prompt_is_given(tmp_path: Path) -> None:
-    file = tmp_path / "prompt.txt"
+    file, empty = tmp_path / "prompt.txt", tmp_path / "empty.txt"
     file.write_text("from a file")
-    assert read_prompt(None, file) == "from a file"
-    assert read_prompt("text", None) == "text"
-    for text, path, message in (
-        (None, None, "none given"),
-        ("text", file, "both given"),
-        ("", None, "empty"),
+    empty.write_text("")
+    assert InspectSettings("m", prompt_file=file).prompt_text == "from a file"
+    assert InspectSettings("m", prompt="text").prompt_text == "text"
+    for given, message in (
+        ({}, "none given"),
+        ({"prompt": "text", "prompt_file": file}, "both given"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt_file": empty}, "empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_prompt(text, path)
+            assert InspectSettings("m", **given).prompt_text
 
 
 @pytest.mark.parametrize(

@@ -104,14 +104,14 @@ def _rule(policy: PolicyConfig | None, model: _Model) -> LengthRule:
 def _token_ids(tokenizer: Any, settings: InspectSettings) -> list[int]:
     """Raises ValueError: a chat is asked for and the model has no template."""
     if not settings.chat:
-        ids: list[int] = tokenizer.encode(settings.prompt)
+        ids: list[int] = tokenizer.encode(settings.prompt_text)
         return ids
     if not tokenizer.chat_template:
         raise ValueError(
             f"chat is on, but {settings.model} has no chat template: valid is off"
         )
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": settings.prompt}],
+        [{"role": "user", "content": settings.prompt_text}],
         tokenize=False,
         add_generation_prompt=True,
     )
