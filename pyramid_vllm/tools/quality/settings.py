@@ -142,14 +142,11 @@ def make_sides(
         count = labels.count(config.name)
         label = config.name if count == 1 else f"{config.name} ({count})"
         policies = RequestPolicies(config, num_layers, weights)
-        wishes = [{RETENTION_ARG: retention} for retention in settings.retentions]
-        engines.append(
-            [
-                Side(label, config, (wish or {}).get(RETENTION_ARG), rule)
-                for wish in wishes or [None]
-                for rule in [policies.rule_for(wish)]
-            ]
-        )
+        engines.append([])
+        for retention in settings.retentions or (None,):
+            wish = None if retention is None else {RETENTION_ARG: retention}
+            rule = policies.rule_for(wish)
+            engines[-1].append(Side(label, config, retention, rule))
     return engines
 
 
