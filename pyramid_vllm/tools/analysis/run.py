@@ -89,8 +89,8 @@ def _measure(
     settings, policy = found.settings, found.policy
     num_queries = max(settings.distances) + WINDOW
     prompts = [(prompt, True) for prompt in texts] + [(p, False) for p in needles]
-    bar = {"description": "each layer alone", "console": console}
-    for (prompt, target), is_text in track(prompts, **bar):
+    tracked = track(prompts, description="each layer alone", console=console)
+    for (prompt, target), is_text in tracked:
         window = Continuation(model, prompt, target, [found.rule], num_queries)
         # What the full cache does not find says nothing of what layers need.
         if is_text or window.is_certain:

@@ -47,20 +47,20 @@ class Span:
         Several front ends may report one engine, and none says which is the newest:
         of series that differ in ``pid`` alone the largest counts.
         """
-        values = self._gauges(name, where)
-        return sum(values) if values else None
+        largest = self._gauges(name, where)
+        return sum(largest.values()) if largest else None
 
     def mean_gauge(self, name: str, where: Where) -> float | None:
         """The mean over engines."""
-        values = self._gauges(name, where)
-        return sum(values) / len(values) if values else None
+        largest = self._gauges(name, where)
+        return sum(largest.values()) / len(largest) if largest else None
 
-    def _gauges(self, name: str, where: Where) -> list[float]:
+    def _gauges(self, name: str, where: Where) -> dict[Labels, float]:
         largest: dict[Labels, float] = {}
         for key, value in self.after.select(name, where).items():
             key = tuple(label for label in key if label[0] != "pid")
             largest[key] = max(value, largest.get(key, -math.inf))
-        return list(largest.values())
+        return largest
 
     def total(self, name: str, where: Where) -> float | None:
         """What a counter has counted since the server began."""
