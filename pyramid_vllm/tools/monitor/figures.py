@@ -62,24 +62,14 @@ class Span:
             largest[key] = max(value, largest.get(key, -math.inf))
         return largest
 
-    def total(self, name: str, where: Where) -> float | None:
-        """What a counter has counted since the server began."""
-        found = self.after.select(name, where)
-        return sum(found.values()) if found else None
+    def total(self, name: str, where: Where, label: str | None = None) -> Any:
+        """What a counter has counted since the server began, by a label's values."""
+        return _summed(self.after.select(name, where), label)
 
-    def totals_by(self, name: str, where: Where, label: str) -> dict[str, float]:
-        """The same, by the values of a label."""
-        return _summed_by(self.after.select(name, where), label)
-
-    def rate(self, name: str, where: Where) -> float | None:
-        """Increase per second."""
+    def rate(self, name: str, where: Where, label: str | None = None) -> Any:
+        """Increase of a counter per second, by a label's values."""
         found = self._increases(name, where)
-        return sum(found.values()) / self.seconds if found else None
-
-    def rates_by(self, name: str, where: Where, label: str) -> dict[str, float]:
-        """The same, by the values of a label."""
-        found = _summed_by(self._increases(name, where), label)
-        return {value: increase / self.seconds for value, increase in found.items()}
+        return _summed({k: v / self.seconds for k, v in found.items()}, label)
 
     def mean(self, name: str, where: Where) -> float | None:
         """Mean of a histogram's new values."""
@@ -92,7 +82,7 @@ class Span:
 
         Of values above the last bound, that bound is all that is known.
         """
-        found = _summed_by(self._increases(f"{name}_bucket", where), "le")
+        found = _summed(self._increases(f"{name}_bucket", where), "le")
         buckets = sorted((float(bound), count) for bound, count in found.items())
         if not buckets or buckets[-1][1] <= 0:
             return None
@@ -126,16 +116,16 @@ _FIGURES: dict[str, Any] = {
     "prompt_tokens_per_s": (Span.rate, "vllm:prompt_tokens_total"),
     "generation_tokens_per_s": (Span.rate, "vllm:generation_tokens_total"),
     "preemptions_per_s": (Span.rate, "vllm:num_preemptions_total"),
-    "evicted_per_s_by_tier": (Span.rates_by, f"{_POLICY}tokens_evicted_total", "tier"),
-    "pages_freed_per_s_by_tier": (Span.rates_by, f"{_POLICY}pages_freed_total", "tier"),
-    "compactions_per_s_by_kind": (Span.rates_by, f"{_POLICY}compactions_total", "kind"),
+    "evicted_per_s_by_tier": (Span.rate, f"{_POLICY}tokens_evicted_total", "tier"),
+    "pages_freed_per_s_by_tier": (Span.rate, f"{_POLICY}pages_freed_total", "tier"),
+    "compactions_per_s_by_kind": (Span.rate, f"{_POLICY}compactions_total", "kind"),
     "rows_scheduled_per_s": (Span.rate, f"{_POLICY}prefill_rows_scheduled_total"),
     "rows_computed_per_s": (Span.rate, f"{_POLICY}prefill_rows_computed_total"),
     "compaction_mean_s": (Span.mean, f"{_POLICY}compaction_time_seconds"),
     "compaction_p95_s": (Span.p95, f"{_POLICY}compaction_time_seconds"),
-    "num_requests_by_policy": (Span.totals_by, f"{_POLICY}requests_total", "kv_policy"),
+    "num_requests_by_policy": (Span.total, f"{_POLICY}requests_total", "kv_policy"),
     "num_unpruned_by_reason": (
-        Span.totals_by,
+        Span.total,
         f"{_POLICY}requests_unpruned_total",
         "reason",
     ),
@@ -196,8 +186,10 @@ def _figures(span: Span, where: Where) -> Figures:
     }
 
 
-def _summed_by(series: Mapping[Labels, float], label: str) -> dict[str, float]:
-    """Sums of series by the values of a label."""
+def _summed(series: Mapping[Labels, float], label: str | None) -> Any:
+    """Their sum, None if there are none; with a label, sums by its values."""
+    if label is None:
+        return sum(series.values()) if series else None
     sums: dict[str, float] = defaultdict(float)
     for key, value in series.items():
         sums[dict(key).get(label, "")] += value
