@@ -77,7 +77,7 @@ class Span:
         total = sum(self._increases(f"{name}_sum", where).values())
         return total / count if count else None
 
-    def p95(self, name: str, where: Where) -> float | None:
+    def p95(self, name: str, where: Where) -> Any:
         """95th percentile of a histogram's new values, evenly spread in their bucket.
 
         Of values above the last bound, that bound is all that is known.
