@@ -42,7 +42,6 @@ def check_install(version: str) -> None:
 def check_files() -> None:
     """Data files are found, inside the package."""
     from pyramid_vllm.policy.presets import config_dir
-    from pyramid_vllm.tools.inspection.page import page
 
     place = Path(pyramid_vllm.__file__).parent
     for folder in ("policies", "profiles", "grafana", "prometheus"):
@@ -51,7 +50,8 @@ def check_files() -> None:
     for preset in pyramid_vllm.preset_names():
         pyramid_vllm.resolve_policy(preset)
     assert pyramid_vllm.resolve_policy("pyramid").layer_weights == "auto"
-    assert "KV heads" in page({"policy": {"name": "p"}, "model": "m"})
+    for name in ("page.html", "page.js"):
+        assert (place / "tools/inspection" / name).is_file()
 
 
 def tokens_evicted(model: str, policy: str) -> float:

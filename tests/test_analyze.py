@@ -24,11 +24,7 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.profiles import IDENTITY
 from pyramid_vllm.tools.analysis.found import Found
-from pyramid_vllm.tools.analysis.settings import (
-    AnalyzeSettings,
-    parse_distances,
-    parse_ratios,
-)
+from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
 from pyramid_vllm.tools.analysis.suggest import convex, layer_shares, not_rising
 from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.quality.words import sentences
@@ -263,8 +259,7 @@ def test_results_hold_every_window(analysis: tuple[str, Path], text: Path) -> No
 
 def found_with(policy: PolicyConfig, **changes: Any) -> Found:
     """An analysis whose third layer costs most."""
-    options: dict[str, Any] = dict.fromkeys(AnalyzeSettings.__dataclass_fields__)
-    options |= {"ratios": (0.2, 0.5), "falling": False} | changes
+    options: dict[str, Any] = {"model": "m", "ratios": (0.2, 0.5)} | changes
     config = type("Config", (), {"num_hidden_layers": 4})
     costs = np.array([[0.3, 0.2, 2.0, 0.1], [0.1, 0.1, 0.5, 0.05]])
     both = np.stack((costs, costs), axis=-1)
@@ -358,8 +353,11 @@ def test_bad_options_are_named_before_the_model_loads(
 
 
 def test_lists_of_options_are_sorted() -> None:
-    assert parse_ratios("0.7, 0.1,0.7") == (0.1, 0.7)
-    assert parse_distances("64,1, 8", 256) == (1, 8, 64)
-    assert parse_distances("128", 256) == (128,)
+    def asked(**options: Any) -> AnalyzeSettings:
+        return AnalyzeSettings(**{"model": "m", "distances": "64", **options})
+
+    assert asked(ratios="0.7, 0.1,0.7").ratios == (0.1, 0.7)
+    assert asked(distances="64,1, 8", prompt_tokens=256).distances == (1, 8, 64)
+    assert asked(distances="128", prompt_tokens=256).distances == (128,)
     with pytest.raises(ValueError, match=r"distances is '129'.*from 1 to 128"):
-        parse_distances("129", 256)
+        asked(distances="129", prompt_tokens=256)

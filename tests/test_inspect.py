@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html import unescape
 from io import StringIO
 from pathlib import Path
@@ -23,7 +23,7 @@ from pyramid_vllm.tools.inspection import run
 from pyramid_vllm.tools.inspection.engine import EngineTask, inspect_request, run_engine
 from pyramid_vllm.tools.inspection.page import page
 from pyramid_vllm.tools.inspection.plot import kept_shares, plot, tier_runs
-from pyramid_vllm.tools.inspection.settings import InspectSettings, read_prompt
+from pyramid_vllm.tools.inspection.settings import InspectSettings
 from pyramid_vllm.tools.inspection.view import (
     Inspection,
     Request,
@@ -133,17 +133,19 @@ def test_tokens_keep_their_spaces() -> None:
 
 
 def test_one_prompt_is_given(tmp_path: Path) -> None:
-    file = tmp_path / "prompt.txt"
+    file, empty = tmp_path / "prompt.txt", tmp_path / "empty.txt"
     file.write_text("from a file")
-    assert read_prompt(None, file) == "from a file"
-    assert read_prompt("text", None) == "text"
-    for text, path, message in (
-        (None, None, "none given"),
-        ("text", file, "both given"),
-        ("", None, "empty"),
+    empty.write_text("")
+    assert InspectSettings("m", prompt_file=file).prompt_text == "from a file"
+    assert InspectSettings("m", prompt="text").prompt_text == "text"
+    for given, message in (
+        ({}, "none given"),
+        ({"prompt": "text", "prompt_file": file}, "both given"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt_file": empty}, "empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_prompt(text, path)
+            assert InspectSettings("m", **given).prompt_text
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def test_a_process_of_its_own_finds_the_same(
     command: Path, found: dict[str, Inspection]
 ) -> None:
     written = json.loads((command / "inspect.json").read_text())
-    assert written == json.loads(json.dumps(found["head"].as_dict())) | {
+    assert written == json.loads(json.dumps(asdict(found["head"]))) | {
         key: written[key] for key in ("argv", "date", "versions", "seed", "machine")
     }
     assert (command / "inspect.png").read_bytes().startswith(b"\x89PNG")
@@ -392,7 +394,7 @@ def text_of(html: str) -> str:
 
 
 def rows_of(dom: str) -> list[list[str]]:
-    rows = re.findall(r"<tr data-tier=.*?</tr>", dom)
+    rows = re.findall(r"<tr data-tier=.*?</tr>", dom, flags=re.DOTALL)
     return [
         [text_of(cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)]
         for row in rows
@@ -434,6 +436,28 @@ def test_the_page_needs_nothing_else() -> None:
     assert json.loads(data[1]) == json.loads(json.dumps(report))
 
 
+def test_the_page_has_tiers_and_text_without_a_script() -> None:
+    """And shows what looks like a tag as text."""
+    report = json.loads(json.dumps(report_of(small({3: NASTY}))))
+    html = page(report)
+    assert rows_of(html) == expected_rows(report)
+    assert shown_text(html) == "".join(token["text"] for token in report["tokens"])
+    notes = [
+        unescape(note)
+        for note in re.findall(r'data-position="\d+" title="(.*?)"', html)
+    ]
+    assert len(notes) == 13
+    assert notes[0] == (
+        "Position 0 (id 40, sink, always kept): kept in 2 of 2 layers: "
+        "2 of 2 heads in layers 0-1"
+    )
+    assert notes[1] == (
+        "Position 1 (id 41, prompt): kept in 1 of 2 layers: 1 of 2 heads in layers 0"
+    )
+    assert notes[7] == "Position 7 (id 47, prompt): kept in 0 of 2 layers"
+    assert "generated last, not in the cache yet" in notes[12]
+
+
 @needs_chromium
 @pytest.mark.timeout(300)
 def test_the_page_shows_what_the_json_says(command: Path, tmp_path: Path) -> None:
@@ -461,10 +485,9 @@ def test_the_page_is_used_by_keyboard(tmp_path: Path) -> None:
     file.write_text(html)
     dom = dom_of(file, tmp_path / "profile")
     assert shown_text(dom) == "".join(token.text for token in found.tokens)
-    cell = text_of(re.findall(r'<div id="cell".*?</div>', dom)[0])
-    assert f"Position 1: {NASTY} (id 41, prompt)" in cell
+    cell = text_of(re.findall(r'<div id="cell".*?</div>', dom, flags=re.DOTALL)[0])
+    assert f"Token: {NASTY}\nPosition 1 (id 41, prompt): kept in 1 of 2" in cell
     assert "Layer 0, tier 0: kept by 1 of 2 KV heads." in cell
-    assert "Kept in 1 of 2 layers: 1 of 2 heads in layers 0." in cell
     pressed = re.findall(r'<button[^>]*aria-pressed="(\w+)"', dom)
     assert pressed == ["false", "true"]
     # Of tier 1, in which no head keeps position 1.

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from pyramid_vllm.tools.cli import eval as command
 from pyramid_vllm.tools.plotting import check_matplotlib
-from pyramid_vllm.tools.quality import processes
+from pyramid_vllm.tools.quality import runner
 from pyramid_vllm.tools.quality.activity import Activity
 from pyramid_vllm.tools.quality.evaluation import Evaluation, check_activity
 from pyramid_vllm.tools.quality.jobs import EngineTask, JobResult
@@ -179,7 +179,8 @@ def test_losses_are_compared_in_pairs(tmp_path: Path) -> None:
 
 
 def test_policies_of_one_name_are_told_apart() -> None:
-    settings = replace(SETTINGS, kv_policies=("pyramid", "snapkv", "pyramid"))
+    other = '{"name": "pyramid", "recent": 8}'
+    settings = replace(SETTINGS, kv_policies=("pyramid", "snapkv", other))
     labels = [sides[0].label for sides in make_sides(settings, 6)]
     assert labels == ["full cache", "pyramid", "snapkv", "pyramid (2)"]
 
@@ -242,4 +243,4 @@ def test_an_engine_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "executable", "/bin/false")
     task = EngineTask("m", None, "auto", 1, 1, 1, 0, {}, [])
     with pytest.raises(RuntimeError, match="the engine failed"):
-        processes.run_engine(task, lambda _: None, lambda _: None)
+        runner.run_engine(task, lambda _: None, lambda _: None)

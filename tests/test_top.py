@@ -12,8 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pyramid_vllm.tools.cli.top import top
-from pyramid_vllm.tools.monitor.figures import ServerFigures, server_figures
-from pyramid_vllm.tools.monitor.numbers import by_size, count, percent, seconds
+from pyramid_vllm.tools.monitor.figures import ServerFigures, Span, server_figures
 from pyramid_vllm.tools.monitor.scrape import (
     Scrape,
     ScrapeError,
@@ -21,9 +20,14 @@ from pyramid_vllm.tools.monitor.scrape import (
     metrics_url,
     parse,
 )
-from pyramid_vllm.tools.monitor.span import Span
-from pyramid_vllm.tools.monitor.view import picture
-from pyramid_vllm.tools.monitor.watch import TopSettings, Watch, show_live
+from pyramid_vllm.tools.monitor.view import (
+    by_size,
+    count,
+    percent,
+    picture,
+    seconds,
+)
+from pyramid_vllm.tools.monitor.watch import Watch, show_live
 from tests.metrics_server import INFO, FakeMetrics, serving, work
 
 APP = typer.Typer()
@@ -93,20 +97,24 @@ def test_figures_are_those_of_the_interval() -> None:
     work(metrics)
     server = server_figures(after_work(metrics, interval=4.0))
     figures = server.total
-    assert (figures.num_running, figures.num_waiting) == (12, 3)
-    assert figures.num_above_stock == 5
-    assert figures.held_share == pytest.approx(0.4)
-    assert figures.prompt_tokens_per_s == pytest.approx(1000)
-    assert figures.preemptions_per_s == pytest.approx(0.25)
-    assert figures.evicted_per_s_by_tier == {"0": 250, "1": 500, "2": 750}
-    assert figures.pages_freed_per_s_by_tier == {"0": 7.5, "1": 15, "2": 22.5}
-    assert figures.compactions_per_s_by_kind == {"prompt": 2, "generation": 0.5}
-    assert figures.computed_share == pytest.approx(0.75)
-    assert figures.compaction_mean_s == pytest.approx(0.0095 / 4)
+    assert (figures["num_running"], figures["num_waiting"]) == (12, 3)
+    assert figures["num_above_stock"] == 5
+    assert figures["entries_held"] / figures["entries_represented"] == pytest.approx(
+        0.4
+    )
+    assert figures["prompt_tokens_per_s"] == pytest.approx(1000)
+    assert figures["preemptions_per_s"] == pytest.approx(0.25)
+    assert figures["evicted_per_s_by_tier"] == {"0": 250, "1": 500, "2": 750}
+    assert figures["pages_freed_per_s_by_tier"] == {"0": 7.5, "1": 15, "2": 22.5}
+    assert figures["compactions_per_s_by_kind"] == {"prompt": 2, "generation": 0.5}
+    assert figures["rows_computed_per_s"] / figures[
+        "rows_scheduled_per_s"
+    ] == pytest.approx(0.75)
+    assert figures["compaction_mean_s"] == pytest.approx(0.0095 / 4)
     # These are totals since the server began.
-    assert figures.num_requests_by_policy == {"pyramid": 18, "none": 2}
-    assert figures.num_unpruned_by_reason == {"prompt_logprobs": 4}
-    assert (figures.num_refused, figures.num_capped) == (2, 4)
+    assert figures["num_requests_by_policy"] == {"pyramid": 18, "none": 2}
+    assert figures["num_unpruned_by_reason"] == {"prompt_logprobs": 4}
+    assert (figures["num_refused"], figures["num_capped"]) == (2, 4)
     assert server.policies == (INFO,)
 
 
@@ -129,7 +137,7 @@ def test_a_quantile_is_that_of_the_new_values(
     before = parse(metrics.text(), taken=0)
     metrics.observe(name, *values)
     span = Span(before, parse(metrics.text(), taken=1))
-    assert span.quantile(name, {}, 0.95) == pytest.approx(quantile)
+    assert span.p95(name, {}) == pytest.approx(quantile)
 
 
 def test_an_idle_interval_has_no_times() -> None:
@@ -137,10 +145,11 @@ def test_an_idle_interval_has_no_times() -> None:
     work(metrics)
     span = Span(parse(metrics.text(), 0), parse(metrics.text(), 1))
     figures = server_figures(span).total
-    assert figures.compaction_mean_s is None
-    assert figures.compaction_p95_s is None
-    assert figures.computed_share is None
-    assert figures.prompt_tokens_per_s == 0
+    assert figures["compaction_mean_s"] is None
+    assert figures["compaction_p95_s"] is None
+    assert figures["rows_scheduled_per_s"] == 0
+    assert "of 0/s computed" not in drawn(server_figures(span))
+    assert figures["prompt_tokens_per_s"] == 0
 
 
 def test_counters_of_a_new_server_begin_at_zero() -> None:
@@ -154,8 +163,8 @@ def test_counters_of_a_new_server_begin_at_zero() -> None:
     span = Span(parse(old_text, 0), parse(new.text(), 1))
     server = server_figures(span)
     assert server.is_restart
-    assert server.total.prompt_tokens_per_s == 4000
-    assert server.total.generation_tokens_per_s == 2000
+    assert server.total["prompt_tokens_per_s"] == 4000
+    assert server.total["generation_tokens_per_s"] == 2000
     assert "restarted" in drawn(server)
     assert not server_figures(after_work(new)).is_restart
 
@@ -164,9 +173,9 @@ def test_one_reading_has_no_rates() -> None:
     metrics = FakeMetrics()
     work(metrics)
     server = server_figures(Span(None, parse(metrics.text(), 0)))
-    assert server.total.num_running == 12
-    assert server.total.prompt_tokens_per_s is None
-    assert server.total.evicted_per_s_by_tier == {}
+    assert server.total["num_running"] == 12
+    assert server.total["prompt_tokens_per_s"] is None
+    assert server.total["evicted_per_s_by_tier"] == {}
     assert not server.is_restart
     assert "rates to come" in drawn(server)
 
@@ -175,12 +184,14 @@ def test_engines_add_up() -> None:
     metrics = FakeMetrics(num_engines=11)
     server = server_figures(after_work(metrics))
     assert [engine.engine for engine in server.engines] == [str(i) for i in range(11)]
-    assert {engine.figures.num_running for engine in server.engines} == {12}
-    assert server.total.num_running == 132
-    assert server.total.prompt_tokens_per_s == pytest.approx(11 * 2000)
+    assert {engine.figures["num_running"] for engine in server.engines} == {12}
+    assert server.total["num_running"] == 132
+    assert server.total["prompt_tokens_per_s"] == pytest.approx(11 * 2000)
     # Shares do not add up.
-    assert server.total.kv_usage == pytest.approx(0.93)
-    assert server.total.held_share == pytest.approx(0.4)
+    assert server.total["kv_usage"] == pytest.approx(0.93)
+    assert server.total["entries_held"] / server.total[
+        "entries_represented"
+    ] == pytest.approx(0.4)
 
 
 def test_front_ends_that_report_one_engine_count_once() -> None:
@@ -191,8 +202,8 @@ def test_front_ends_that_report_one_engine_count_once() -> None:
         metrics.set("vllm:num_requests_running", running, pid=pid)
         metrics.add("vllm:prompt_tokens", 100, pid=pid)
     server = server_figures(Span(before, parse(metrics.text(), 1)))
-    assert server.total.num_running == 5
-    assert server.total.prompt_tokens_per_s == 200
+    assert server.total["num_running"] == 5
+    assert server.total["prompt_tokens_per_s"] == 200
 
 
 def test_metrics_that_are_none_are_refused() -> None:
@@ -328,7 +339,7 @@ def test_a_live_view_goes_on_whatever_the_server_does() -> None:
     console = Console(width=80, height=24, record=True, force_terminal=True)
     shown = []
     with serving(lambda: answers[-1]) as url:
-        watch = Watch(TopSettings(url), console)
+        watch = Watch(url, console)
 
         def see(status: int, text: str) -> str:
             answers.append((status, text))
@@ -359,7 +370,7 @@ def test_ctrl_c_ends_a_live_view(busy: tuple[FakeMetrics, str]) -> None:
             raise KeyboardInterrupt
 
     with console.capture() as captured:
-        show_live(TopSettings(busy[1], interval=1.5), console, sleep)
+        show_live(busy[1], 1.5, console, sleep)
     assert naps == [1.5] * 3
     assert "75% of" in captured.get()
 
@@ -376,5 +387,5 @@ def test_a_counter_that_is_gone_is_no_rate() -> None:
     span = after_work(metrics)
     series = {k: v for k, v in span.after.series.items() if "prompt_tokens" not in k}
     without = replace(span, after=Scrape(span.after.taken, series))
-    assert server_figures(without).total.prompt_tokens_per_s is None
-    assert not math.isnan(server_figures(without).total.generation_tokens_per_s or 0)
+    assert server_figures(without).total["prompt_tokens_per_s"] is None
+    assert not math.isnan(server_figures(without).total["generation_tokens_per_s"] or 0)

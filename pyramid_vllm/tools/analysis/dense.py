@@ -28,7 +28,7 @@ _ATTENTION = "pyramid_vllm_dense"
 
 @dataclass
 class Prefill:
-    """A prompt's caches, and the logits behind it."""
+    """A prompt's caches, and the logits after it."""
 
     num_tokens: int
     layers: list[LayerCache]
@@ -60,7 +60,7 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of the new tokens, behind what the layer kept of older ones.
+    """Causal attention of the new tokens, and to what the layer kept of older ones.
 
     Shapes as transformers has them: ``[1, heads, tokens, head_size]``; the output is
     ``[1, tokens, heads, head_size]``.
@@ -68,23 +68,24 @@ def _attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if _current.past is None:
-        output = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
         newest = query[0, :, -_current.num_queries :].transpose(0, 1)
         cache = LayerCache(key[0], value[0], newest.clone(), scale)
         _current.layers[layer] = cache
         if _current.prune is not None:
             _current.prune.after(layer, cache)
-        return output.transpose(1, 2), None
-    past = _current.past[layer]
-    num_new, num_past = query.shape[2], past.key.shape[1]
-    mask = torch.ones(num_new, num_past + num_new, dtype=torch.bool).tril(num_past)
+        mask = None
+    else:
+        past = _current.past[layer]
+        num_new, num_past = query.shape[2], past.key.shape[1]
+        key = torch.cat((past.key[None], key), dim=2)
+        value = torch.cat((past.value[None], value), dim=2)
+        mask = torch.ones(num_new, num_past + num_new, dtype=torch.bool).tril(num_past)
     output = functional.scaled_dot_product_attention(
         query,
-        torch.cat((past.key[None], key), dim=2),
-        torch.cat((past.value[None], value), dim=2),
+        key,
+        value,
         attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=True,
     )
@@ -138,9 +139,8 @@ class DenseModel:
         _current = run
         positions = torch.arange(start, start + count)[None]
         with torch.inference_mode():
-            return self.model(position_ids=positions, use_cache=False, **inputs).logits[
-                0
-            ]
+            output = self.model(position_ids=positions, use_cache=False, **inputs)
+        return output.logits[0]
 
     def prefill(
         self, prompt: Sequence[int], num_queries: int, keep_hidden: Sequence[int] = ()
@@ -180,13 +180,8 @@ class DenseModel:
         ]
         run = _Pass(num_queries=len(full.layers[0].query), prune=pruning)
         with self._from_layer(first):
-            logits = self._forward(
-                run,
-                0,
-                full.num_tokens,
-                inputs_embeds=full.hidden[first],
-                logits_to_keep=1,
-            )
+            inputs = {"inputs_embeds": full.hidden[first], "logits_to_keep": 1}
+            logits = self._forward(run, 0, full.num_tokens, **inputs)
         for hook in hooks:
             hook.remove()
         layers = [
@@ -209,7 +204,7 @@ class DenseModel:
         return Prefill(full.num_tokens, layers, prefill.logits)
 
     def continued(self, prefill: Prefill, tokens: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of the tokens behind a prompt, each given those before.
+        """Log-probabilities of the tokens after a prompt, each given those before.
 
         Returns:
             ``[len(tokens), vocab_size]``, float32; row ``i`` predicts ``tokens[i]``.

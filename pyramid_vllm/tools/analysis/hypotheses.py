@@ -41,7 +41,7 @@ class Continuation:
     Args:
         model: the model.
         prompt: token ids.
-        target: the tokens behind it.
+        target: the tokens after it.
         rules: of the policies that will be tried.
         num_queries: newest tokens of the prompt whose queries will be wanted besides.
     """

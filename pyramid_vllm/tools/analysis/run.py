@@ -1,14 +1,10 @@
-"""The analysis behind ``pyramid-vllm analyze``."""
+"""The analysis of ``pyramid-vllm analyze``."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
-import yaml
 from rich.console import Console
 from rich.progress import track
 
@@ -18,15 +14,12 @@ from pyramid_vllm.policy import (
     resolve_policy,
     tier_layout,
 )
-from pyramid_vllm.policy.profiles import IDENTITY
 from pyramid_vllm.tools.analysis.dense import DenseModel
 from pyramid_vllm.tools.analysis.found import Found, retention_of, suggestion
 from pyramid_vllm.tools.analysis.hypotheses import Continuation, crucial_overlap
-from pyramid_vllm.tools.analysis.plots import plot_costs, plot_overlaps
+from pyramid_vllm.tools.analysis.report import write
 from pyramid_vllm.tools.analysis.settings import WINDOW, AnalyzeSettings
-from pyramid_vllm.tools.analysis.tables import layer_table, trial_table
 from pyramid_vllm.tools.plotting import check_matplotlib
-from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import read_part, windows
 
@@ -53,16 +46,9 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     suggestion(policy, retention_of(settings, policy), None)  # fails early
     text, source = _text(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    parts: list[Prompt] = [
-        (part.prefix, part.target)
-        for part in windows(
-            tokenizer.encode(text),
-            settings.prompt_tokens,
-            settings.target_tokens,
-            settings.windows,
-            source,
-        )
-    ]
+    sizes = settings.prompt_tokens, settings.target_tokens, settings.windows
+    found_windows = windows(tokenizer.encode(text), *sizes, source)
+    parts: list[Prompt] = [(part.prefix, part.target) for part in found_windows]
     needles = _needles(settings, tokenizer, text)
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
     found = Found(settings, config, policy)
@@ -70,7 +56,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     model, console = DenseModel(settings.model), Console()
     _measure(found, model, parts[::2], needles, console)
     _try_out(found, model, parts[1::2], console)
-    _write(found, source, console)
+    write(found, source, _SEED, console)
 
 
 def _text(settings: AnalyzeSettings) -> tuple[str, str]:
@@ -83,16 +69,11 @@ def _text(settings: AnalyzeSettings) -> tuple[str, str]:
 
 def _needles(settings: AnalyzeSettings, tokenizer: Any, text: str) -> list[Prompt]:
     prompts: list[Prompt] = []
+    length = settings.prompt_tokens
     for index in range(settings.needles):
-        (sample,) = make_samples(
-            "single_needle",
-            tokenizer,
-            settings.prompt_tokens,
-            (index + 0.5) / settings.needles,
-            1,
-            _SEED + index,
-            text,
-        )
+        depth, seed = (index + 0.5) / settings.needles, _SEED + index
+        asked = ("single_needle", tokenizer, length, depth, 1, seed, text)
+        (sample,) = make_samples(*asked)
         answer = tokenizer.encode(f" {sample.answers[0]}", add_special_tokens=False)
         prompts.append((sample.prompt_ids, answer))
     return prompts
@@ -107,20 +88,18 @@ def _measure(
 ) -> None:
     settings, policy = found.settings, found.policy
     num_queries = max(settings.distances) + WINDOW
-    for index, (prompt, target) in enumerate(
-        track([*texts, *needles], description="each layer alone", console=console)
-    ):
+    prompts = [(prompt, True) for prompt in texts] + [(p, False) for p in needles]
+    tracked = track(prompts, description="each layer alone", console=console)
+    for (prompt, target), is_text in tracked:
         window = Continuation(model, prompt, target, [found.rule], num_queries)
-        if index >= len(texts):
-            # What the full cache does not find says nothing of what layers need.
-            if window.is_certain:
-                costs = window.layer_costs(policy, settings.ratios)
-                found.needle_costs.append(costs)
-            continue
-        found.text_costs.append(window.layer_costs(policy, settings.ratios))
-        found.overlaps.append(
-            crucial_overlap(window.full, policy, settings.distances, WINDOW, _SHARE)
-        )
+        # What the full cache does not find says nothing of what layers need.
+        if is_text or window.is_certain:
+            costs = found.text_costs if is_text else found.needle_costs
+            costs.append(window.layer_costs(policy, settings.ratios))
+        if is_text:
+            found.overlaps.append(
+                crucial_overlap(window.full, policy, settings.distances, WINDOW, _SHARE)
+            )
 
 
 def _try_out(
@@ -136,45 +115,3 @@ def _try_out(
         for rule in rules:
             cost = asdict(window.policy_cost(rule)) | {"full_loss": window.loss}
             found.trial.setdefault(rule.config.name, []).append(cost)
-
-
-def _write(found: Found, source: str, console: Console) -> None:
-    """Tables, ``results.json``, ``icr.png``, ``rac.png``, ``policy.yaml`` and
-    ``profile.yaml``."""
-    settings, out = found.settings, found.settings.out
-    out.mkdir(parents=True, exist_ok=True)
-    console.print(layer_table(found))
-    console.print(trial_table(found.trial))
-    console.print(
-        f"{len(found.needle_costs)} of {settings.needles} needles were found with the "
-        "full cache, and count"
-    )
-    plot_costs(found, out / "icr.png")
-    plot_overlaps(found, out / "rac.png")
-    content = {
-        "settings": {**asdict(settings), "text": source, "out": str(out)},
-        "text_costs": np.array(found.text_costs).tolist(),
-        "needle_costs": np.array(found.needle_costs).tolist(),
-        "overlaps": np.array(found.overlaps).tolist(),
-        "suggested_shares": found.shares,
-        "trial": found.trial,
-    } | provenance(_SEED)
-    text = json.dumps(content, indent=2)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
-    identity = {name: getattr(found.model, name, None) for name in IDENTITY}
-    _write_yaml(
-        out / "policy.yaml",
-        # All of it: what a file leaves out comes from the preset ``pyramid``.
-        found.suggested.model_dump(mode="json"),
-    )
-    _write_yaml(
-        out / "profile.yaml", {"model": identity, "layer_weights": found.shares}
-    )
-    console.print(
-        f"In {out}: policy.yaml, profile.yaml, results.json, icr.png, rac.png"
-    )
-
-
-def _write_yaml(path: Path, content: dict[str, Any]) -> None:
-    text = yaml.safe_dump(content, sort_keys=False)
-    path.write_text(f"# Made by pyramid-vllm analyze.\n{text}", encoding="utf-8")

@@ -18,22 +18,16 @@ def convex(ratios: Sequence[float], costs: Sequence[float]) -> np.ndarray:
         ``[1 / _STEP + 1]``: the lower hull of the points from a share of 0 (where the
         line through the first two ends) to 1.
     """
+    points, values = np.array([*ratios, 1.0]), np.array([*costs, 0.0]).clip(min=0)
+    widths = np.diff(points)
+    # The lower hull's slopes are the points' slopes, pooled where they would fall.
+    falls = np.array(not_rising(-np.diff(values) / widths, widths))
+    # From the right, where the cost is 0.
+    heights = [*np.cumsum((falls * widths)[::-1])[::-1], 0.0]
     grid = np.linspace(0, 1, round(1 / _STEP) + 1)
-    points = [*zip(ratios, np.maximum(costs, 0.0), strict=True), (1.0, 0.0)]
-    hull: list[tuple[float, float]] = []
-    for point in points:
-        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    first = hull[0][1] - hull[0][0] * _slope(hull[0], hull[1])
-    hull.insert(0, (0.0, first))
-    shares, values = np.array(hull).T
-    curve: np.ndarray = np.interp(grid, shares, values)
+    first = heights[0] + falls[0] * points[0]
+    curve: np.ndarray = np.interp(grid, [0.0, *points], [first, *heights])
     return curve
-
-
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def layer_shares(
@@ -78,14 +72,17 @@ def layer_shares(
     return [float(share) for share in shares]
 
 
-def not_rising(values: Sequence[float]) -> list[float]:
-    """The nearest values, by squares, that do not rise: neighbours are pooled."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, count = value, 1
+def not_rising(
+    values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray = ()
+) -> list[float]:
+    """The nearest values, by weighted squares, that do not rise: neighbours are
+    pooled."""
+    blocks: list[tuple[float, float, int]] = []
+    for index, value in enumerate(values):
+        mean, weight, count = value, weights[index] if len(weights) else 1.0, 1
         while blocks and blocks[-1][0] < mean:
-            other, size = blocks.pop()
-            mean = (mean * count + other * size) / (count + size)
-            count += size
-        blocks.append((mean, count))
-    return [mean for mean, count in blocks for _ in range(count)]
+            other, size, length = blocks.pop()
+            mean = (mean * weight + other * size) / (weight + size)
+            weight, count = weight + size, count + length
+        blocks.append((mean, weight, count))
+    return [float(mean) for mean, _, count in blocks for _ in range(count)]

@@ -25,12 +25,20 @@ def top(
     from rich.console import Console
 
     from pyramid_vllm.tools.monitor.scrape import ScrapeError
-    from pyramid_vllm.tools.monitor.watch import TopSettings, show_live, show_once
+    from pyramid_vllm.tools.monitor.watch import show_live, show_once
 
+    console = Console(highlight=False)
     try:
-        settings = TopSettings(url, interval, once, as_json)
-        show = show_once if once else show_live
-        show(settings, Console(highlight=False))
+        if not 0.1 <= interval <= 3600:
+            raise ValueError(
+                f"'--interval' is {interval}: valid are 0.1 to 3600 seconds"
+            )
+        if as_json and not once:
+            raise ValueError("'--json' is given: valid only with --once")
+        if once:
+            show_once(url, interval, as_json, console)
+        else:
+            show_live(url, interval, console)
     except ValueError as error:
         fail(error)
     except ScrapeError as error:

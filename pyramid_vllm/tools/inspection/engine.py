@@ -1,8 +1,8 @@
 """One request, one process: runs it and writes down what the cache then holds.
 
 Run as ``python -m pyramid_vllm.tools.inspection.engine``, with an ``EngineTask`` as
-JSON on its standard input. It writes a ``result``, or the ``error`` of a policy that it
-refuses.
+JSON on its standard input. It reports a ``result``, or the ``error`` of a policy that
+it refuses.
 """
 
 import os
@@ -53,7 +53,7 @@ def run_engine(task: EngineTask) -> EngineResult:
             raise KVPolicyError(message["error"])
         results.append(EngineResult(**message["result"]))
 
-    run_child("pyramid_vllm.tools.inspection.engine", asdict(task), hear, environment)
+    run_child(__name__, asdict(task), hear, environment)
     return results[0]
 
 
@@ -67,7 +67,8 @@ def inspect_request(task: EngineTask) -> EngineResult:
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    if task.kv_policy is not None and not current_platform.is_cpu():
+    has_policy = task.kv_policy is not None
+    if has_policy and not current_platform.is_cpu():
         raise KVPolicyError(
             "inspect does not support kernels, which do not say which tokens they "
             f"chose: vLLM runs on {current_platform.device_name}, valid is its CPU "
@@ -79,7 +80,7 @@ def inspect_request(task: EngineTask) -> EngineResult:
         skip_tokenizer_init=True,
         **task.engine_args,
     )
-    if task.kv_policy is not None:
+    if has_policy:
         llm.collective_rpc("record_kv_policy")
     sampling = SamplingParams(
         temperature=0.0,
@@ -90,22 +91,16 @@ def inspect_request(task: EngineTask) -> EngineResult:
     prompt = {"prompt_token_ids": task.prompt_ids}
     (output,) = llm.generate([prompt], sampling, use_tqdm=False)
     held = None
-    if task.kv_policy is not None:
+    if has_policy:
         (record,) = llm.collective_rpc("kv_policy_record")
         (held,) = record["held"].values()
     llm.llm_engine.engine_core.shutdown()
     return EngineResult(list(output.outputs[0].token_ids), held)
 
 
-def main() -> None:
-    """Entry point of the child process."""
-    task = EngineTask(**read_task())
+if __name__ == "__main__":
     try:
-        tell("result", asdict(inspect_request(task)))
+        tell("result", asdict(inspect_request(EngineTask(**read_task()))))
     except KVPolicyError as error:
         tell("error", str(error))
     leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +29,8 @@ def tier_runs(inspection: Inspection) -> list[tuple[int, int, int]]:
 
 def plot(inspection: Inspection, path: Path) -> None:
     """Draw which tokens are kept: a column a token, a row a layer, tiers beside."""
-    num_layers = len(inspection.layers)
-    figure = new_figure(figsize=(12, max(3.0, 1.6 + 0.18 * num_layers)))
+    size = (12, max(3.0, 1.6 + 0.18 * len(inspection.layers)))
+    figure = new_figure(figsize=size)
     strip, axes = figure.subplots(1, 2, width_ratios=(1, 40), sharey=True)
     image = axes.imshow(
         kept_shares(inspection),
@@ -41,53 +40,32 @@ def plot(inspection: Inspection, path: Path) -> None:
         aspect="auto",
         interpolation="nearest",
     )
-    _mark_positions(axes, inspection)
-    _mark_tiers(strip, axes, inspection)
+    tiers = [[layer.tier % 9] for layer in inspection.layers]
+    strip.imshow(tiers, cmap="Pastel1", vmin=0, vmax=8, aspect="auto")
+    for tier, first, last in tier_runs(inspection):
+        middle = (first + last) / 2
+        strip.text(0, middle, str(tier), ha="center", va="center", fontsize=8)
+        for part in (strip, axes) if first else ():
+            part.axhline(first - 0.5, color="0.4", linewidth=0.6)
+    prompt = inspection.num_prompt
+    marks = {
+        inspection.sinks: ("sinks", "right"),
+        prompt - inspection.recent: ("recent window", "left"),
+        prompt: ("generated", "left"),
+    }
+    for position, (label, side) in marks.items():
+        if 0 < position < inspection.num_computed:
+            axes.axvline(position - 0.5, color="tab:orange", linewidth=1)
+            place = {"x": position - 0.5, "y": -0.6, "ha": side}
+            axes.text(s=label, fontsize=8, color="tab:orange", **place)
+    strip.set_xticks([0], ["tier"])
     strip.set_ylabel("layer (with full attention)")
     axes.set_xlabel("token position")
     share = inspection.kv_bytes / inspection.stock_kv_bytes
-    name = inspection.policy["name"]
     axes.set_title(
-        f"policy {name}: prompt of {inspection.num_prompt} tokens, "
+        f"policy {inspection.policy['name']}: prompt of {prompt} tokens, "
         f"{share:.0%} of stock vLLM's KV bytes",
         pad=20,
     )
     figure.colorbar(image, ax=axes, label="share of KV heads that keep it", pad=0.01)
     figure.savefig(path, dpi=150)
-
-
-def _mark_positions(axes: Any, inspection: Inspection) -> None:
-    """Where sinks end, where the recent window begins, where the prompt ends."""
-    prompt = inspection.num_prompt
-    marks = {
-        inspection.sinks: "sinks",
-        prompt - inspection.recent: "recent window",
-        prompt: "generated",
-    }
-    for position, label in marks.items():
-        if not 0 < position < inspection.num_computed:
-            continue
-        axes.axvline(position - 0.5, color="tab:orange", linewidth=1)
-        on_left = label == "sinks"
-        axes.annotate(
-            label,
-            (position - 0.5, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right" if on_left else "left",
-            fontsize=8,
-            color="tab:orange",
-        )
-
-
-def _mark_tiers(strip: Any, axes: Any, inspection: Inspection) -> None:
-    tiers = [[layer.tier % 9] for layer in inspection.layers]
-    strip.imshow(tiers, cmap="Pastel1", vmin=0, vmax=8, aspect="auto")
-    strip.set_xticks([0], ["tier"])
-    for tier, first, last in tier_runs(inspection):
-        middle = (first + last) / 2
-        strip.text(0, middle, str(tier), ha="center", va="center", fontsize=8)
-        if first:
-            for part in (strip, axes):
-                part.axhline(first - 0.5, color="0.4", linewidth=0.6)

@@ -1,7 +1,7 @@
 """From options to what was kept."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.requests import KEEP_ALL
 from pyramid_vllm.policy.tiers import TierLayout, runs
+from pyramid_vllm.tools.chat import chat_ids, has_template
 from pyramid_vllm.tools.inspection.engine import EngineTask, run_engine
 from pyramid_vllm.tools.inspection.settings import BLOCK_SIZE, InspectSettings
 from pyramid_vllm.tools.inspection.view import (
@@ -36,23 +37,6 @@ from pyramid_vllm.tools.stop_ids import stop_ids
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What is known of a model before it is loaded."""
-
-    config: Any
-    tokenizer: Any
-    shape: ModelShape
-
-    @classmethod
-    def of(cls, folder: str, dtype: str) -> "_Model":
-        from transformers import AutoConfig, AutoTokenizer
-
-        config = AutoConfig.from_pretrained(folder)
-        shape = ModelShape.of(config, dtype)
-        return cls(config, AutoTokenizer.from_pretrained(folder), shape)
-
-
 def inspect_prompt(settings: InspectSettings) -> Inspection:
     """Run the prompt and see what is left of it.
 
@@ -62,61 +46,64 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         OSError: the model cannot be read.
         RuntimeError: the engine failed.
     """
+    from transformers import AutoConfig, AutoTokenizer
+
     check_vllm_version()
     policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
-    model = _Model.of(settings.model, settings.engine_args.get("dtype", "float32"))
-    rule = _rule(policy, model)
-    prompt_ids = _token_ids(model.tokenizer, settings)
+    config = AutoConfig.from_pretrained(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    shape = ModelShape.of(config, settings.engine_args.get("dtype", "float32"))
+    rule = _rule(policy, config, shape.num_layers)
+    prompt_ids = _token_ids(tokenizer, settings)
     longest = len(prompt_ids) + settings.max_tokens
-    if longest > model.shape.max_position:
+    if longest > shape.max_position:
         raise ValueError(
             f"the prompt has {len(prompt_ids)} tokens and max_tokens is "
-            f"{settings.max_tokens}: valid is up to {model.shape.max_position} "
+            f"{settings.max_tokens}: valid is up to {shape.max_position} "
             "together, the model's longest request"
         )
     rule.cache_lengths(len(prompt_ids))  # not every budget can be met
-    task = _task(settings, policy, model, prompt_ids)
+    num_layers = config.get_text_config().num_hidden_layers
+    task = EngineTask(
+        model=settings.model,
+        kv_policy=None if policy is None else json.dumps(policy.model_dump()),
+        prompt_ids=prompt_ids,
+        max_tokens=settings.max_tokens,
+        stop_ids=stop_ids(settings.model, tokenizer),
+        engine_args=_engine_args(longest, shape.token_bytes * num_layers)
+        | settings.engine_args,
+    )
     result = run_engine(task)
     ids = prompt_ids + result.output_ids
     request = Request(
         model=settings.model,
-        tokens=tuple(TokenView(i, token_text(model.tokenizer, i)) for i in ids),
+        tokens=tuple(TokenView(i, token_text(tokenizer, i)) for i in ids),
         num_prompt=len(prompt_ids),
-        num_kv_heads=model.shape.num_kv_heads,
+        num_kv_heads=shape.num_kv_heads,
         block_size=BLOCK_SIZE,
-        layer_page_bytes=model.shape.token_bytes * BLOCK_SIZE,
+        layer_page_bytes=shape.token_bytes * BLOCK_SIZE,
     )
-    held = result.held
-    if held is None:
-        everything = [[*range(request.num_computed)]] * request.num_kv_heads
-        held = [everything] * model.shape.num_layers
-    return inspection_of(request, rule, held)
+    everything = [[*range(len(ids) - 1)]] * shape.num_kv_heads
+    return inspection_of(request, rule, result.held or [everything] * shape.num_layers)
 
 
-def _rule(policy: PolicyConfig | None, model: _Model) -> LengthRule:
-    num_layers = model.shape.num_layers
+def _rule(policy: PolicyConfig | None, config: Any, num_layers: int) -> LengthRule:
     if policy is None:
         return LengthRule(KEEP_ALL, TierLayout(num_layers, 1))
-    policy = fitted(policy, profile_weights(model.config.get_text_config()))
+    policy = fitted(policy, profile_weights(config.get_text_config()))
     return LengthRule(policy, tier_layout(policy, num_layers))
 
 
 def _token_ids(tokenizer: Any, settings: InspectSettings) -> list[int]:
     """Raises ValueError: a chat is asked for and the model has no template."""
     if not settings.chat:
-        ids: list[int] = tokenizer.encode(settings.prompt)
+        ids: list[int] = tokenizer.encode(settings.prompt_text)
         return ids
-    if not tokenizer.chat_template:
+    if not has_template(tokenizer):
         raise ValueError(
             f"chat is on, but {settings.model} has no chat template: valid is off"
         )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": settings.prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    chat_ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return chat_ids
+    return chat_ids(tokenizer, settings.prompt_text)
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
@@ -129,41 +116,31 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return text
 
 
-def _task(
-    settings: InspectSettings,
-    policy: PolicyConfig | None,
-    model: _Model,
-    prompt_ids: list[int],
-) -> EngineTask:
-    longest = len(prompt_ids) + settings.max_tokens
+def _engine_args(longest: int, token_bytes: int) -> dict[str, Any]:
+    """Of an engine with room for one request.
+
+    Args:
+        longest: its tokens.
+        token_bytes: of the KV cache, over all layers.
+    """
     (pages,) = num_pages((longest,), BLOCK_SIZE)
-    layers = model.config.get_text_config().num_hidden_layers
-    # Room for groups of unequal tiers, which vLLM pads, and for the null page.
-    kv_bytes = 3 * (pages + 2) * BLOCK_SIZE * model.shape.token_bytes * layers
-    defaults: dict[str, Any] = {
+    return {
         "dtype": "float32",
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "block_size": BLOCK_SIZE,
-        "kv_cache_memory_bytes": kv_bytes,
+        # Room for groups of unequal tiers, which vLLM pads, and for the null page.
+        "kv_cache_memory_bytes": 3 * (pages + 2) * BLOCK_SIZE * token_bytes,
         "max_model_len": longest,
         "max_num_seqs": 1,
         "max_num_batched_tokens": max(1024, longest),
         "seed": _SEED,
     }
-    return EngineTask(
-        model=settings.model,
-        kv_policy=None if policy is None else json.dumps(policy.model_dump()),
-        prompt_ids=prompt_ids,
-        max_tokens=settings.max_tokens,
-        stop_ids=stop_ids(settings.model, model.tokenizer),
-        engine_args=defaults | settings.engine_args,
-    )
 
 
 def report(inspection: Inspection) -> dict[str, Any]:
     """The JSON: what was found, and where it comes from."""
-    return inspection.as_dict() | provenance(_SEED)
+    return asdict(inspection) | provenance(_SEED)
 
 
 def write_report(inspection: Inspection, out: Path) -> None:
@@ -181,9 +158,10 @@ def write_report(inspection: Inspection, out: Path) -> None:
 
 def print_table(inspection: Inspection, console: Console) -> None:
     """What each tier holds, for people."""
+    num_generated = len(inspection.tokens) - inspection.num_prompt
     table = Table(
         title=f"Policy {inspection.policy['name']}: {inspection.num_prompt} tokens of "
-        f"prompt, {len(inspection.tokens) - inspection.num_prompt} generated"
+        f"prompt, {num_generated} generated"
     )
     table.add_column("tier", justify="right")
     table.add_column("layers")

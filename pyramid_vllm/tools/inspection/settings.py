@@ -1,8 +1,13 @@
 """What an inspection is asked for."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from typer import Argument, Option
+
+from pyramid_vllm.tools import options
 
 BLOCK_SIZE = 32
 #: Arguments of ``LLM`` that an inspection sets or that a record does not follow.
@@ -18,17 +23,26 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=options.SETTINGS_CONFIG)
 class InspectSettings:
     """The options of the command."""
 
-    model: str
-    kv_policy: str
-    kv_policy_config: str | None
-    prompt: str
-    chat: bool
-    max_tokens: int
-    engine_args: dict[str, Any] = field(default_factory=dict)
+    model: Annotated[
+        str, Argument(help="Folder or hub name; default: the bundled one.")
+    ]
+    prompt: Annotated[str | None, Option(help="The prompt.")] = None
+    prompt_file: Annotated[
+        Path | None, Option(help="A text file that holds the prompt.")
+    ] = None
+    chat: Annotated[
+        bool, Option("--chat", help="Put it into the model's chat template.")
+    ] = False
+    kv_policy: options.KVPolicy = "pyramid"
+    kv_policy_config: options.KVPolicyConfig = None
+    max_tokens: Annotated[
+        int, Option(min=1, help="Most tokens that are generated.")
+    ] = 32
+    engine_args: options.EngineArgs = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, valid in _REFUSED.items():
@@ -41,19 +55,22 @@ class InspectSettings:
                 f"engine_args has tensor_parallel_size={ranks}: valid is 1, what other "
                 "ranks keep is not recorded"
             )
+        if (self.prompt is None) == (self.prompt_file is None):
+            given = "none" if self.prompt is None else "both"
+            raise ValueError(
+                f"prompt, prompt_file: {given} given: valid is one of them"
+            )
 
+    @property
+    def prompt_text(self) -> str:
+        """The prompt, from whichever of the two is given.
 
-def read_prompt(text: str | None, file: Path | None) -> str:
-    """The prompt, from whichever of the two is given.
-
-    Raises:
-        ValueError: none is given, both are, or it is empty.
-        OSError: the file cannot be read.
-    """
-    if (text is None) == (file is None):
-        given = "none" if text is None else "both"
-        raise ValueError(f"prompt, prompt_file: {given} given: valid is one of them")
-    prompt = text if file is None else file.read_text(encoding="utf-8")
-    if not prompt:
-        raise ValueError("the prompt is empty: valid is at least one token")
-    return prompt
+        Raises:
+            ValueError: it is empty.
+            OSError: the file cannot be read.
+        """
+        file = self.prompt_file
+        text = file.read_text(encoding="utf-8") if file else self.prompt
+        if not text:
+            raise ValueError("the prompt is empty: valid is at least one token")
+        return text

@@ -1,54 +1,137 @@
 """The figures of an engine, and of a server, over an interval."""
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from pyramid_vllm.tools.monitor.span import Span, summed_by
+from pyramid_vllm.tools.monitor.scrape import Labels, Scrape
 
+#: By the names in ``_FIGURES``; None where the server does not report a figure.
+Figures = dict[str, Any]
+Where = Mapping[str, str]
 _POLICY = "vllm:kv_policy_"
-_COMPACTION_TIME = f"{_POLICY}compaction_time_seconds"
-#: Labels that say who reports, not what.
-_REPORTERS = {"model_name", "engine", "pid"}
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of one engine or of several; None where the server does not say."""
+class Span:
+    """What happened between two readings.
 
-    num_running: float | None
-    num_waiting: float | None
-    num_above_stock: float | None
-    kv_usage: float | None
-    retention: float | None
-    entries_held: float | None
-    entries_represented: float | None
+    Counters count by what they grew. Without an earlier reading there are no rates.
+    """
 
-    prompt_tokens_per_s: float | None
-    generation_tokens_per_s: float | None
-    preemptions_per_s: float | None
-    evicted_per_s_by_tier: dict[str, float]
-    pages_freed_per_s_by_tier: dict[str, float]
-    compactions_per_s_by_kind: dict[str, float]
-    rows_scheduled_per_s: float | None
-    rows_computed_per_s: float | None
-    compaction_mean_s: float | None
-    compaction_p95_s: float | None
-
-    num_requests_by_policy: dict[str, float]
-    num_unpruned_by_reason: dict[str, float]
-    num_refused: float | None
-    num_capped: float | None
+    before: Scrape | None
+    after: Scrape
 
     @property
-    def held_share(self) -> float | None:
-        """Entries held, of what an uncompressed cache would hold."""
-        return _ratio(self.entries_held, self.entries_represented)
+    def seconds(self) -> float:
+        """Length of the interval."""
+        return self.after.taken - self.before.taken if self.before else 0.0
 
-    @property
-    def computed_share(self) -> float | None:
-        """Rows of prompts computed, of those scheduled."""
-        return _ratio(self.rows_computed_per_s, self.rows_scheduled_per_s)
+    @cached_property
+    def is_restart(self) -> bool:
+        """A counter fell: this is another server, whose counters all began at 0."""
+        earlier = self.before.series if self.before else {}
+        return any(
+            value < earlier.get(name, {}).get(key, 0)
+            for name, found in self.after.series.items()
+            if name.endswith(("_total", "_count", "_bucket"))
+            for key, value in found.items()
+        )
+
+    def gauge(self, name: str, where: Where) -> float | None:
+        """The sum over engines.
+
+        Several front ends may report one engine, and none says which is the newest:
+        of series that differ in ``pid`` alone the largest counts.
+        """
+        largest = self._gauges(name, where)
+        return sum(largest.values()) if largest else None
+
+    def mean_gauge(self, name: str, where: Where) -> float | None:
+        """The mean over engines."""
+        largest = self._gauges(name, where)
+        return sum(largest.values()) / len(largest) if largest else None
+
+    def _gauges(self, name: str, where: Where) -> dict[Labels, float]:
+        largest: dict[Labels, float] = {}
+        for key, value in self.after.select(name, where).items():
+            key = tuple(label for label in key if label[0] != "pid")
+            largest[key] = max(value, largest.get(key, -math.inf))
+        return largest
+
+    def total(self, name: str, where: Where, label: str | None = None) -> Any:
+        """What a counter has counted since the server began, by a label's values."""
+        return _summed(self.after.select(name, where), label)
+
+    def rate(self, name: str, where: Where, label: str | None = None) -> Any:
+        """Increase of a counter per second, by a label's values."""
+        found = self._increases(name, where)
+        return _summed({k: v / self.seconds for k, v in found.items()}, label)
+
+    def mean(self, name: str, where: Where) -> float | None:
+        """Mean of a histogram's new values."""
+        count = sum(self._increases(f"{name}_count", where).values())
+        total = sum(self._increases(f"{name}_sum", where).values())
+        return total / count if count else None
+
+    def p95(self, name: str, where: Where) -> Any:
+        """95th percentile of a histogram's new values, evenly spread in their bucket.
+
+        Of values above the last bound, that bound is all that is known.
+        """
+        found = _summed(self._increases(f"{name}_bucket", where), "le")
+        buckets = sorted((float(bound), count) for bound, count in found.items())
+        if not buckets or buckets[-1][1] <= 0:
+            return None
+        rank, low, below = 0.95 * buckets[-1][1], 0.0, 0.0
+        for bound, count in buckets:
+            if math.isinf(bound):
+                break
+            if count >= rank and count > below:
+                return low + (bound - low) * (rank - below) / (count - below)
+            low, below = bound, count
+        return low
+
+    def _increases(self, name: str, where: Where) -> dict[Labels, float]:
+        """By series. A new one began at 0 in between."""
+        if self.before is None:
+            return {}
+        earlier = {} if self.is_restart else self.before.series.get(name, {})
+        found = self.after.select(name, where)
+        return {key: value - earlier.get(key, 0) for key, value in found.items()}
+
+
+#: By name in the JSON: how a figure is computed, its metric, the label that splits it.
+_FIGURES: dict[str, Any] = {
+    "num_running": (Span.gauge, "vllm:num_requests_running"),
+    "num_waiting": (Span.gauge, "vllm:num_requests_waiting"),
+    "num_above_stock": (Span.gauge, f"{_POLICY}num_requests_above_stock"),
+    "kv_usage": (Span.mean_gauge, "vllm:kv_cache_usage_perc"),
+    "retention": (Span.mean_gauge, f"{_POLICY}retention"),
+    "entries_held": (Span.gauge, f"{_POLICY}tokens_held"),
+    "entries_represented": (Span.gauge, f"{_POLICY}tokens_represented"),
+    "prompt_tokens_per_s": (Span.rate, "vllm:prompt_tokens_total"),
+    "generation_tokens_per_s": (Span.rate, "vllm:generation_tokens_total"),
+    "preemptions_per_s": (Span.rate, "vllm:num_preemptions_total"),
+    "evicted_per_s_by_tier": (Span.rate, f"{_POLICY}tokens_evicted_total", "tier"),
+    "pages_freed_per_s_by_tier": (Span.rate, f"{_POLICY}pages_freed_total", "tier"),
+    "compactions_per_s_by_kind": (Span.rate, f"{_POLICY}compactions_total", "kind"),
+    "rows_scheduled_per_s": (Span.rate, f"{_POLICY}prefill_rows_scheduled_total"),
+    "rows_computed_per_s": (Span.rate, f"{_POLICY}prefill_rows_computed_total"),
+    "compaction_mean_s": (Span.mean, f"{_POLICY}compaction_time_seconds"),
+    "compaction_p95_s": (Span.p95, f"{_POLICY}compaction_time_seconds"),
+    "num_requests_by_policy": (Span.total, f"{_POLICY}requests_total", "kv_policy"),
+    "num_unpruned_by_reason": (
+        Span.total,
+        f"{_POLICY}requests_unpruned_total",
+        "reason",
+    ),
+    "num_refused": (Span.total, f"{_POLICY}requests_refused_total"),
+    "num_capped": (Span.total, f"{_POLICY}outputs_capped_total"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,118 +147,55 @@ class Engine:
 class ServerFigures:
     """A server's engines, and all of them together."""
 
-    #: What it runs with: one a policy, which is one unless engines differ.
+    #: Labels of the policies that run: one, unless engines differ.
     policies: tuple[dict[str, str], ...]
     engines: tuple[Engine, ...]
     total: Figures
     seconds: float
     is_restart: bool
 
-    @property
-    def model_names(self) -> list[str]:
-        return sorted({engine.model_name for engine in self.engines})
-
 
 def server_figures(span: Span) -> ServerFigures:
     """All figures of a server with a policy."""
-    infos = {
-        tuple(label for label in key if label[0] not in _REPORTERS)
-        for key in span.after.series.get(f"{_POLICY}info", {})
+    infos = [dict(key) for key in span.after.series.get(f"{_POLICY}info", {})]
+    running = span.after.series.get("vllm:num_requests_running", {})
+    keys = [*map(dict, running), *infos]
+    pairs = {(key.get("model_name", ""), key.get("engine", "")) for key in keys}
+    reporters = {"model_name", "engine", "pid"}
+    policies = {
+        tuple(item for item in info.items() if item[0] not in reporters)
+        for info in infos
     }
     return ServerFigures(
-        policies=tuple(dict(info) for info in sorted(infos)),
-        engines=_engines(span),
-        total=figures(span, {}),
+        policies=tuple(dict(policy) for policy in sorted(policies)),
+        engines=tuple(
+            Engine(model, name, _figures(span, {"model_name": model, "engine": name}))
+            for model, name in sorted(pairs, key=lambda p: (p[0], number_first(p[1])))
+        ),
+        total=_figures(span, {}),
         seconds=span.seconds,
         is_restart=span.is_restart,
     )
 
 
-def _engines(span: Span) -> tuple[Engine, ...]:
-    names = ("vllm:num_requests_running", f"{_POLICY}info")
-    keys = [dict(key) for name in names for key in span.after.series.get(name, {})]
-    pairs = {(key.get("model_name", ""), key.get("engine", "")) for key in keys}
-    by_number = sorted(pairs, key=lambda pair: (pair[0], number_first(pair[1])))
-    return tuple(
-        Engine(model, engine, figures(span, {"model_name": model, "engine": engine}))
-        for model, engine in by_number
-    )
-
-
-def figures(span: Span, where: Mapping[str, str]) -> Figures:
+def _figures(span: Span, where: Where) -> Figures:
     """Figures of the engines with these labels."""
-    evictions = {
-        "evicted_per_s_by_tier": ("tokens_evicted_total", "tier"),
-        "pages_freed_per_s_by_tier": ("pages_freed_total", "tier"),
-        "compactions_per_s_by_kind": ("compactions_total", "kind"),
-    }
-    totals = {
-        "num_requests_by_policy": ("requests_total", "kv_policy"),
-        "num_unpruned_by_reason": ("requests_unpruned_total", "reason"),
-    }
-    by_label: dict[str, Any] = {
-        field: span.rates_by(_POLICY + name, where, label)
-        for field, (name, label) in evictions.items()
-    } | {
-        field: summed_by(span.after.select(_POLICY + name, where), label)
-        for field, (name, label) in totals.items()
-    }
-    return Figures(
-        **_gauges(span, where),
-        **_rates(span, where),
-        **by_label,
-        num_refused=_total(span, f"{_POLICY}requests_refused_total", where),
-        num_capped=_total(span, f"{_POLICY}outputs_capped_total", where),
-    )
-
-
-def _gauges(span: Span, where: Mapping[str, str]) -> dict[str, Any]:
-    sums = {
-        "num_running": "vllm:num_requests_running",
-        "num_waiting": "vllm:num_requests_waiting",
-        "num_above_stock": f"{_POLICY}num_requests_above_stock",
-        "entries_held": f"{_POLICY}tokens_held",
-        "entries_represented": f"{_POLICY}tokens_represented",
-    }
-    means = {
-        "kv_usage": "vllm:kv_cache_usage_perc",
-        "retention": f"{_POLICY}retention",
-    }
-    found: dict[str, float | None] = {}
-    for field, name in (sums | means).items():
-        values = span.after.gauges(name, where).values()
-        share = len(values) if field in means else 1
-        found[field] = sum(values) / share if values else None
-    return found
-
-
-def _rates(span: Span, where: Mapping[str, str]) -> dict[str, Any]:
-    names = {
-        "prompt_tokens_per_s": "vllm:prompt_tokens_total",
-        "generation_tokens_per_s": "vllm:generation_tokens_total",
-        "preemptions_per_s": "vllm:num_preemptions_total",
-        "rows_scheduled_per_s": f"{_POLICY}prefill_rows_scheduled_total",
-        "rows_computed_per_s": f"{_POLICY}prefill_rows_computed_total",
-    }
-    mean = _ratio(
-        span.increase(f"{_COMPACTION_TIME}_sum", where),
-        span.increase(f"{_COMPACTION_TIME}_count", where),
-    )
-    return {field: span.rate(name, where) for field, name in names.items()} | {
-        "compaction_mean_s": mean,
-        "compaction_p95_s": span.quantile(_COMPACTION_TIME, where, 0.95),
+    return {
+        field: compute(span, metric, where, *label)
+        for field, (compute, metric, *label) in _FIGURES.items()
     }
 
 
-def _total(span: Span, name: str, where: Mapping[str, str]) -> float | None:
-    found = span.after.select(name, where)
-    return sum(found.values()) if found else None
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None
+def _summed(series: Mapping[Labels, float], label: str | None) -> Any:
+    """Their sum, None if there are none; with a label, sums by its values."""
+    if label is None:
+        return sum(series.values()) if series else None
+    sums: dict[str, float] = defaultdict(float)
+    for key, value in series.items():
+        sums[dict(key).get(label, "")] += value
+    return dict(sums)
 
 
 def number_first(label: str) -> tuple[int, str]:
-    """Sorts "10" behind "9", and names behind numbers."""
+    """Key that sorts "10" after "9", and names after numbers."""
     return (int(label), "") if label.isdecimal() else (2**31, label)

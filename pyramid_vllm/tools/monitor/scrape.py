@@ -3,7 +3,6 @@
 import http.client
 import math
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import HttpUrl, TypeAdapter, ValidationError
 
 TIMEOUT_S = 5.0
 
@@ -19,7 +19,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class ScrapeError(Exception):
-    """There is no reading, and why."""
+    """There is no reading; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,9 @@ class Scrape:
     taken: float
     series: Mapping[str, Mapping[Labels, float]]
 
-    @property
-    def has_vllm(self) -> bool:
-        return any(name.startswith("vllm:") for name in self.series)
-
-    @property
-    def has_policy(self) -> bool:
-        return any(name.startswith("vllm:kv_policy_") for name in self.series)
+    def has(self, prefix: str) -> bool:
+        """Whether any series has a name that begins like this."""
+        return any(name.startswith(prefix) for name in self.series)
 
     def select(self, name: str, where: Mapping[str, str]) -> dict[Labels, float]:
         """The series of a name that carry all of these labels."""
@@ -44,36 +40,20 @@ class Scrape:
         found = self.series.get(name, {})
         return {key: value for key, value in found.items() if wanted <= set(key)}
 
-    def gauges(self, name: str, where: Mapping[str, str]) -> dict[Labels, float]:
-        """A gauge's series, one for those that differ in ``pid`` alone.
-
-        Several front ends may report one engine, and none says which is the newest:
-        the largest counts.
-        """
-        largest: dict[Labels, float] = {}
-        for key, value in self.select(name, where).items():
-            key = tuple(label for label in key if label[0] != "pid")
-            largest[key] = max(value, largest.get(key, -math.inf))
-        return largest
-
 
 def metrics_url(url: str) -> str:
     """The address of the metrics of a server, given with or without ``/metrics``.
 
     Raises:
-        ValueError: If it is no address of a server.
+        ValueError: it is no address of a server.
     """
     try:
-        parts = urlsplit(url)
-        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)
-        is_valid = is_valid and (parts.port is None or parts.port > 0)
-    except ValueError:
-        is_valid = False
-    if not is_valid:
+        parts = urlsplit(str(TypeAdapter(HttpUrl).validate_python(url)))
+    except ValidationError:
         raise ValueError(
             f"'URL' is {url!r}: valid are http://HOST:PORT and https://HOST:PORT, "
             "with or without /metrics"
-        )
+        ) from None
     path = parts.path.rstrip("/").removesuffix("/metrics") + "/metrics"
     return urlunsplit(parts._replace(path=path, fragment=""))
 
@@ -88,7 +68,7 @@ def parse(text: str, taken: float) -> Scrape:
                     key = tuple(sorted(sample.labels.items()))
                     series[sample.name][key] = sample.value
     except (ValueError, IndexError, KeyError) as error:
-        raise ScrapeError("what is there are no Prometheus metrics") from error
+        raise ScrapeError("the answer holds no Prometheus metrics") from error
     return Scrape(taken=taken, series=dict(series))
 
 
@@ -97,10 +77,6 @@ def fetch(url: str, timeout: float = TIMEOUT_S) -> Scrape:
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             body = response.read()
-    except urllib.error.HTTPError as error:
-        raise ScrapeError(f"the server answers {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        raise ScrapeError(str(error.reason)) from error
     except (OSError, http.client.HTTPException) as error:
         raise ScrapeError(str(error) or type(error).__name__) from error
     return parse(body.decode("utf-8", errors="replace"), time.monotonic())

@@ -1,7 +1,10 @@
-"""What a policy did to the requests of a batch, seen from the scheduler."""
+"""What a policy did to the requests of a batch, as its scheduler shows it."""
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
+
+_COUNTS = ("num_compactions", "num_pages_freed", "num_evicted_tokens")
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,20 @@ class ActivityWatch:
         self._scheduler = scheduler
         self._page_bytes = group_page_bytes(scheduler.kv_cache_config)
         self._bytes: dict[str, int] = {}
-        self._kept: dict[str, float] = {}
-        self._prompts: dict[str, int] = {}
+        self._prompts: dict[str, tuple[float, int]] = {}
+        """By request: prompt tokens that a layer kept, prompt tokens."""
         self._before = self._counts()
 
     def step(self) -> None:
         """Look at the scheduler between two steps."""
-        for request in self._scheduler.requests.values():
-            if request.num_computed_tokens < request.num_prompt_tokens:
+        for name, request in self._scheduler.requests.items():
+            length = request.num_prompt_tokens
+            if request.num_computed_tokens < length:
                 continue
-            name = request.request_id
             ids = self._scheduler.kv_cache_manager.get_block_ids(name)
             self._bytes[name] = sum(map(len, ids)) * self._page_bytes
-            if name not in self._kept:
-                self._kept[name] = request.num_prompt_tokens - self._mean_evicted(name)
-                self._prompts[name] = request.num_prompt_tokens
+            if name not in self._prompts:
+                self._prompts[name] = (length - self._mean_evicted(name), length)
 
     def _mean_evicted(self, req_id: str) -> float:
         lengths = getattr(self._scheduler, "tier_lengths", None)
@@ -52,28 +54,17 @@ class ActivityWatch:
         layout = self._scheduler.kv_rule.layout
         return float(layout.mean(lengths.evicted(req_id)))
 
-    def _counts(self) -> tuple[int, int, int]:
+    def _counts(self) -> dict[str, int]:
         counters = getattr(self._scheduler, "kv_counters", None)
-        if counters is None:
-            return 0, 0, 0
-        return (
-            counters.num_compactions,
-            counters.num_pages_freed,
-            counters.num_evicted_tokens,
-        )
+        return {name: getattr(counters, name, 0) for name in _COUNTS}
 
     def result(self) -> Activity:
         """What happened since the watch began."""
-        now, before = self._counts(), self._before
+        now = self._counts()
+        kept, prompts = zip(*self._prompts.values(), strict=True)
         return Activity(
-            num_compactions=now[0] - before[0],
-            num_pages_freed=now[1] - before[1],
-            num_evicted_tokens=now[2] - before[2],
-            kv_bytes_per_request=_mean(self._bytes),
-            kept_tokens=_mean(self._kept),
-            prompt_tokens=_mean(self._prompts),
+            **{name: now[name] - self._before[name] for name in _COUNTS},
+            kv_bytes_per_request=fmean(self._bytes.values()),
+            kept_tokens=fmean(kept),
+            prompt_tokens=fmean(prompts),
         )
-
-
-def _mean(values: dict[str, Any]) -> float:
-    return float(sum(values.values()) / max(1, len(values)))

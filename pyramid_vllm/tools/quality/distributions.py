@@ -15,11 +15,9 @@ class FullRows:
     """
 
     def __init__(self, path: Path, num_tokens: int) -> None:
-        self._path = path
-        self._num_tokens = num_tokens
+        self._path, self._partial = path, path.with_suffix(".partial")
         self._rows: np.memmap | None = None
-        self.top_tokens = [-1] * num_tokens
-        """Most likely token at each position."""
+        self._top_tokens = [-1] * num_tokens
 
     def see(self, position: int, logits: torch.Tensor) -> None:
         if self._rows is None:
@@ -28,23 +26,19 @@ class FullRows:
                 self._partial,
                 mode="w+",
                 dtype=np.float16,
-                shape=(self._num_tokens, logits.shape[-1]),
+                shape=(len(self._top_tokens), logits.shape[-1]),
             )
         logprobs = torch.log_softmax(logits.float(), dim=-1)
-        self.top_tokens[position] = int(logprobs.argmax())
+        self._top_tokens[position] = int(logprobs.argmax())
         self._rows[position] = logprobs.clamp_min(-6e4).half().cpu().numpy()
 
-    @property
-    def _partial(self) -> Path:
-        return self._path.with_suffix(".partial")
-
     def result(self) -> dict[str, list[float]]:
-        """Put the file in its place."""
+        """Put the file in its place; the most likely token at each position."""
         assert self._rows is not None
         self._rows.flush()
         self._rows = None
         self._partial.rename(self._path)
-        return {"top_tokens": list(self.top_tokens)}
+        return {"top_tokens": list(self._top_tokens)}
 
 
 class PolicyRows:
@@ -57,20 +51,17 @@ class PolicyRows:
 
     def __init__(self, path: Path, num_tokens: int) -> None:
         self._full = np.load(path, mmap_mode="r")
-        self.divergences = [float("nan")] * num_tokens
-        self.top_tokens = [-1] * num_tokens
+        self._divergences = [float("nan")] * num_tokens
+        self._top_tokens = [-1] * num_tokens
 
     def see(self, position: int, logits: torch.Tensor) -> None:
         ours = torch.log_softmax(logits.float(), dim=-1)
         stored = torch.from_numpy(self._full[position].astype(np.float32))
         # Rounding leaves a sum that is not quite 1.
         full = torch.log_softmax(stored.to(ours.device), dim=-1)
-        self.divergences[position] = float((full.exp() * (full - ours)).sum())
-        self.top_tokens[position] = int(ours.argmax())
+        self._divergences[position] = float((full.exp() * (full - ours)).sum())
+        self._top_tokens[position] = int(ours.argmax())
 
     def result(self) -> dict[str, list[float]]:
         """KL(full || policy) in nats, and the most likely token, at each position."""
-        return {
-            "divergences": list(self.divergences),
-            "top_tokens": list(self.top_tokens),
-        }
+        return {"divergences": self._divergences, "top_tokens": list(self._top_tokens)}

@@ -1,6 +1,6 @@
 """Runs every side over every task, and keeps what is already there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 import pyramid_vllm
 from pyramid_vllm.compat import installed_vllm_version
 from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult
-from pyramid_vllm.tools.quality.processes import run_engine
+from pyramid_vllm.tools.quality.runner import run_engine
 from pyramid_vllm.tools.quality.settings import EvalSettings, Side
 from pyramid_vllm.tools.quality.store import RunStore, digest
 from pyramid_vllm.tools.quality.tasks import Task, Values
@@ -38,26 +38,38 @@ class Evaluation:
         sides: by engine, the full cache first.
         tasks: what each side runs.
         folder: where results are kept.
-        console: hears of progress.
+        console: where progress is printed.
         run: runs one engine.
     """
 
     def __init__(
         self,
         settings: EvalSettings,
-        sides: list[list[Side]],
-        tasks: list[Task],
+        sides: Sequence[list[Side]],
+        tasks: Sequence[Task],
         folder: Path,
         console: Console,
         run: RunEngine = run_engine,
     ) -> None:
-        self._settings = settings
-        self._sides = sides
-        self._tasks = tasks
-        self._store = RunStore(folder)
-        self._console = console
-        self._run = run
-        self._longest = max(_length(task) for task in tasks)
+        self._sides, self._tasks = sides, tasks
+        self._store, self._console, self._run = RunStore(folder), console, run
+        lengths = [
+            len(request.prompt_ids) + request.max_tokens
+            for task in tasks
+            for request in task.requests
+        ]
+        longest = max(lengths)
+        self._engine: dict[str, Any] = {
+            "model": settings.model,
+            "dtype": settings.dtype,
+            "seed": settings.seed,
+            "kv_bytes": settings.kv_bytes,
+            # vLLM wants at least as many as a prompt has, or sequences run.
+            "max_num_batched_tokens": settings.max_num_batched_tokens
+            or max(2048, longest),
+            "engine_args": settings.engine_args,
+        }
+        self._longest = longest
         self._digests = {
             task.name: digest([asdict(request) for request in task.requests])
             for task in tasks
@@ -69,48 +81,53 @@ class Evaluation:
         Raises:
             RuntimeError: an engine failed, or a policy did nothing.
         """
-        columns = (
-            TextColumn("{task.description:<32}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-        )
+        text = TextColumn("{task.description:<32}")
+        columns = (text, BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=self._console) as progress:
             for sides in self._sides:
                 self._run_engine(sides, progress)
-        return [self._outcome(side) for sides in self._sides for side in sides]
+        found = [
+            (side, {task.name: self._result(side, task) for task in self._tasks})
+            for sides in self._sides
+            for side in sides
+        ]
+        full = found[0][1]
+        return [
+            Outcome(
+                side,
+                results,
+                {t.name: t.grade(results[t.name], full[t.name]) for t in self._tasks},
+            )
+            for side, results in found
+        ]
 
-    def identity(self, side: Side, task: Task) -> dict[str, Any]:
+    def _result(self, side: Side, task: Task) -> JobResult:
+        result = self._store.load(self._identity(side, task))
+        assert result is not None
+        return result
+
+    def _identity(self, side: Side, task: Task) -> dict[str, Any]:
         """All that a run's result depends on."""
-        settings = self._settings
         return {
-            "model": settings.model,
+            **self._engine,
             "policy": side.policy,
             "retention": side.retention,
             "task": task.name,
             "requests": self._digests[task.name],
-            "dtype": settings.dtype,
-            "seed": settings.seed,
-            "kv_bytes": settings.kv_bytes,
-            "max_num_batched_tokens": self._chunk,
-            "engine_args": settings.engine_args,
             "versions": {
                 "vllm": installed_vllm_version(),
                 "pyramid_vllm": pyramid_vllm.__version__,
             },
         }
 
-    @property
-    def _chunk(self) -> int:
-        # vLLM wants at least as many as a prompt has, or sequences run.
-        return self._settings.max_num_batched_tokens or max(2048, self._longest)
-
     def _rows_dir(self, task: Task) -> Path | None:
+        """Where the full cache's distributions are, if the task has any."""
         if task.kind != "continuation":
             return None
-        return self._store.rows_dir(self.identity(self._sides[0][0], task))
+        return self._store.rows_dir(self._identity(self._sides[0][0], task))
 
     def _is_done(self, side: Side, task: Task) -> bool:
-        if self._store.load(self.identity(side, task)) is None:
+        if self._store.load(self._identity(side, task)) is None:
             return False
         folder = self._rows_dir(task)
         if side.config is not None or folder is None:
@@ -128,50 +145,31 @@ class Evaluation:
             )
         if not missing:
             return
-        engine_task = self._engine_task(sides[0], missing)
-        total = sum(len(job.requests) for job in engine_task.jobs)
+        jobs = [
+            Job(task.requests, side.retention, None if folder is None else str(folder))
+            for side, task in missing
+            for folder in [self._rows_dir(task)]
+        ]
+        config = sides[0].config
+        engine_task = EngineTask(
+            kv_policy=None if config is None else config.model_dump_json(),
+            max_model_len=self._longest,
+            jobs=jobs,
+            **self._engine,
+        )
+        total = sum(len(job.requests) for job in jobs)
         bar = progress.add_task(f"{label}: loading", total=total)
         waiting = iter(missing)
 
         def save(result: JobResult) -> None:
             side, task = next(waiting)
             check_activity(side, task, result)
-            self._store.save(self.identity(side, task), result)
+            self._store.save(self._identity(side, task), result)
 
         def advance(done: int) -> None:
             progress.update(bar, completed=done, description=label)
 
         self._run(engine_task, save, advance)
-
-    def _engine_task(self, side: Side, missing: list[tuple[Side, Task]]) -> EngineTask:
-        settings = self._settings
-        jobs = []
-        for one, task in missing:
-            folder = self._rows_dir(task)
-            rows_dir = None if folder is None else str(folder)
-            jobs.append(Job(task.requests, one.retention, rows_dir))
-        return EngineTask(
-            model=settings.model,
-            kv_policy=None if side.config is None else side.config.model_dump_json(),
-            dtype=settings.dtype,
-            kv_bytes=settings.kv_bytes,
-            max_model_len=self._longest,
-            max_num_batched_tokens=self._chunk,
-            seed=settings.seed,
-            engine_args=settings.engine_args,
-            jobs=jobs,
-        )
-
-    def _outcome(self, side: Side) -> Outcome:
-        results, values = {}, {}
-        for task in self._tasks:
-            result = self._store.load(self.identity(side, task))
-            full = self._store.load(self.identity(self._sides[0][0], task))
-            assert result is not None
-            assert full is not None
-            results[task.name] = result
-            values[task.name] = task.grade(result, full)
-        return Outcome(side, results, values)
 
 
 def check_activity(side: Side, task: Task, result: JobResult) -> None:
@@ -187,7 +185,3 @@ def check_activity(side: Side, task: Task, result: JobResult) -> None:
             f"policy {side.label} should evict in task {task.name}: it compacted no "
             "request and pruned no row"
         )
-
-
-def _length(task: Task) -> int:
-    return max(len(r.prompt_ids) + r.max_tokens for r in task.requests)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyramid_vllm.tools.chat import chat_ids, has_template
+
 #: Solved problems in front of each question: they are what a policy may evict.
 NUM_EXAMPLES = 4
 _MARK = "####"
@@ -24,7 +26,7 @@ def read_problems(path: Path, tokenizer: Any, num_problems: int) -> list[Problem
     """Problems of a file; its first ones are the examples and are not asked.
 
     Args:
-        path: JSON lines with ``question`` and ``answer``, the result behind ``####``.
+        path: JSON lines with ``question`` and ``answer``, the result after ``####``.
         tokenizer: a Hugging Face tokenizer; its chat template is used if it has one.
         num_problems: how many.
 
@@ -38,14 +40,10 @@ def read_problems(path: Path, tokenizer: Any, num_problems: int) -> list[Problem
             f"{path} has {len(rows)} problems: valid for gsm8k_problems is up to "
             f"{len(rows) - NUM_EXAMPLES}, beside {NUM_EXAMPLES} examples"
         )
-    examples = rows[:NUM_EXAMPLES]
-    asked = rows[NUM_EXAMPLES : NUM_EXAMPLES + num_problems]
+    solved = rows[:NUM_EXAMPLES]
     return [
-        Problem(
-            _prompt(tokenizer, examples, row["question"]),
-            _plain(row["answer"].split(_MARK)[-1]),
-        )
-        for row in asked
+        Problem(_prompt(tokenizer, solved, question), _plain(answer.split(_MARK)[-1]))
+        for question, answer in rows[NUM_EXAMPLES : NUM_EXAMPLES + num_problems]
     ]
 
 
@@ -61,7 +59,8 @@ def _plain(number: str) -> str:
     return found.rstrip("0").rstrip(".") if "." in found else found
 
 
-def _row(path: Path, line: str) -> dict[str, str]:
+def _row(path: Path, line: str) -> tuple[str, str]:
+    """Question and answer."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -70,25 +69,15 @@ def _row(path: Path, line: str) -> dict[str, str]:
         raise ValueError(
             f"{path}: valid lines have a 'question', and an 'answer' with '{_MARK}'"
         )
-    return row
+    return row["question"], row["answer"]
 
 
-def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
-    return ids
-
-
-def _prompt(tokenizer: Any, examples: list[dict[str, str]], question: str) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        solved = [f"Question: {e['question']}\nAnswer: {e['answer']}" for e in examples]
-        text = "\n\n".join([*solved, f"Question: {question}\nAnswer:"])
-        return _encode(tokenizer, text, special=True)
-    messages = []
-    for example in examples:
-        messages.append({"role": "user", "content": example["question"]})
-        messages.append({"role": "assistant", "content": example["answer"]})
-    messages.append({"role": "user", "content": question})
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
+def _prompt(tokenizer: Any, solved: list[tuple[str, str]], question: str) -> list[int]:
+    if has_template(tokenizer):
+        turns = [turn for example in solved for turn in example]
+        return chat_ids(tokenizer, *turns, question)
+    examples = [f"Question: {q}\nAnswer: {a}\n\n" for q, a in solved]
+    ids: list[int] = tokenizer.encode(
+        f"{''.join(examples)}Question: {question}\nAnswer:"
     )
-    return _encode(tokenizer, text, special=False)
+    return ids

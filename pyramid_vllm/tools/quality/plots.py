@@ -16,14 +16,15 @@ def plot_losses(
     """Loss against memory, one curve a policy."""
     figure = new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    pairs = list(zip(outcomes, summaries, strict=True))
-    full = pairs[0][1]["continuation"]["loss"].value
-    axes.axhline(full, color="0.6", linestyle="--", linewidth=1, label="full cache")
-    for label in dict.fromkeys(outcome.side.label for outcome in outcomes[1:]):
-        points = _points(pairs, label)
-        shares = [share for share, _ in points]
-        losses = [loss.value for _, loss in points]
-        axes.plot(shares, losses, marker="o", label=label)
+    full, *others = [
+        (summary["continuation"]["kv_share"], summary["continuation"]["loss"].value)
+        for summary in summaries
+    ]
+    axes.axhline(full[1], color="0.6", linestyle="--", linewidth=1, label="full cache")
+    labels = [outcome.side.label for outcome in outcomes[1:]]
+    for label in dict.fromkeys(labels):
+        points = [p for p, own in zip(others, labels, strict=True) if own == label]
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axes.set_xlabel("KV bytes of a request, share of the full cache's")
     axes.set_ylabel("loss, nats per token")
     axes.set_xlim(0, 1.05)
@@ -33,42 +34,27 @@ def plot_losses(
     figure.savefig(path, dpi=150)
 
 
-def _points(pairs: list[tuple[Outcome, Summary]], label: str) -> list[Any]:
-    found = [
-        (summary["continuation"]["kv_share"], summary["continuation"]["loss"])
-        for outcome, summary in pairs
-        if outcome.side.label == label
-    ]
-    return sorted(found, key=lambda point: point[0])
-
-
 def plot_retrieval(
-    outcomes: Sequence[Outcome],
-    summaries: Sequence[Summary],
-    tasks: Sequence[Task],
-    path: Path,
+    pairs: Sequence[tuple[Outcome, Summary]], tasks: Sequence[Task], path: Path
 ) -> None:
     """Scores by length and depth: a row a task, a column a retention.
 
     Args:
-        outcomes: of the full cache and of one policy.
-        summaries: theirs.
+        pairs: the full cache and one policy, with their summaries.
         tasks: of retrieval.
         path: of the picture.
     """
     kinds = list(dict.fromkeys(task.cells[0]["task"] for task in tasks))
-    size = (1 + 2.6 * len(outcomes), 0.8 + 2.2 * len(kinds))
+    size = (1 + 2.6 * len(pairs), 0.8 + 2.2 * len(kinds))
     figure = new_figure(figsize=size)
-    grid = figure.subplots(len(kinds), len(outcomes), squeeze=False)
-    for row, kind in enumerate(kinds):
+    grid = figure.subplots(len(kinds), len(pairs), squeeze=False)
+    for row, kind in zip(grid, kinds, strict=True):
         own = [task for task in tasks if task.cells[0]["task"] == kind]
-        for column, outcome in enumerate(outcomes):
-            axes = grid[row][column]
-            image = _heat_map(axes, own, summaries[column])
-            if row == 0:
-                axes.set_title(f"{outcome.side.label} {retention_label(outcome)}")
-            if column == 0:
-                axes.set_ylabel(f"{kind.replace('_', ' ')}\ndepth")
+        row[0].set_ylabel(f"{kind.replace('_', ' ')}\ndepth")
+        for axes, (_, summary) in zip(row, pairs, strict=True):
+            image = _heat_map(axes, own, summary)
+    for axes, (outcome, _) in zip(grid[0], pairs, strict=True):
+        axes.set_title(f"{outcome.side.label} {retention_label(outcome)}")
     figure.colorbar(image, ax=grid, label="share of right answers", shrink=0.8)
     figure.savefig(path, dpi=150)
 

@@ -33,78 +33,63 @@ class Puzzle:
     """The task's own, instead of sentences."""
 
 
-_NUMBERS_INTRO = (
-    "Some special magic numbers are hidden in the text below. Memorize them: you will "
-    "be asked for them afterwards."
-)
-
-
 def _number(rng: Random) -> str:
     return str(rng.randrange(1_000_000, 10_000_000))
 
 
-def _needle(key: str, number: str) -> str:
-    return f"The special magic number for {key} is: {number}."
+def _magic_numbers(
+    hidden: list[tuple[str, str]], names: str, others: list[tuple[str, str]]
+) -> Puzzle:
+    """Keys and their numbers, of which those of ``hidden`` are asked for."""
 
+    def needles(pairs: list[tuple[str, str]]) -> tuple[str, ...]:
+        return tuple(f"The special magic number for {k} is: {n}." for k, n in pairs)
 
-def _ask_one(key: str, number: str, distractors: tuple[str, ...] = ()) -> Puzzle:
+    what, verb, number = "is the", "is", "number"
+    if len(hidden) > 1:
+        what, verb, number = "are all the", "are", "numbers"
     return Puzzle(
-        intro=_NUMBERS_INTRO,
-        question=f"What is the special magic number for {key} mentioned above?",
-        answer_start=f"The special magic number for {key} is:",
-        answers=(number,),
-        needles=(_needle(key, number),),
-        distractors=distractors,
-    )
-
-
-def _ask_several(names: str, needles: dict[str, str]) -> Puzzle:
-    return Puzzle(
-        intro=_NUMBERS_INTRO,
-        question=f"What are all the special magic numbers for {names} mentioned above?",
-        answer_start=f"The special magic numbers for {names} are:",
-        answers=tuple(needles),
-        needles=tuple(needles.values()),
+        intro="Some special magic numbers are hidden in the text below. Memorize "
+        "them: you will be asked for them afterwards.",
+        question=f"What {what} special magic {number} for {names} mentioned above?",
+        answer_start=f"The special magic {number} for {names} {verb}:",
+        answers=tuple(number for _, number in hidden),
+        needles=needles(hidden),
+        distractors=needles(others),
     )
 
 
 def _single_needle(rng: Random) -> Puzzle:
-    return _ask_one(rng.choice(KEYS), _number(rng))
+    key = rng.choice(KEYS)
+    return _magic_numbers([(key, _number(rng))], key, [])
 
 
 def _multi_key(rng: Random) -> Puzzle:
     key, *others = rng.sample(KEYS, 1 + _NUM_DISTRACTORS)
-    distractors = tuple(_needle(other, _number(rng)) for other in others)
-    return _ask_one(key, _number(rng), distractors)
+    distractors = [(other, _number(rng)) for other in others]
+    return _magic_numbers([(key, _number(rng))], key, distractors)
 
 
 def _multi_value(rng: Random) -> Puzzle:
     key = rng.choice(KEYS)
-    numbers = [_number(rng) for _ in range(_NUM_VALUES)]
-    return _ask_several(key, {number: _needle(key, number) for number in numbers})
+    return _magic_numbers([(key, _number(rng)) for _ in range(_NUM_VALUES)], key, [])
 
 
 def _multi_query(rng: Random) -> Puzzle:
     keys = rng.sample(KEYS, _NUM_VALUES)
-    needles = {}
-    for key in keys:
-        number = _number(rng)
-        needles[number] = _needle(key, number)
-    return _ask_several(f"{', '.join(keys[:-1])} and {keys[-1]}", needles)
+    names = f"{', '.join(keys[:-1])} and {keys[-1]}"
+    return _magic_numbers([(key, _number(rng)) for key in keys], names, [])
 
 
 def _chain(rng: Random, names: list[str]) -> tuple[str, tuple[str, ...]]:
     value = str(rng.randrange(10_000, 100_000))
-    lines = [f"VAR {names[0]} = {value}."]
-    for before, name in pairwise(names):
-        lines.append(f"VAR {name} = VAR {before}.")
-    return value, tuple(lines)
+    later = [f"VAR {name} = VAR {before}." for before, name in pairwise(names)]
+    return value, (f"VAR {names[0]} = {value}.", *later)
 
 
 def _variable_tracking(rng: Random) -> Puzzle:
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    triples = ["".join(triple) for triple in combinations(letters, 3)]
-    names = rng.sample(triples, 2 * _CHAIN)
+    triples = map("".join, combinations("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3))
+    names = rng.sample(list(triples), 2 * _CHAIN)
     value, lines = _chain(rng, names[:_CHAIN])
     _, others = _chain(rng, names[_CHAIN:])
     return Puzzle(

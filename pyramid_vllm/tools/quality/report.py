@@ -1,8 +1,9 @@
 """Figures of an evaluation: as JSON and as tables."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -16,6 +17,16 @@ from pyramid_vllm.tools.quality.statistics import (
 from pyramid_vllm.tools.quality.tasks import Task
 
 Summary = dict[str, Any]
+#: Of a table, by name: task, figure, format.
+_Columns = Mapping[str, tuple[str, str, str]]
+_TEXT_COLUMNS: _Columns = {
+    "loss": ("continuation", "loss", ".3f"),
+    "minus full": ("continuation", "loss_difference", "+.3f"),
+    "of the loss": ("continuation", "loss_difference_share", "+.1%"),
+    "KL": ("continuation", "divergence", ".3f"),
+    "same top token": ("continuation", "top_agreement", ".0%"),
+    "match length": ("agreement", "match_length", ".0f"),
+}
 
 
 def summarize(
@@ -35,7 +46,13 @@ def summarize(
             figures["loss_difference"] = mean_interval(differences, seed)
             figures["loss_difference_share"] = ratio_interval(differences, theirs, seed)
         if task.cells:
-            figures["by_depth"] = _by_depth(task, values["score"])
+            cells: dict[float, list[float]] = defaultdict(list)
+            for cell, value in zip(task.cells, values["score"], strict=True):
+                cells[cell["depth"]].append(value)
+            figures["by_depth"] = [
+                {"depth": depth, "score": fmean(scores)}
+                for depth, scores in cells.items()
+            ]
         activity = outcome.results[task.name].activity
         stock = full.results[task.name].activity
         figures["kv_share"] = activity.kv_bytes_per_request / stock.kv_bytes_per_request
@@ -44,60 +61,39 @@ def summarize(
     return summary
 
 
-def _by_depth(task: Task, scores: Sequence[float]) -> list[dict[str, float]]:
-    cells: dict[float, list[float]] = defaultdict(list)
-    for cell, value in zip(task.cells, scores, strict=True):
-        cells[cell["depth"]].append(value)
-    return [
-        {"depth": depth, "score": sum(column) / len(column)}
-        for depth, column in cells.items()
-    ]
-
-
 def as_json(
     outcomes: Sequence[Outcome], summaries: Sequence[Summary], tasks: Sequence[Task]
 ) -> list[dict[str, Any]]:
     """Of each side: settings, summary, activity, values of every sample."""
-    sides = []
-    for outcome, summary in zip(outcomes, summaries, strict=True):
-        runs = {}
-        for task in tasks:
-            result = outcome.results[task.name]
-            runs[task.name] = {
-                "summary": {k: _plain(v) for k, v in summary[task.name].items()},
-                "activity": asdict(result.activity),
-                "seconds": result.seconds,
-                "samples": outcome.values[task.name],
-                "cells": list(task.cells),
-            }
-        side = outcome.side
-        sides.append(
-            {
-                "label": side.label,
-                "policy": side.policy,
-                "retention": side.retention,
-                "tasks": runs,
-            }
-        )
-    return sides
 
+    def run(outcome: Outcome, summary: Summary, task: Task) -> dict[str, Any]:
+        result = outcome.results[task.name]
+        return {
+            "summary": {
+                name: asdict(figure) if isinstance(figure, Interval) else figure
+                for name, figure in summary[task.name].items()
+            },
+            "activity": asdict(result.activity),
+            "seconds": result.seconds,
+            "samples": outcome.values[task.name],
+            "cells": list(task.cells),
+        }
 
-def _plain(figure: Any) -> Any:
-    return asdict(figure) if isinstance(figure, Interval) else figure
+    return [
+        {
+            "label": outcome.side.label,
+            "policy": outcome.side.policy,
+            "retention": outcome.side.retention,
+            "tasks": {task.name: run(outcome, summary, task) for task in tasks},
+        }
+        for outcome, summary in zip(outcomes, summaries, strict=True)
+    ]
 
 
 def text_table(outcomes: Sequence[Outcome], summaries: Sequence[Summary]) -> Table:
     """Losses, divergence and agreement on the text."""
-    columns = {
-        "loss": ("continuation", "loss", ".3f"),
-        "minus full": ("continuation", "loss_difference", "+.3f"),
-        "of the loss": ("continuation", "loss_difference_share", "+.1%"),
-        "KL": ("continuation", "divergence", ".3f"),
-        "same top token": ("continuation", "top_agreement", ".0%"),
-        "match length": ("agreement", "match_length", ".0f"),
-    }
-    kept = {name: spec for name, spec in columns.items() if spec[0] in summaries[0]}
-    table = _table("Continuation of a text", "continuation", outcomes, summaries, kept)
+    columns = {k: spec for k, spec in _TEXT_COLUMNS.items() if spec[0] in summaries[0]}
+    table = _table("Continuation of a text", outcomes, summaries, columns)
     table.caption = (
         "Loss and KL in nats a token; beside the full cache's; match length: "
         "greedy tokens until the first that differs; below: 95% bootstrap intervals"
@@ -109,33 +105,33 @@ def task_table(
     outcomes: Sequence[Outcome], summaries: Sequence[Summary], tasks: Sequence[Task]
 ) -> Table:
     """Scores of retrieval and mathematics."""
-    columns = {}
-    for task in tasks:
-        name = {"retrieval": "score", "gsm8k": "right"}.get(task.kind)
-        if name is not None:
-            columns[task.name.replace("_", " ")] = (task.name, name, ".0%")
+    figures = {"retrieval": "score", "gsm8k": "right"}
+    columns = {
+        task.name.replace("_", " "): (task.name, figures[task.kind], ".0%")
+        for task in tasks
+        if task.kind in figures
+    }
+    table = _table("Share of right answers", outcomes, summaries, columns)
     first = next(iter(columns.values()))[0]
-    table = _table("Share of right answers", first, outcomes, summaries, columns)
     table.caption = f"Memory is of {first}; below: 95% bootstrap intervals"
     return table
 
 
 def _table(
     title: str,
-    memory_task: str,
     outcomes: Sequence[Outcome],
     summaries: Sequence[Summary],
-    columns: dict[str, tuple[str, str, str]],
+    columns: _Columns,
 ) -> Table:
-    table = Table(title=title)
-    table.add_column("policy")
+    """A row a side; memory is that of the first column's task."""
+    table = Table("policy", title=title)
     for name in ("KV bytes", "tokens kept", *columns):
         table.add_column(name, justify="right")
+    memory_task = next(iter(columns.values()))[0]
     for outcome, summary in zip(outcomes, summaries, strict=True):
         memory = summary[memory_task]
         cells = [
-            _cell(summary[task][figure], spec)
-            for task, figure, spec in columns.values()
+            _cell(summary[task][name], spec) for task, name, spec in columns.values()
         ]
         table.add_row(
             f"{outcome.side.label} {retention_label(outcome)}".strip(),

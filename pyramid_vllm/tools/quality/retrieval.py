@@ -7,6 +7,7 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
+from pyramid_vllm.tools.chat import chat_ids, encode, has_template
 from pyramid_vllm.tools.quality.puzzles import PUZZLES, WITHOUT_DEPTH, Puzzle
 from pyramid_vllm.tools.quality.words import sentences
 
@@ -74,23 +75,22 @@ def make_samples(
     if not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}: valid is 0 (oldest) to 1 (newest)")
     texts = None if haystack_text is None else split_sentences(haystack_text)
-    prompt = _Prompt(tokenizer)
     samples = []
     for index in range(num_samples):
         rng = Random(f"{seed} {task} {num_tokens} {depth} {index}")
         puzzle = PUZZLES[task](rng)
-        hay = puzzle.haystack or (
-            sentences(rng) if texts is None else _cycle(texts, rng)
-        )
-        ids = _fit(prompt, puzzle, hay, num_tokens, depth)
-        answer = ", ".join(puzzle.answers)
-        length = len(prompt.encode(" " + answer)) + _SLACK * len(puzzle.answers)
+        hay = puzzle.haystack
+        if hay is None:
+            hay = sentences(rng) if texts is None else _cycle(texts, rng)
+        ids = _fit(tokenizer, puzzle, hay, num_tokens, depth)
+        answer = encode(tokenizer, " " + ", ".join(puzzle.answers))
+        length = len(answer) + _SLACK * len(puzzle.answers)
         samples.append(Sample(task, num_tokens, depth, ids, puzzle.answers, length))
     return samples
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, headings and short leftovers left out.
+    """Sentences of a text without headings and short leftovers.
 
     Raises:
         ValueError: there are none.
@@ -104,64 +104,40 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _cycle(texts: list[str], rng: Random) -> Iterator[str]:
-    place = rng.randrange(len(texts))
+    start = rng.randrange(len(texts))
     while True:
-        yield texts[place % len(texts)]
-        place += 1
+        yield from texts[start:] + texts[:start]
 
 
-class _Prompt:
-    """Turns a user's message and an answer's beginning into tokens."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._has_template = bool(getattr(tokenizer, "chat_template", None))
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def ids(self, message: str, answer_start: str) -> list[int]:
-        if not self._has_template:
-            text = f"{message}\n{answer_start}"
-            ids: list[int] = self._tokenizer.encode(text)
-            return ids
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return self.encode(text + answer_start)
+def _prompt_ids(tokenizer: Any, puzzle: Puzzle, lines: list[str]) -> list[int]:
+    message = f"{puzzle.intro}\n\n{' '.join(lines)}\n\n{puzzle.question}"
+    if has_template(tokenizer):
+        return chat_ids(tokenizer, message, answer_start=puzzle.answer_start)
+    ids: list[int] = tokenizer.encode(f"{message}\n{puzzle.answer_start}")
+    return ids
 
 
 def _fit(
-    prompt: _Prompt, puzzle: Puzzle, hay: Iterator[str], num_tokens: int, depth: float
+    tokenizer: Any, puzzle: Puzzle, hay: Iterator[str], num_tokens: int, depth: float
 ) -> list[int]:
     """The prompt over as much of a haystack as fits."""
-
-    def build(pieces: list[tuple[str, int]]) -> list[int]:
-        lines = _hide(puzzle, pieces, depth)
-        text = " ".join(lines)
-        message = f"{puzzle.intro}\n\n{text}\n\n{puzzle.question}"
-        return prompt.ids(message, puzzle.answer_start)
-
-    shortest = len(build([]))
-    if shortest >= num_tokens:
+    pieces: list[tuple[str, int]] = []
+    """Each with its tokens."""
+    length = len(_prompt_ids(tokenizer, puzzle, _hide(puzzle, pieces, depth)))
+    if length >= num_tokens:
         raise ValueError(
             f"retrieval_tokens is {num_tokens}: valid for this task and tokenizer is "
-            f"more than {shortest}"
+            f"more than {length}"
         )
-    pieces: list[tuple[str, int]] = []
-    length = shortest
     while length < num_tokens:
         piece = next(hay)
-        pieces.append((piece, len(prompt.encode(" " + piece))))
+        pieces.append((piece, len(encode(tokenizer, " " + piece))))
         length += pieces[-1][1]
-    ids = build(pieces)
-    while len(ids) > num_tokens:
+    while True:
+        ids = _prompt_ids(tokenizer, puzzle, _hide(puzzle, pieces, depth))
+        if len(ids) <= num_tokens:
+            return ids
         pieces.pop()
-        ids = build(pieces)
-    return ids
 
 
 def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[str]:
@@ -178,13 +154,10 @@ def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[s
 def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
     """Where each line goes, as a share of the haystack, in order."""
     gaps = len(puzzle.needles) - 1
-    places = [(depth, line) for line in puzzle.needles]
+    first, gap = depth, 0.0
     if gaps > 0:
-        first = depth * (1 - _SPREAD)
-        places = [
-            (first + _SPREAD * number / gaps, line)
-            for number, line in enumerate(puzzle.needles)
-        ]
-    for number, line in enumerate(puzzle.distractors):
-        places.append(((number + 0.5) / len(puzzle.distractors), line))
+        first, gap = depth * (1 - _SPREAD), _SPREAD / gaps
+    places = [(first + gap * i, line) for i, line in enumerate(puzzle.needles)]
+    for i, line in enumerate(puzzle.distractors):
+        places.append(((i + 0.5) / len(puzzle.distractors), line))
     return sorted(places, key=lambda place: place[0])

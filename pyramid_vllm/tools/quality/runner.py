@@ -1,10 +1,11 @@
 """One policy, one process: runs jobs through vLLM.
 
 Run as ``python -m pyramid_vllm.tools.quality.runner``, with an ``EngineTask`` as JSON
-on its standard input. It writes ``ready``, then ``done`` with the requests finished so
-far after every step, and ``result`` after every job.
+on its standard input. It reports the requests finished so far after every step, as
+``done``, and the ``result`` of every job.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,9 +13,41 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_vllm.policy import RETENTION_ARG
-from pyramid_vllm.tools.engine_process import leave, read_task, tell
+from pyramid_vllm.tools.engine_process import leave, read_task, run_child, tell
 from pyramid_vllm.tools.quality.activity import ActivityWatch
 from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+
+
+def run_engine(
+    task: EngineTask,
+    on_result: Callable[[JobResult], None],
+    on_progress: Callable[[int], None],
+) -> None:
+    """Run a task in a process of its own.
+
+    Args:
+        task: the engine and its jobs.
+        on_result: gets every job's result as soon as it is there, in order.
+        on_progress: gets the number of finished requests.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with its last lines.
+    """
+
+    def hear(message: dict[str, Any]) -> None:
+        if "result" in message:
+            on_result(JobResult.read(message["result"]))
+        else:
+            on_progress(message["done"])
+
+    defaults = {
+        # Nothing is timed: on a busy machine, threads that spin take each other's turn.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    }
+    # The child looks into its engine, which so has to be in its process.
+    environment = defaults | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    run_child(__name__, asdict(task), hear, environment, len(task.jobs))
 
 
 def make_engine(task: EngineTask) -> Any:
@@ -51,7 +84,7 @@ def run_job(
         engine: from ``make_engine``.
         job: the requests.
         has_policy: whether the engine has one; else it is the full cache.
-        progress: told the finished requests after every step.
+        progress: gets the number of finished requests after every step.
 
     Raises:
         RuntimeError: an output is not the one that was forced.
@@ -76,10 +109,7 @@ def run_job(
     completions = [finished[str(index)] for index in range(len(job.requests))]
     return JobResult(
         outputs=[list(completion.token_ids) for completion in completions],
-        logprobs=[
-            _forced_logprobs(request, completion)
-            for request, completion in zip(job.requests, completions, strict=True)
-        ],
+        logprobs=list(map(_forced_logprobs, job.requests, completions)),
         rows=[observer.result() for observer in observers.values()],
         activity=watch.result(),
         seconds=time.perf_counter() - start,
@@ -134,9 +164,9 @@ def main() -> None:
     """Entry point of the child process."""
     task = EngineTask.read(read_task())
     engine = make_engine(task)
-    tell("ready", True)
     before = 0
     for job in task.jobs:
+        tell("done", before)
 
         def progress(done: int, before: int = before) -> None:
             tell("done", before + done)

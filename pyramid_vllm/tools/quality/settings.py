@@ -1,8 +1,12 @@
 """What is evaluated: options, sides and tasks, checked before any model loads."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass as settings_class
+from typer import Option
 
 from pyramid_vllm.policy import (
     LengthRule,
@@ -13,6 +17,8 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
+from pyramid_vllm.tools import options
+from pyramid_vllm.tools.options import ONCE, SETTINGS_CONFIG, once
 from pyramid_vllm.tools.quality.gsm8k import read_problems
 from pyramid_vllm.tools.quality.retrieval import TASKS, has_depth, make_samples
 from pyramid_vllm.tools.quality.tasks import (
@@ -25,34 +31,68 @@ from pyramid_vllm.tools.quality.tasks import (
 from pyramid_vllm.tools.quality.texts import read_part, windows
 
 
-@dataclass(frozen=True)
+def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of retrieval tasks, of which 'all' and 'none' stand for several."""
+    for name in given:
+        if name not in (*TASKS, "all", "none"):
+            raise ValueError(
+                f"retrieval is '{name}': valid tasks are {', '.join(TASKS)}, all, none"
+            )
+    if given == ("none",):
+        return ()
+    return TASKS if "all" in given else once(given)
+
+
+@settings_class(frozen=True, config=SETTINGS_CONFIG)
 class EvalSettings:
     """The options of the command."""
 
-    model: str
-    kv_policies: tuple[str, ...] = ("pyramid",)
-    retentions: tuple[float, ...] = ()
-    """Asked for in turn; empty is each policy's own."""
-    text: str | None = None
-    text_from: float = 0.0
-    text_to: float = 1.0
-    prompt_tokens: int = 1024
-    target_tokens: int = 128
-    windows: int = 8
-    agreement_tokens: int = 64
-    retrieval: tuple[str, ...] = TASKS
-    retrieval_tokens: tuple[int, ...] = (1024,)
-    depths: int = 5
-    samples: int = 4
-    gsm8k: str | None = None
-    gsm8k_problems: int = 50
+    model: options.Model
+    kv_policies: Annotated[
+        tuple[str, ...],
+        ONCE,
+        Option("--kv-policy", help="A preset, a YAML file or inline JSON."),
+    ] = ("pyramid",)
+    retentions: Annotated[
+        tuple[float, ...],
+        ONCE,
+        Option("--retention", help="Asked of each policy in turn; default: its own."),
+    ] = ()
+    text: Annotated[
+        str | None, Option(help="A text file: losses, agreement, haystack.")
+    ] = None
+    text_from: options.TextFrom = 0.0
+    text_to: options.TextTo = 1.0
+    prompt_tokens: Annotated[int, Option(min=1, help="Of each window of the text.")] = (
+        1024
+    )
+    target_tokens: Annotated[int, Option(min=1, help="Tokens after each prompt.")] = 128
+    windows: Annotated[int, Option(min=1, help="Windows of the text.")] = 8
+    agreement_tokens: Annotated[
+        int, Option(min=0, help="Greedy tokens after each prompt; 0: none.")
+    ] = 64
+    retrieval: Annotated[
+        tuple[str, ...],
+        AfterValidator(_tasks),
+        Option(help="A retrieval task, 'all' or 'none'."),
+    ] = ("all",)
+    retrieval_tokens: Annotated[
+        tuple[int, ...], ONCE, Option(help="Lengths of prompts.")
+    ] = (1024,)
+    depths: Annotated[int, Option(min=1, help="Places of a needle, evenly spread.")] = 5
+    samples: Annotated[
+        int, Option(min=1, help="Number for each task, length and depth.")
+    ] = 4
+    gsm8k: Annotated[str | None, Option(help="GSM8K's problems, as JSON lines.")] = None
+    gsm8k_problems: Annotated[int, Option(min=1, help="Problems that are asked.")] = 50
     gsm8k_tokens: int = 256
-    seed: int = 0
-    kv_bytes: int = 2**31
-    max_num_batched_tokens: int = 0
-    """0 is the longest prompt: each prompt is one chunk."""
-    dtype: str = "auto"
-    engine_args: dict[str, Any] = field(default_factory=dict)
+    seed: Annotated[int, Option(help="Of samples, engines and intervals.")] = 0
+    kv_bytes: options.KVBytes = options.as_text("2GiB")
+    max_num_batched_tokens: Annotated[
+        int, Option(min=0, help="Of vLLM; 0: each prompt is one chunk.")
+    ] = 0
+    dtype: Annotated[str, Option(help="The model's.")] = "auto"
+    engine_args: options.EngineArgs = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,18 +142,12 @@ def make_sides(
         count = labels.count(config.name)
         label = config.name if count == 1 else f"{config.name} ({count})"
         policies = RequestPolicies(config, num_layers, weights)
-        engines.append(
-            [
-                Side(label, config, retention, _rule(policies, retention))
-                for retention in settings.retentions or (None,)
-            ]
-        )
+        engines.append([])
+        for retention in settings.retentions or (None,):
+            wish = None if retention is None else {RETENTION_ARG: retention}
+            rule = policies.rule_for(wish)
+            engines[-1].append(Side(label, config, retention, rule))
     return engines
-
-
-def _rule(policies: RequestPolicies, retention: float | None) -> LengthRule:
-    wish = None if retention is None else {RETENTION_ARG: retention}
-    return policies.rule_for(wish)
 
 
 def make_tasks(
@@ -133,18 +167,11 @@ def make_tasks(
         tasks += _text_tasks(settings, tokenizer, text, path.name)
     for name in settings.retrieval:
         for length in settings.retrieval_tokens:
+            asked = settings.samples, settings.seed, text
             samples = [
                 sample
                 for depth in _depths(name, settings.depths)
-                for sample in make_samples(
-                    name,
-                    tokenizer,
-                    length,
-                    depth,
-                    settings.samples,
-                    settings.seed,
-                    text,
-                )
+                for sample in make_samples(name, tokenizer, length, depth, *asked)
             ]
             tasks.append(retrieval_task(samples, tokenizer, stop_ids))
     if settings.gsm8k is not None:

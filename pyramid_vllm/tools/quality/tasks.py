@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from pyramid_vllm.tools.quality.gsm8k import Problem, is_right
@@ -42,18 +43,17 @@ def continuation_task(windows: Sequence[Window], start: list[int]) -> Task:
 
 
 def _grade_continuation(result: JobResult, full: JobResult) -> Values:
-    values: Values = {"loss": [-_mean(logprobs) for logprobs in result.logprobs]}
+    values: Values = {"loss": [-fmean(logprobs) for logprobs in result.logprobs]}
     if not result.rows:
         return values
     values["top_agreement"] = [
-        _mean([float(a == b) for a, b in zip(ours["top_tokens"], theirs, strict=True)])
-        for ours, theirs in zip(
-            result.rows, (rows["top_tokens"] for rows in full.rows), strict=True
+        fmean(
+            a == b for a, b in zip(ours["top_tokens"], row["top_tokens"], strict=True)
         )
+        for ours, row in zip(result.rows, full.rows, strict=True)
     ]
     # The full cache has none with itself.
-    divergences = [rows.get("divergences", [0.0]) for rows in result.rows]
-    values["divergence"] = [_mean(row) for row in divergences]
+    values["divergence"] = [fmean(r.get("divergences", [0.0])) for r in result.rows]
     return values
 
 
@@ -61,16 +61,13 @@ def agreement_task(
     windows: Sequence[Window], start: list[int], num_tokens: int
 ) -> Task:
     """Greedy outputs after each prefix."""
+
+    def grade(result: JobResult, full: JobResult) -> Values:
+        lengths = map(match_length, result.outputs, full.outputs)
+        return {"match_length": [float(length) for length in lengths]}
+
     requests = [Request([*start, *w.prefix], num_tokens) for w in windows]
-    return Task("agreement", "agreement", requests, _grade_agreement)
-
-
-def _grade_agreement(result: JobResult, full: JobResult) -> Values:
-    lengths = [
-        match_length(ours, theirs)
-        for ours, theirs in zip(result.outputs, full.outputs, strict=True)
-    ]
-    return {"match_length": [float(length) for length in lengths]}
+    return Task("agreement", "agreement", requests, grade)
 
 
 def match_length(ours: Sequence[int], theirs: Sequence[int]) -> int:
@@ -87,9 +84,7 @@ def retrieval_task(
     requests = [Request(s.prompt_ids, s.max_tokens, stop_ids=stop_ids) for s in samples]
 
     def grade(result: JobResult, full: JobResult) -> Values:
-        texts = [_decode(tokenizer, output) for output in result.outputs]
-        pairs = zip(samples, texts, strict=True)
-        return {"score": [score(sample, text) for sample, text in pairs]}
+        return {"score": list(map(score, samples, _texts(tokenizer, result)))}
 
     cells = tuple(
         {"task": s.task, "num_tokens": s.num_tokens, "depth": s.depth} for s in samples
@@ -105,16 +100,11 @@ def gsm8k_task(
     requests = [Request(p.prompt_ids, max_tokens, stop_ids=stop_ids) for p in problems]
 
     def grade(result: JobResult, full: JobResult) -> Values:
-        texts = [_decode(tokenizer, output) for output in result.outputs]
-        pairs = zip(problems, texts, strict=True)
-        return {"right": [float(is_right(problem, text)) for problem, text in pairs]}
+        right = map(is_right, problems, _texts(tokenizer, result))
+        return {"right": [float(each) for each in right]}
 
     return Task("gsm8k", "gsm8k", requests, grade)
 
 
-def _decode(tokenizer: Any, output: list[int]) -> str:
-    return str(tokenizer.decode(output, skip_special_tokens=True))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _texts(tokenizer: Any, result: JobResult) -> list[str]:
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in result.outputs]

@@ -13,16 +13,11 @@ class Window:
     """Position of its first token in the text."""
     prefix: tuple[int, ...]
     target: tuple[int, ...]
-    """The tokens behind the prefix."""
+    """The tokens after the prefix."""
 
 
 def read_part(path: Path, begin: float = 0.0, end: float = 1.0) -> str:
-    """A share of a text file, by characters, so that splits share none.
-
-    Args:
-        path: a UTF-8 file.
-        begin: where the part begins, as a share of the file.
-        end: where it ends.
+    """A share of a UTF-8 file, by characters, so that splits have none in common.
 
     Raises:
         ValueError: the shares are not valid.
@@ -44,23 +39,17 @@ def windows(
     num_windows: int,
     source: str = "the text",
 ) -> list[Window]:
-    """Evenly spread windows, none of which overlap.
-
-    Args:
-        ids: the text's tokens.
-        prefix_tokens: tokens of a window's prefix.
-        target_tokens: tokens behind it.
-        num_windows: how many.
-        source: the text's name, for errors.
+    """Evenly spread windows of a text's tokens, none of which overlap.
 
     Raises:
-        ValueError: the text is too short.
+        ValueError: a number is below 1, or the text, ``source``, is too short.
     """
-    for name, value in (
-        ("prompt_tokens", prefix_tokens),
-        ("target_tokens", target_tokens),
-        ("windows", num_windows),
-    ):
+    asked = {
+        "prompt_tokens": prefix_tokens,
+        "target_tokens": target_tokens,
+        "windows": num_windows,
+    }
+    for name, value in asked.items():
         if value < 1:
             raise ValueError(f"{name} is {value}: valid is 1 or more")
     length = prefix_tokens + target_tokens
@@ -71,12 +60,8 @@ def windows(
             f"valid is up to {len(ids) // length} windows"
         )
     stride = len(ids) // num_windows
-    starts = range(0, num_windows * stride, stride)
-    return [
-        Window(
-            start,
-            tuple(ids[start : start + prefix_tokens]),
-            tuple(ids[start + prefix_tokens : start + length]),
-        )
-        for start in starts
-    ]
+    found = []
+    for start in range(0, num_windows * stride, stride):
+        part = tuple(ids[start : start + length])
+        found.append(Window(start, part[:prefix_tokens], part[prefix_tokens:]))
+    return found

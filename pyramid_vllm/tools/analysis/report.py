@@ -1,0 +1,134 @@
+"""What an analysis found, as tables, plots and files."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pyramid_vllm.policy.profiles import IDENTITY
+from pyramid_vllm.tools.analysis.found import Found
+from pyramid_vllm.tools.plotting import new_figure
+from pyramid_vllm.tools.provenance import provenance
+
+
+def write(found: Found, source: str, seed: int, console: Console) -> None:
+    """Print tables; write ``results.json``, ``icr.png``, ``rac.png``, ``policy.yaml``
+    and ``profile.yaml``.
+
+    Args:
+        found: what to write.
+        source: the text's name.
+        seed: of the needles.
+        console: where to print.
+    """
+    settings, out = found.settings, found.settings.out
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(_layer_table(found))
+    console.print(_trial_table(found.trial))
+    console.print(
+        f"{len(found.needle_costs)} of {settings.needles} needles were found with the "
+        "full cache, and count"
+    )
+    _plot_costs(found, out / "icr.png")
+    _plot_overlaps(found, out / "rac.png")
+    content = {
+        "settings": {**asdict(settings), "text": source, "out": str(out)},
+        "text_costs": np.array(found.text_costs).tolist(),
+        "needle_costs": np.array(found.needle_costs).tolist(),
+        "overlaps": np.array(found.overlaps).tolist(),
+        "suggested_shares": found.shares,
+        "trial": found.trial,
+    } | provenance(seed)
+    text = json.dumps(content, indent=2)
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    identity = {name: getattr(found.model, name, None) for name in IDENTITY}
+    # All of the policy: what a file leaves out comes from the preset ``pyramid``.
+    _write_yaml(out / "policy.yaml", found.suggested.model_dump(mode="json"))
+    profile = {"model": identity, "layer_weights": found.shares}
+    _write_yaml(out / "profile.yaml", profile)
+    console.print(
+        f"In {out}: policy.yaml, profile.yaml, results.json, icr.png, rac.png"
+    )
+
+
+def _write_yaml(path: Path, content: dict[str, Any]) -> None:
+    text = yaml.safe_dump(content, sort_keys=False)
+    path.write_text(f"# Made by pyramid-vllm analyze.\n{text}", encoding="utf-8")
+
+
+def _layer_table(found: Found) -> Table:
+    """A row a layer: what cutting it costs, overlaps, the suggested share."""
+    settings = found.settings
+    table = Table(
+        title="KL to the full cache, in nats a token, with one layer cut to a share; "
+        "overlap of crucial tokens with earlier windows' choice; the suggestion"
+    )
+    kept = (f"{ratio:.0%} kept" for ratio in settings.ratios)
+    earlier = (f"{distance} earlier" for distance in settings.distances)
+    for column in ("layer", *kept, *earlier, "suggested share"):
+        table.add_column(column, justify="right")
+    costs, overlaps = found.costs[..., 1], np.mean(found.overlaps, axis=0)
+    for layer, share in enumerate(found.shares):
+        table.add_row(
+            str(layer),
+            *(f"{cost:.4f}" for cost in costs[:, layer]),
+            *(f"{overlap:.0%}" for overlap in overlaps[:, layer]),
+            f"{share:.0%}",
+        )
+    return table
+
+
+def _trial_table(trial: dict[str, list[dict[str, float]]]) -> Table:
+    """A row a policy: what it costs on text that the suggestion was not made from."""
+    table = Table(title="Policies at the same mean retention, on other windows")
+    for column in ("", "loss, nats", "rise of it", "KL", "top-1 agreement"):
+        table.add_column(column, justify="right")
+    for name, costs in trial.items():
+        mean = {key: fmean(cost[key] for cost in costs) for key in costs[0]}
+        table.add_row(
+            name,
+            f"{mean['full_loss'] + mean['loss']:.3f}",
+            f"{mean['loss']:+.4f} ({mean['loss'] / mean['full_loss']:+.2%})",
+            f"{mean['divergence']:.4f}",
+            f"{mean['agreement']:.1%}",
+        )
+    return table
+
+
+def _plot_costs(found: Found, path: Path) -> None:
+    """ICR: what cutting one layer alone costs, by layer, a line a ratio."""
+    figure = new_figure(figsize=(8, 6))
+    parts = figure.subplots(2, 1, sharex=True)
+    for column, label in enumerate(
+        ("loss, nats a token", "KL to the full cache, nats")
+    ):
+        axes = parts[column]
+        for ratio, layers in zip(found.settings.ratios, found.costs, strict=True):
+            axes.plot(layers[:, column], marker=".", label=f"{ratio:.0%} kept")
+        axes.set_ylabel(label)
+        axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set_xlabel("the layer whose context is cut")
+    axes.legend()
+    figure.suptitle("Inference context redundancy")
+    figure.savefig(path)
+
+
+def _plot_overlaps(found: Found, path: Path) -> None:
+    """RAC: overlap of crucial tokens by layer and distance."""
+    figure = new_figure(figsize=(8, 4))
+    axes = figure.subplots()
+    means = np.mean(found.overlaps, axis=0)
+    for distance, layers in zip(found.settings.distances, means, strict=True):
+        axes.plot(layers, marker=".", label=f"{distance} tokens earlier")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("overlap with the newest window's choice")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    figure.suptitle("Recent attention consistency")
+    figure.savefig(path)

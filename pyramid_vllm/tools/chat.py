@@ -1,0 +1,32 @@
+"""Conversations as token ids, by a model's chat template."""
+
+from typing import Any
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the model has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without the special tokens that begin a prompt."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def chat_ids(tokenizer: Any, *turns: str, answer_start: str = "") -> list[int]:
+    """Token ids of a conversation up to where the assistant goes on.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        turns: the user's, the assistant's and so on, the user's last.
+        answer_start: how the assistant's answer begins.
+    """
+    messages = [
+        {"role": ("user", "assistant")[index % 2], "content": turn}
+        for index, turn in enumerate(turns)
+    ]
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    return encode(tokenizer, text + answer_start)

@@ -1,0 +1,69 @@
+"""From settings to tables, ``results.json`` and pictures."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer
+
+from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm.model_shape import ModelShape
+from pyramid_vllm.policy import profile_weights
+from pyramid_vllm.tools.plotting import check_matplotlib
+from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.quality.evaluation import Evaluation
+from pyramid_vllm.tools.quality.plots import plot_losses, plot_retrieval
+from pyramid_vllm.tools.quality.report import (
+    as_json,
+    summarize,
+    task_table,
+    text_table,
+)
+from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides, make_tasks
+from pyramid_vllm.tools.stop_ids import stop_ids
+
+
+def run_eval(settings: EvalSettings, out: Path, console: Console) -> None:
+    """Evaluate, print the tables, write ``results.json`` and the pictures.
+
+    Raises:
+        ValueError: an option is not valid.
+        RuntimeError: an engine failed, or matplotlib is missing.
+        OSError: a file cannot be read or written.
+    """
+    check_vllm_version()
+    check_matplotlib()  # before hours of work, not after them
+    config = AutoConfig.from_pretrained(settings.model)
+    num_layers = ModelShape.of(config).num_layers
+    weights = profile_weights(config.get_text_config())
+    sides = make_sides(settings, num_layers, weights)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
+    if settings.text is None:
+        console.print("no text is given: only synthetic tasks and problem files run")
+    outcomes = Evaluation(settings, sides, tasks, out, console).outcomes()
+    summaries = [
+        summarize(outcome, outcomes[0], tasks, settings.seed) for outcome in outcomes
+    ]
+    kinds = {task.kind for task in tasks}
+    if "continuation" in kinds:
+        console.print(text_table(outcomes, summaries))
+    if kinds & {"retrieval", "gsm8k"}:
+        console.print(task_table(outcomes, summaries, tasks))
+    content = {
+        "settings": asdict(settings),
+        "sides": as_json(outcomes, summaries, tasks),
+    } | provenance(settings.seed)
+    text = json.dumps(content, indent=2) + "\n"
+    (out / "results.json").write_text(text, encoding="utf-8")
+    if "continuation" in kinds:
+        plot_losses(outcomes, summaries, out / "loss.png")
+    if "retrieval" in kinds:
+        found = [task for task in tasks if task.kind == "retrieval"]
+        full, *others = zip(outcomes, summaries, strict=True)
+        for label in dict.fromkeys(outcome.side.label for outcome, _ in others):
+            own = [pair for pair in others if pair[0].side.label == label]
+            name = label.replace(" ", "-").replace("/", "-")
+            plot_retrieval([full, *own], found, out / f"retrieval-{name}.png")
+    console.print(f"results are in {out}")
