@@ -35,8 +35,8 @@ class Scorer:
     is_pooled: bool = False
     """Whether ``pooling`` is applied to its scores."""
     scores_groups: bool = False
-    """Whether groups of generated tokens are scored by it too: they have functions of
-    their own, ``kernels.group``, so no scorer from elsewhere can."""
+    """Whether it may score groups of generated tokens too: only what is tested there
+    may."""
 
     def __post_init__(self) -> None:
         if self.is_pooled and self.queries is Queries.ALL:
