@@ -9,21 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.tools.bench.figures import PERCENTILES, online_figures
+from pyramid_vllm.tools.bench.figures import online_figures
+from pyramid_vllm.tools.bench.ranges import TokenRange
 from pyramid_vllm.tools.bench.server import (
     Sampler,
     as_flags,
     complete,
     parse_activation,
-    parse_prefix_caching,
-    read_metrics_text,
     serve,
     tail,
     vllm_script,
 )
-from pyramid_vllm.tools.bench.settings import BenchSettings, Side, TokenRange
-from pyramid_vllm.tools.bench.store import PREFIX_CACHING, RunResult
+from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.bench.workload import Point, Workload
+from pyramid_vllm.tools.figures import PERCENTILES, Figures
+from pyramid_vllm.tools.sides import Side
 
 _RAW = ("start_times", "ttfts", "itls", "input_lens", "output_lens")
 
@@ -42,11 +42,7 @@ class OnlineTask:
 
 
 def check_online(settings: BenchSettings) -> None:
-    """Check what server and client need.
-
-    Raises:
-        ValueError: something is not installed.
-    """
+    """Check what server and client need; ``ValueError`` if it is not installed."""
     vllm_script()
     if settings.text is not None and find_spec("pandas") is None:
         raise ValueError(
@@ -68,10 +64,9 @@ def online_task(
         "block_size": workload.block_size,
         "max_model_len": workload.max_model_len,
         "enforce_eager": workload.is_cpu,
+        **settings.engine,
+        "kv_policy": side.policy_json,
     }
-    server |= settings.engine_args
-    if side.policy_json is not None:
-        server["kv_policy"] = side.policy_json
     client = {
         "model": settings.model,
         "backend": "vllm",
@@ -84,66 +79,70 @@ def online_task(
         "temperature": 0,
         "percentile_metrics": "ttft,tpot,e2el",
         "metric_percentiles": ",".join(map(str, PERCENTILES)),
+        "ignore_eos": True,
+        "disable_tqdm": True,
+        "save_result": True,
+        "save_detailed": True,
+        **(_CUSTOM if settings.text else _random(settings)),
     }
-    client |= _random(settings) if settings.text is None else _custom()
-    flags = [*as_flags(client), "--ignore-eos", "--disable-tqdm"]
-    dataset = None if settings.text is None else _lines(settings.model, workload)
     return OnlineTask(
-        model=settings.model,
+        model=str(settings.model),
         server_arguments=as_flags(server),
-        client_arguments=flags,
-        dataset=dataset,
+        client_arguments=as_flags(client),
+        dataset=_lines(settings, workload) if settings.text else None,
         warm_up_tokens=min(workload.requests.prompt_lengths),
     )
 
 
+#: The client reads our requests from a file.
+_CUSTOM = {
+    "dataset_name": "custom",
+    "custom_output_len": -1,
+    "skip_chat_template": True,
+    "disable_shuffle": True,
+}
+
+
 def _random(settings: BenchSettings) -> dict[str, Any]:
-    """The client's own requests: it wants a middle and a share of it."""
+    """The client draws requests: of each length it wants a middle and a share of it."""
+
+    def middle(lengths: TokenRange) -> int:
+        return (lengths.low + lengths.high) // 2
 
     def ratio(lengths: TokenRange) -> float:
-        middle = _middle(lengths)
         # A trace less, so that rounding does not widen the range.
-        return max(0.0, (middle - lengths.low) / middle - 1e-9)
+        return max(0.0, (middle(lengths) - lengths.low) / middle(lengths) - 1e-9)
 
+    prompt, output = settings.prompt_range, settings.output_range
     return {
         "dataset_name": "random",
         "random_prefix_len": settings.shared_prefix,
-        "random_input_len": _middle(settings.prompt_tokens),
-        "random_output_len": _middle(settings.output_tokens),
-        "random_range_ratio": {
-            "input": ratio(settings.prompt_tokens),
-            "output": ratio(settings.output_tokens),
-        },
+        "random_input_len": middle(prompt),
+        "random_output_len": middle(output),
+        "random_range_ratio": {"input": ratio(prompt), "output": ratio(output)},
     }
 
 
-def _middle(lengths: TokenRange) -> int:
-    return (lengths.low + lengths.high) // 2
-
-
-def _custom() -> dict[str, Any]:
-    return {
-        "dataset_name": "custom",
-        "custom_output_len": -1,
-        "skip_chat_template": True,
-        "disable_shuffle": True,
-    }
-
-
-def _lines(model: str, workload: Workload) -> list[dict[str, Any]]:
+def _lines(settings: BenchSettings, workload: Workload) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    requests = workload.requests
-    pairs = zip(requests.prompts, requests.output_lengths, strict=True)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    (prompts,) = workload.requests.turns
     return [
         {"prompt": tokenizer.decode(prompt), "output_tokens": length}
-        for prompt, length in pairs
+        for prompt, length in zip(
+            prompts, workload.requests.output_lengths, strict=True
+        )
     ]
 
 
-def run_online(task: OnlineTask, advance: Callable[[int], None]) -> RunResult:
+def run_online(
+    task: OnlineTask, advance: Callable[[int], None]
+) -> tuple[Figures, dict[str, Any]]:
     """Start a server, put the load on it, read both sides' figures.
+
+    Returns:
+        The figures, and those of each request as the client has them.
 
     Raises:
         RuntimeError: the server or the client failed, or a request did.
@@ -152,43 +151,32 @@ def run_online(task: OnlineTask, advance: Callable[[int], None]) -> RunResult:
         folder = Path(scratch)
         log = folder / "server.log"
         with serve(task.model, task.server_arguments, log) as url:
-            _warm_up(task, url)
-            is_caching = parse_prefix_caching(read_metrics_text(url))
+            # No request begins with this prompt of one token, repeated. The second
+            # time, its pages come from the prefix cache where that is on.
+            for _ in range(2):
+                complete(url, task.model, [0] * task.warm_up_tokens, 2)
             with Sampler(url, advance) as sampler:
                 result = _load(task, url, folder)
             server = sampler.figures()
         text = log.read_text(encoding="utf-8", errors="replace")
     raw = {key: result[key] for key in _RAW if key in result}
-    raw[PREFIX_CACHING] = is_caching
-    figures = online_figures(result, server | parse_activation(text))
-    return RunResult(figures, raw)
-
-
-def _warm_up(task: OnlineTask, url: str) -> None:
-    """Have a prompt answered that no request begins like: one token, repeated.
-
-    The second time, its pages come from the prefix cache where that is on.
-    """
-    for _ in range(2):
-        complete(url, task.model, [0] * task.warm_up_tokens, 2)
+    raw["prefix_caching"] = sampler.is_caching
+    return online_figures(result, server | parse_activation(text)), raw
 
 
 def _load(task: OnlineTask, url: str, folder: Path) -> dict[str, Any]:
-    command = [str(vllm_script()), "bench", "serve", "--base-url", url]
-    command += [*task.client_arguments, "--save-result", "--save-detailed"]
-    command += ["--result-dir", str(folder), "--result-filename", "result.json"]
+    command = [vllm_script(), "bench", "serve", "--base-url", url]
+    command += [*task.client_arguments, "--result-dir", str(folder)]
+    command += ["--result-filename", "result.json"]
     if task.dataset is not None:
         file = folder / "requests.jsonl"
         lines = map(json.dumps, task.dataset)
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         command += ["--dataset-path", str(file)]
-    log = folder / "client.log"
+    log, result = folder / "client.log", folder / "result.json"
     with log.open("wb") as output:
-        status = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    result = folder / "result.json"
-    if status != 0 or not result.is_file():
+        done = subprocess.run(command, stdout=output, stderr=output, check=False)
+    if done.returncode != 0 or not result.is_file():
         raise RuntimeError(f"vllm bench serve failed:\n{tail(log)}")
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found

@@ -1,9 +1,11 @@
 """``pyramid-vllm plan``: memory by arithmetic, no engine."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import (
@@ -18,21 +20,39 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.tiers import runs
 from pyramid_vllm.tools.model_config import read_config
-from pyramid_vllm.tools.sizes import format_bytes
+from pyramid_vllm.tools.sizes import format_bytes, parse_bytes
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The options of the command."""
+    """Show what a policy means for a model's memory, from its configuration alone."""
 
-    model: str
-    kv_policy: str
-    kv_policy_config: str | None
-    kv_memory: int
-    max_model_len: int | None
-    output_tokens: int
-    block_size: int
-    dtype: str | None
+    model: Annotated[
+        str,
+        Argument(
+            help="A model's folder, a bundled shape's name such as Llama-3-8B, "
+            "or a hub name."
+        ),
+    ]
+    kv_policy: Annotated[str, Option(help="A preset, a YAML file or inline JSON.")] = (
+        "pyramid"
+    )
+    kv_policy_config: Annotated[
+        str | None, Option(help="Settings that replace it, as JSON.")
+    ] = None
+    kv_memory: Annotated[
+        str, Option(help="KV cache memory: bytes, or with KiB, MiB, GiB.")
+    ] = "4GiB"
+    max_model_len: Annotated[
+        int | None, Option(help="Longest request; default: the model's.")
+    ] = None
+    output_tokens: Annotated[
+        int, Option(min=1, help="Generated tokens of such a request.")
+    ] = 128
+    block_size: Annotated[int, Option(min=1, help="Tokens of a page.")] = 32
+    dtype: Annotated[
+        str | None, Option(help="The cache's dtype; default: the model's.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
         memory=memory,
         prompt_tokens=longest - request.output_tokens,
         output_tokens=request.output_tokens,
-        kv_memory=request.kv_memory,
+        kv_memory=parse_bytes(request.kv_memory),
     )
 
 

@@ -55,24 +55,15 @@ WORK_FIELDS = tuple(field.name for field in fields(StepWork))
 
 
 def step_seconds(work: StepWork | Floats, model: ModelWork, device: Device) -> Any:
-    """Seconds of a step.
+    """Seconds of a step: a float, or ``[num_steps]``.
 
     Args:
         work: of one step, or ``[num_steps, len(WORK_FIELDS)]``.
-        model: for the dtype of its matrices.
+        model: for the dtype of its matrices; ``ValueError`` if the device has no peak
+            for it.
         device: its peaks and efficiencies.
-
-    Returns:
-        A float, or ``[num_steps]``.
-
-    Raises:
-        ValueError: the device has no peak for the model's dtype.
     """
-    if model.dtype not in device.tflops:
-        raise ValueError(
-            f"--dtype is '{model.dtype}': valid on {device.name} are "
-            f"{', '.join(device.tflops)}"
-        )
+    device.check_dtype(model.dtype)
     values = work.values() if isinstance(work, StepWork) else work.T
     of = dict(zip(WORK_FIELDS, values, strict=True))
     share = device.efficiency

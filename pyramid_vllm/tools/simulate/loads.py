@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import (
@@ -19,7 +19,8 @@ from pydantic import (
     ValidationError,
 )
 
-LoadName = Literal["unshared", "shared", "documents", "chat", "agent", "reasoning"]
+from pyramid_vllm.tools.json_settings import first_problem
+
 #: Tokens of an entry of ``hash_ids`` in Mooncake's traces.
 TRACE_BLOCK = 512
 _VOCABULARY = 32_000
@@ -178,12 +179,11 @@ def named_load(name: str, changes: dict[str, Any]) -> Load:
     try:
         settings = LoadSettings.model_validate(NAMED[name] | changes)
     except ValidationError as error:
-        problem = error.errors()[0]
-        setting = ".".join(map(str, problem["loc"]))
+        setting, value, why = first_problem(error)
         valid = ", ".join(LoadSettings.model_fields)
         raise ValueError(
-            f"load '{name}': setting '{setting}' is {problem['input']!r}: "
-            f"{problem['msg']}; settings are {valid}"
+            f"load '{name}': setting '{setting}' is {value!r}: {why}; settings are "
+            f"{valid}"
         ) from None
     if settings.rate is not None and settings.clients is not None:
         raise ValueError(

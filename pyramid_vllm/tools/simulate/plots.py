@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.tools.bench.figures import side_label
+from pyramid_vllm.tools.figures import side_label
 from pyramid_vllm.tools.plotting import new_figure
 from pyramid_vllm.tools.simulate.run import SimulatedRun
 
