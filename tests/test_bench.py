@@ -213,12 +213,7 @@ def measure_task(**changes: Any) -> MeasureTask:
         "model": "m",
         "turns": [[[1] * 10, [2] * 20]],
         "output_lengths": [3, 5],
-        "kv_bytes": 1,
-        "block_size": 32,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 64,
-        "kv_policy": None,
-        "seed": 0,
+        "engine_args": {},
     }
     return MeasureTask(**(settings | changes))
 
@@ -363,7 +358,7 @@ def test_a_run_is_known_by_all_of_its_task(tmp_path: Path) -> None:
     runs = [
         identity(),
         identity(1),
-        identity(kv_policy="{}"),
+        identity(engine_args={"kv_policy": "{}"}),
         identity(turns=[[[1] * 10, [2] * 19 + [3]]]),
     ]
     assert fingerprint(identity()) == fingerprint(runs[0])
@@ -513,7 +508,7 @@ def check_medians(file: Path, point: dict[str, Any]) -> None:
 SIDES: dict[str, dict[str, Any]] = {
     "stock": {},
     "policy": {"kv_policy": '{"name": "p", "retention": 0.4, "min_context": 64}'},
-    "off": {"engine_args": {"enable_prefix_caching": False}},
+    "off": {"enable_prefix_caching": False},
 }
 
 
@@ -522,19 +517,25 @@ def side(
     request: pytest.FixtureRequest, tiny_llama: str
 ) -> Iterator[tuple[str, MeasureTask, Any]]:
     """Its name, a task of prompts that share nothing, and its engine."""
-    settings = dict(SIDES[request.param])
-    engine_args = settings.pop("engine_args", {}) | {"skip_tokenizer_init": True}
+    engine_args = {
+        "dtype": "float32",
+        "seed": 0,
+        "kv_cache_memory_bytes": 16 * 2**20,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 512,
+        "block_size": 32,
+        "max_model_len": 430,  # room for further turns
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+    }
     task = measure_task(
         model=tiny_llama,
         turns=[random_prompts([200, 230])],
-        output_lengths=[200, 200],  # room for further turns
-        kv_bytes=16 * 2**20,
-        max_num_batched_tokens=512,
-        engine_args=engine_args,
-        **settings,
+        output_lengths=[4, 4],
+        engine_args=engine_args | SIDES[request.param],
     )
     engine = make_engine(task)
-    yield request.param, replace(task, output_lengths=[4, 4]), engine
+    yield request.param, task, engine
     engine.engine_core.shutdown()
 
 

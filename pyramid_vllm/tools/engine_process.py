@@ -70,19 +70,8 @@ def run_child(
     num_results: int = 1,
     arguments: tuple[str, ...] = (),
 ) -> None:
-    """Run a module with a task; the process has ended when this returns or raises.
-
-    Args:
-        module: run as ``python -m``.
-        task: as JSON can hold it.
-        on_message: called with each message as soon as it is there.
-        environment: of the process.
-        num_results: how many results it sends.
-        arguments: of the module.
-
-    Raises:
-        RuntimeError: the process failed; the message ends with its last lines.
-    """
+    """Run ``python -m module arguments``, and pass on each message as it comes; the
+    other arguments and errors are those of ``run_job``."""
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,15 +19,8 @@ class MeasureTask:
     turns: list[Turn]
     output_lengths: list[int]
     """Of each request."""
-    kv_bytes: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    kv_policy: str | None
-    seed: int
-    dtype: str = "float32"
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    """Of ``LLM``; they replace the ones that are set here."""
+    engine_args: dict[str, Any]
+    """Of ``LLM``; what is left out is as vLLM has it, prefix caching too."""
     warm_up: bool = False
     """Whether a short batch runs first, uncounted."""
 
@@ -35,11 +28,6 @@ class MeasureTask:
     def prompt_lengths(self) -> list[int]:
         """Of each request, with all that its conversation has before."""
         return prompt_lengths(self.turns, self.output_lengths)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest request."""
-        return max(map(int.__add__, self.prompt_lengths, self.output_lengths))
 
 
 def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
@@ -71,28 +59,11 @@ def job(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
 
 
 def make_engine(task: MeasureTask) -> Any:
-    """A vLLM engine in this process, so that its scheduler can be watched.
-
-    What the task does not set is as vLLM has it, prefix caching too.
-    """
+    """A vLLM engine in this process, so that its scheduler can be watched."""
     import pyramid_vllm  # noqa: F401, I001 (lets `LLM` take a KV policy)
     from vllm import LLM
 
-    settings: dict[str, Any] = {
-        "enforce_eager": True,
-        "block_size": task.block_size,
-        "max_model_len": task.longest,
-    }
-    return LLM(
-        model=task.model,
-        dtype=task.dtype,
-        kv_cache_memory_bytes=task.kv_bytes,
-        max_num_seqs=task.max_num_seqs,
-        max_num_batched_tokens=task.max_num_batched_tokens,
-        seed=task.seed,
-        kv_policy=task.kv_policy,
-        **(settings | task.engine_args),
-    ).llm_engine
+    return LLM(task.model, **task.engine_args).llm_engine
 
 
 def add_request(engine: Any, name: str, prompt: list[int], num_tokens: int) -> None:

@@ -21,7 +21,7 @@ from pyramid_vllm.tools.bench.server import (
     vllm_script,
 )
 from pyramid_vllm.tools.bench.settings import BenchSettings
-from pyramid_vllm.tools.bench.workload import Point, Workload
+from pyramid_vllm.tools.bench.workload import Point, Workload, engine_args
 from pyramid_vllm.tools.figures import PERCENTILES, Figures
 from pyramid_vllm.tools.sides import Side
 
@@ -55,18 +55,6 @@ def online_task(
     settings: BenchSettings, workload: Workload, point: Point, side: Side
 ) -> OnlineTask:
     """What one run starts."""
-    server = {
-        "dtype": workload.dtype,
-        "seed": settings.seed,
-        "kv_cache_memory_bytes": point.kv_bytes,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "block_size": workload.block_size,
-        "max_model_len": workload.max_model_len,
-        "enforce_eager": workload.is_cpu,
-        **settings.engine,
-        "kv_policy": side.policy_json,
-    }
     client = {
         "model": settings.model,
         "backend": "vllm",
@@ -87,7 +75,7 @@ def online_task(
     }
     return OnlineTask(
         model=str(settings.model),
-        server_arguments=as_flags(server),
+        server_arguments=as_flags(engine_args(settings, workload, point, side)),
         client_arguments=as_flags(client),
         dataset=_lines(settings, workload) if settings.text else None,
         warm_up_tokens=min(workload.requests.prompt_lengths),

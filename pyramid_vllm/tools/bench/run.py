@@ -31,7 +31,12 @@ from pyramid_vllm.tools.bench.report import (
     sweep_table,
 )
 from pyramid_vllm.tools.bench.settings import BenchSettings
-from pyramid_vllm.tools.bench.workload import Point, Workload, make_workload
+from pyramid_vllm.tools.bench.workload import (
+    Point,
+    Workload,
+    engine_args,
+    make_workload,
+)
 from pyramid_vllm.tools.figures import Figures, bars
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import write_report
@@ -127,21 +132,12 @@ def offline_task(
     settings: BenchSettings, workload: Workload, point: Point, side: Side
 ) -> MeasureTask:
     """What one process runs."""
-    engine_args: dict[str, Any] = {"enforce_eager": workload.is_cpu}
-    if not workload.has_tokenizer:
-        engine_args["skip_tokenizer_init"] = True
+    skip = {} if workload.has_tokenizer else {"skip_tokenizer_init": True}
     return MeasureTask(
         model=str(settings.model),
         turns=workload.requests.turns,
         output_lengths=workload.requests.output_lengths,
-        kv_bytes=point.kv_bytes,
-        block_size=workload.block_size,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        kv_policy=side.policy_json,
-        seed=settings.seed,
-        dtype=workload.dtype,
-        engine_args=engine_args | settings.engine,
+        engine_args=skip | engine_args(settings, workload, point, side),
         warm_up=True,
     )
 

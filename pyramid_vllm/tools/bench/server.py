@@ -66,18 +66,10 @@ def parse_activation(log: str) -> dict[str, float]:
 
 def complete(url: str, model: str, prompt_ids: list[int], num_tokens: int) -> None:
     """Let a server answer one prompt, greedily and in full."""
-    body = {
-        "model": model,
-        "prompt": prompt_ids,
-        "max_tokens": num_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
+    body = {"model": model, "prompt": prompt_ids, "max_tokens": num_tokens}
+    body |= {"temperature": 0, "ignore_eos": True}
+    data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", data, kind)
     with urllib.request.urlopen(request, timeout=START_UP_S) as response:
         response.read()
 

@@ -3,13 +3,12 @@
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
-
-from typer import Option
+from typing import Any
 
 from pyramid_vllm.policy import NONE
 from pyramid_vllm.tools.bench.ranges import KVMemory, TokenRange
 from pyramid_vllm.tools.json_settings import json_object
+from pyramid_vllm.tools.options import MODEL, POLICIES, option
 from pyramid_vllm.tools.sides import Side, parse_sides
 
 WORKLOADS = ("offline", "online")
@@ -31,84 +30,60 @@ OWN_OPTIONS = {
 class BenchSettings:
     """Compare stock vLLM with KV policies: same requests, same KV bytes."""
 
-    model: Annotated[
-        str | None, Option(help="A model's folder; default: the bundled one.")
-    ] = None
-    kv_policy: Annotated[
-        list[str] | None,
-        Option(
-            help="A preset, a YAML file or inline JSON; repeat it to compare more. "
-            "Stock vLLM is always there. Default: pyramid."
-        ),
-    ] = None
-    workload: Annotated[
-        str, Option(help="offline: one batch; online: a server under load.")
-    ] = "offline"
-    num_prompts: Annotated[int, Option(min=1)] = 24
-    prompt_tokens: Annotated[
-        str,
-        Option(
-            help="Length of prompts, or of each turn's own part of them: 512, or a "
-            "range like 512-2048. A shared prefix comes on top."
-        ),
-    ] = "768"
-    output_tokens: Annotated[
-        str, Option(help="Length of outputs, likewise; at least 2.")
-    ] = "128"
-    text: Annotated[
-        Path | None,
-        Option(help="Prompts are consecutive windows of this file's tokens."),
-    ] = None
-    kv_memory: Annotated[
-        list[str] | None,
-        Option(
-            help="KV memory: bytes like 80MiB, or stock sequences of the longest "
-            "request like 4x; repeat it for a sweep. Default: 4x."
-        ),
-    ] = None
-    repeats: Annotated[int, Option(min=1, help="Runs of each side.")] = 3
-    seed: Annotated[int, Option(min=0)] = 0
-    max_num_seqs: Annotated[int, Option(min=1)] = 128
-    max_num_batched_tokens: Annotated[int, Option(min=1)] = 2048
-    dtype: Annotated[str | None, Option(help="Default: float32 on CPU, else auto.")] = (
-        None
+    model: str | None = option(None, MODEL)
+    kv_policy: list[str] | None = option(None, POLICIES)
+    workload: str = option(
+        "offline", "offline: one batch; online: a server under load."
     )
-    engine_args: Annotated[
-        str | None,
-        Option(
-            help="Further settings of vLLM's engine, as JSON. Prefix caching is on, as "
-            "it is in vLLM; '{\"enable_prefix_caching\": false}' switches it off. "
-            "Unless it says so, CPU engines run eagerly."
-        ),
-    ] = None
-    request_rate: Annotated[
-        list[float] | None,
-        Option(
-            help="Requests a second of the online workload, as a Poisson process; "
-            "repeat it for more points. Default: all at once."
-        ),
-    ] = None
-    shared_prefix: Annotated[
-        int,
-        Option(help="Tokens of a prefix that prompts share, before their own ones."),
-    ] = 0
-    num_prefixes: Annotated[
-        int, Option(help="How many shared prefixes there are; prompts take turns.")
-    ] = 1
-    turns: Annotated[
-        int,
-        Option(
-            help="Turns of each conversation: a prompt is the one before it, the "
-            "answer to that, and an own part. Above 1, --workload is offline."
-        ),
-    ] = 1
-    json_file: Annotated[
-        Path | None,
-        Option("--json", help="Write the medians of every point to this file."),
-    ] = None
-    out: Annotated[
-        Path, Option(help="Folder of results; runs finished in it are not repeated.")
-    ] = Path("bench-results")
+    num_prompts: int = option(24, min=1)
+    prompt_tokens: str = option(
+        "768",
+        "Length of prompts, or of each turn's own part of them: 512, or a range like "
+        "512-2048. A shared prefix comes on top.",
+    )
+    output_tokens: str = option("128", "Length of outputs, likewise; at least 2.")
+    text: Path | None = option(
+        None, "Prompts are consecutive windows of this file's tokens."
+    )
+    kv_memory: list[str] | None = option(
+        None,
+        "KV memory: bytes like 80MiB, or stock sequences of the longest request like "
+        "4x; repeat it for a sweep. Default: 4x.",
+    )
+    repeats: int = option(3, "Runs of each side.", min=1)
+    seed: int = option(0, min=0)
+    max_num_seqs: int = option(128, min=1)
+    max_num_batched_tokens: int = option(2048, min=1)
+    dtype: str | None = option(None, "Default: float32 on CPU, else auto.")
+    engine_args: str | None = option(
+        None,
+        "Further settings of vLLM's engine, as JSON. Prefix caching is on, as it is in "
+        "vLLM; '{\"enable_prefix_caching\": false}' switches it off. Unless it says "
+        "so, CPU engines run eagerly.",
+    )
+    request_rate: list[float] | None = option(
+        None,
+        "Requests a second of the online workload, as a Poisson process; repeat it for "
+        "more points. Default: all at once.",
+    )
+    shared_prefix: int = option(
+        0, "Tokens of a prefix that prompts share, before their own ones."
+    )
+    num_prefixes: int = option(
+        1, "How many shared prefixes there are; prompts take turns."
+    )
+    turns: int = option(
+        1,
+        "Turns of each conversation: a prompt is the one before it, the answer to "
+        "that, and an own part. Above 1, --workload is offline.",
+    )
+    json_file: Path | None = option(
+        None, "Write the medians of every point to this file.", "--json"
+    )
+    out: Path = option(
+        Path("bench-results"),
+        "Folder of results; runs finished in it are not repeated.",
+    )
 
     @cached_property
     def sides(self) -> list[Side]:
@@ -181,13 +156,13 @@ class BenchSettings:
             ValueError: names the option, its value and what is valid.
         """
         _ = self.sides, self.prompt_range, self.output_range, self.memories
-        for option, value, valid in (
+        for name, value, valid in (
             ("--workload", self.workload, WORKLOADS),
             ("--dtype", self.dtype or "auto", DTYPES),
         ):
             if value not in valid:
                 names = ", ".join(valid)
-                raise ValueError(f"{option} is '{value}': valid is one of {names}")
+                raise ValueError(f"{name} is '{value}': valid is one of {names}")
         if self.request_rate and not self.is_online:
             raise ValueError("--request-rate needs --workload online: it is 'offline'")
         for rate in self.request_rate or ():
@@ -207,13 +182,13 @@ class BenchSettings:
         self._check_sharing()
 
     def _check_sharing(self) -> None:
-        for option, value, least in (
+        for name, value, least in (
             ("--shared-prefix", self.shared_prefix, 0),
             ("--num-prefixes", self.num_prefixes, 1),
             ("--turns", self.turns, 1),
         ):
             if value < least:
-                raise ValueError(f"{option} is {value}: valid is {least} or more")
+                raise ValueError(f"{name} is {value}: valid is {least} or more")
         several = f"--num-prefixes is {self.num_prefixes}"
         if self.num_prefixes > 1 and not self.shared_prefix:
             raise ValueError(

@@ -90,6 +90,24 @@ class Workload:
             )
 
 
+def engine_args(
+    settings: BenchSettings, workload: Workload, point: Point, side: Side
+) -> dict[str, Any]:
+    """Settings of a side's engine."""
+    return {
+        "dtype": workload.dtype,
+        "seed": settings.seed,
+        "kv_cache_memory_bytes": point.kv_bytes,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "block_size": workload.block_size,
+        "max_model_len": workload.max_model_len,
+        "enforce_eager": workload.is_cpu,
+        **settings.engine,
+        "kv_policy": side.policy_json,
+    }
+
+
 def make_workload(settings: BenchSettings) -> Workload:
     """Draw the requests and check that they fit.
 

@@ -4,11 +4,10 @@ import json
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from typer import Option
 
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
@@ -18,6 +17,7 @@ from pyramid_vllm.tools.bench.measure import MeasureTask, measure
 from pyramid_vllm.tools.bench.watch import Measured
 from pyramid_vllm.tools.cli.prompts import long_prompts
 from pyramid_vllm.tools.figures import Metric, bars, side_table
+from pyramid_vllm.tools.options import JSON_FILE, MODEL, OVERRIDES, POLICY, option
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.sizes import format_bytes
 
@@ -39,24 +39,14 @@ _SHOWN = (
 class DemoSettings:
     """Run one batch of long prompts through stock vLLM and through a policy."""
 
-    kv_policy: Annotated[str, Option(help="A preset, a YAML file or inline JSON.")] = (
-        "pyramid"
-    )
-    kv_policy_config: Annotated[
-        str | None, Option(help="Settings that replace it, as JSON.")
-    ] = None
-    model: Annotated[
-        str | None, Option(help="A model's folder; default: the bundled one.")
-    ] = None
-    num_prompts: Annotated[int, Option(min=1)] = 24
-    prompt_tokens: Annotated[int, Option(min=64)] = 768
-    output_tokens: Annotated[int, Option(min=1)] = 128
-    stock_sequences: Annotated[
-        int, Option(min=1, help="KV memory, in sequences of stock vLLM.")
-    ] = 4
-    json_file: Annotated[
-        Path | None, Option("--json", help="Write the figures to this file.")
-    ] = None
+    kv_policy: str = option("pyramid", POLICY)
+    kv_policy_config: str | None = option(None, OVERRIDES)
+    model: str | None = option(None, MODEL)
+    num_prompts: int = option(24, min=1)
+    prompt_tokens: int = option(768, min=64)
+    output_tokens: int = option(128, min=1)
+    stock_sequences: int = option(4, "KV memory, in sequences of stock vLLM.", min=1)
+    json_file: Path | None = option(None, JSON_FILE, "--json")
 
 
 def run_demo(settings: DemoSettings) -> None:
@@ -76,17 +66,18 @@ def run_demo(settings: DemoSettings) -> None:
     task = _stock_task(settings, prompts, shape)
     sides = {NONE: task}
     if policy is not None:
-        text = json.dumps(policy.model_dump())
-        sides[policy.name] = replace(task, kv_policy=text)
+        kv_policy = {"kv_policy": json.dumps(policy.model_dump())}
+        sides[policy.name] = replace(task, engine_args=task.engine_args | kv_policy)
     # What all of them begin with.
     columns = zip(*prompts, strict=False)
     shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
     sharing = f"prompts share their first {shared} tokens"
+    kv_bytes = task.engine_args["kv_cache_memory_bytes"]
     console = Console()
     console.print(
         f"{len(prompts)} prompts of about {settings.prompt_tokens} tokens, "
         f"{settings.output_tokens} output tokens each, "
-        f"{format_bytes(task.kv_bytes)} of KV memory, prefix caching on ({sharing})"
+        f"{format_bytes(kv_bytes)} of KV memory, prefix caching on ({sharing})"
     )
     measured = _measure_all(console, sides)
     figures = {name: _figures(side, measured[NONE]) for name, side in measured.items()}
@@ -97,7 +88,7 @@ def run_demo(settings: DemoSettings) -> None:
         content = {
             "policies": figures,
             "settings": given,
-            "kv_bytes": task.kv_bytes,
+            "kv_bytes": kv_bytes,
             "sharing": sharing,
         }
         write_report(settings.json_file, content, _SEED)
@@ -109,17 +100,19 @@ def _stock_task(
     longest = max(map(len, prompts)) + settings.output_tokens
     (sequence,) = num_pages((longest,), _BLOCK_SIZE)
     pages = sequence * settings.stock_sequences + 1  # the null page
-    return MeasureTask(
-        model=str(settings.model),
-        turns=[prompts],
-        output_lengths=[settings.output_tokens] * len(prompts),
-        kv_bytes=pages * _BLOCK_SIZE * shape.token_bytes * shape.num_layers,
-        block_size=_BLOCK_SIZE,
-        max_num_seqs=max(16, settings.num_prompts),
-        max_num_batched_tokens=max(1024, longest),
-        kv_policy=None,
-        seed=_SEED,
-    )
+    page_bytes = _BLOCK_SIZE * shape.token_bytes * shape.num_layers
+    engine_args = {
+        "dtype": shape.dtype,
+        "seed": _SEED,
+        "kv_cache_memory_bytes": pages * page_bytes,
+        "max_num_seqs": max(16, settings.num_prompts),
+        "max_num_batched_tokens": max(1024, longest),
+        "block_size": _BLOCK_SIZE,
+        "max_model_len": longest,
+        "enforce_eager": True,
+    }
+    outputs = [settings.output_tokens] * len(prompts)
+    return MeasureTask(str(settings.model), [prompts], outputs, engine_args)
 
 
 def _measure_all(

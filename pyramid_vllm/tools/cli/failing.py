@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from dataclasses import fields
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
 
 _errors = Console(stderr=True)
 _Result = TypeVar("_Result")
-_Settings = TypeVar("_Settings")
 
 
 def fail(error: Exception) -> NoReturn:
@@ -26,21 +26,26 @@ def or_fail(action: Callable[[], _Result]) -> _Result:
         fail(error)
 
 
-def command(
-    settings: Callable[..., _Settings], run: Callable[[_Settings], None]
-) -> Callable[..., None]:
+def command(settings: type[Any], run: Callable[[Any], None]) -> Callable[..., None]:
     """A command that makes its settings from its options and runs with them.
 
     Args:
-        settings: a dataclass; each field is an option, declared in its annotation.
-            Its docstring is the command's help.
-        run: what the command does; ``fail`` ends it with what is the user's to mend.
+        settings: a dataclass whose fields are made by ``tools.options``; its docstring
+            is the command's help.
+        run: what the command does; errors that the user can mend end it.
     """
 
     def action(**options: Any) -> None:
         or_fail(lambda: run(settings(**options)))
 
-    action.__doc__ = settings.__doc__
-    action.__annotations__ = get_type_hints(settings, include_extras=True)
-    vars(action)["__signature__"] = inspect.signature(settings)
+    types = get_type_hints(settings)
+    for field in fields(settings):
+        types[field.name] = Annotated[types[field.name], field.metadata["option"]]
+    signature = inspect.signature(settings)
+    parameters = [
+        part.replace(annotation=types[name])
+        for name, part in signature.parameters.items()
+    ]
+    action.__doc__, action.__annotations__ = settings.__doc__, types
+    vars(action)["__signature__"] = signature.replace(parameters=parameters)
     return action

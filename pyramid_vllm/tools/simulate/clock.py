@@ -18,6 +18,7 @@ from pyramid_vllm.tools.simulate.device import Device
 from pyramid_vllm.tools.simulate.model import ModelWork
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 #: A selection writes scores and reads them this often, four bytes each.
 _SELECT_PASSES = 4
 _SCORE_BYTES = 4
@@ -114,8 +115,8 @@ class WorkModel:
 
     def step(
         self,
-        before: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
+        before: Ints,
+        rows: Ints,
         plan: StepPlan | None,
         saved_tokens: float = 0.0,
     ) -> StepWork:
@@ -162,12 +163,7 @@ class WorkModel:
         work.weight_bytes = (layers + head) / devices
 
     def _add_attention(
-        self,
-        work: StepWork,
-        held: Floats,
-        tier_rows: Floats,
-        before: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
+        self, work: StepWork, held: Floats, tier_rows: Floats, before: Ints, rows: Ints
     ) -> None:
         token_bytes = self._model.token_bytes
         pairs = (tier_rows * held + tier_rows * (tier_rows + 1) / 2) @ self._sizes
@@ -215,8 +211,8 @@ class WorkModel:
         work.num_compactions += float(layers.sum())
 
     def _add_group(self, work: StepWork, group: GroupWindow) -> None:
-        """Scores and compaction of a group of generated tokens: what lies behind the
-        group moves up."""
+        """Scores and compaction of a group of generated tokens: what follows the group
+        moves up."""
         num_layers = float(self._sizes.sum())
         kept, starts = np.array(group.num_kept), np.array(group.starts)
         self._add_scores(work, group.num_queries, group.group * num_layers)

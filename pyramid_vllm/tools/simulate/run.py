@@ -15,7 +15,7 @@ from pyramid_vllm.plan import plan_of
 from pyramid_vllm.tools.simulate.clock import StepWork, WorkModel, step_seconds
 from pyramid_vllm.tools.simulate.device import Device
 from pyramid_vllm.tools.simulate.engine import SAMPLED_TOKEN, SimulatedEngine, sampled
-from pyramid_vllm.tools.simulate.loads import Load, Session, piece_tokens
+from pyramid_vllm.tools.simulate.loads import Load, piece_tokens
 from pyramid_vllm.tools.simulate.pages import PageCount, count_pages, saved_tokens
 
 #: Steps from one count of pages to the next.
@@ -31,7 +31,7 @@ class RequestRecord:
     arrival: float
     first_token: float = -1.0
     finish: float = -1.0
-    num_told: int = 0
+    num_received: int = 0
     """Tokens of its answer so far."""
     num_cached_tokens: int = 0
     """Of its prompt, found in the prefix cache when it was first scheduled."""
@@ -85,7 +85,7 @@ class Simulation:
         device: whose clock it is.
         load: what is asked.
         options: see there.
-        progress: told the finished requests.
+        progress: called with the number of finished requests.
     """
 
     def __init__(
@@ -109,19 +109,16 @@ class Simulation:
         self._flying: deque[tuple[Any, Any, float]] = deque()
         self._events: list[tuple[float, int, int]] = []
         """When the next turn of a session arrives: time, session, turn."""
-        self._sessions = load.sessions
         self._tokens: dict[int, list[int]] = {}
         self._origin: dict[str, tuple[int, int]] = {}
-        self._next_session = len(load.sessions)
-        if load.num_clients is None:
-            for index, session in enumerate(load.sessions):
-                heapq.heappush(self._events, (session.arrival, index, 0))
-        else:
-            self._next_session = min(load.num_clients, len(load.sessions))
-            for index in range(self._next_session):
-                heapq.heappush(self._events, (0.0, index, 0))
-        self._by_clients = load.num_clients is not None
         self._num_finished = 0
+        self._sessions = load.sessions
+        """Those from ``_next_session`` on are sent when others end."""
+        num = len(load.sessions)
+        self._next_session = min(load.num_clients or num, num)
+        for index, session in enumerate(load.sessions[: self._next_session]):
+            arrival = session.arrival if load.num_clients is None else 0.0
+            heapq.heappush(self._events, (arrival, index, 0))
 
     def run(self) -> SimulatedRun:
         """Serve the load to its end.
@@ -176,14 +173,14 @@ class Simulation:
         """A request's last token is there: its session goes on, or the next starts."""
         self._num_finished += 1
         index, number = self._origin.pop(name)
-        session: Session = self._sessions[index]
-        if number + 1 < len(session.turns):
-            self._tokens[index] += [SAMPLED_TOKEN] * session.turns[number].num_outputs
-            at = self._now + session.turns[number + 1].wait
+        turns = self._sessions[index].turns
+        if number + 1 < len(turns):
+            self._tokens[index] += [SAMPLED_TOKEN] * turns[number].num_outputs
+            at = self._now + turns[number + 1].wait
             heapq.heappush(self._events, (at, index, number + 1))
             return
         del self._tokens[index]
-        if self._by_clients and self._next_session < len(self._sessions):
+        if self._next_session < len(self._sessions):
             heapq.heappush(self._events, (self._now, self._next_session, 0))
             self._next_session += 1
 
@@ -241,27 +238,27 @@ class Simulation:
             self.run_record.steps[-1].cpu_s += cpu_s
         # Clients get their tokens before the host goes on.
         for of_client in outputs.values():
-            for told in of_client.outputs:
-                self._take(told)
+            for news in of_client.outputs:
+                self._take(news)
         if self._options.cpu_time:
             self._now += cpu_s
         self._progress(self._num_finished)
 
-    def _take(self, told: Any) -> None:
-        record = self.run_record.requests[told.request_id]
-        if record.first_token < 0 and told.new_token_ids:
+    def _take(self, news: Any) -> None:
+        record = self.run_record.requests[news.request_id]
+        if record.first_token < 0 and news.new_token_ids:
             record.first_token = self._now
-        record.num_told += len(told.new_token_ids)
-        if told.finish_reason is None:
+        record.num_received += len(news.new_token_ids)
+        if news.finish_reason is None:
             return
-        if record.num_told < record.num_outputs:
+        if record.num_received < record.num_outputs:
             raise RuntimeError(
                 f"a request of {record.num_prompt_tokens} + {record.num_outputs} "
-                f"tokens ended after {record.num_told} of its answer, finish reason "
-                f"'{told.finish_reason}': the KV memory cannot hold it"
+                f"tokens ended after {record.num_received} of its answer, finish "
+                f"reason '{news.finish_reason}': the KV memory cannot hold it"
             )
         record.finish = self._now
-        self._ended(told.request_id)
+        self._ended(news.request_id)
 
 
 def _work_model(engine: SimulatedEngine) -> WorkModel:

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
-
-from typer import Argument, Option
+from typing import Any
 
 from pyramid_vllm.tools.json_settings import json_object
+from pyramid_vllm.tools.options import JSON_FILE, POLICIES, argument, option
 from pyramid_vllm.tools.sides import Side, parse_sides
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings
@@ -30,128 +29,83 @@ _LOAD_OPTIONS = {
     "rate": "rate",
     "clients": "clients",
 }
-DeviceDefault = Annotated[
-    int | None, Option(min=1, help="Default: vLLM's for the device.")
-]
+_DEVICE_DEFAULT = "Default: vLLM's for the device."
 
 
 @dataclass(frozen=True)
 class SimulateSettings:
     """Compare policies with stock vLLM on a modelled device, under real schedulers."""
 
-    model: Annotated[
-        str,
-        Argument(help="A model's folder, a bundled shape's name or a hub name."),
-    ]
-    kv_policy: Annotated[
-        list[str] | None,
-        Option(
-            help="A preset, a YAML file or inline JSON; repeat it to compare more. "
-            "Stock vLLM is always there. Default: pyramid."
-        ),
-    ] = None
-    kv_policy_config: Annotated[
-        str | None, Option(help="Settings that replace each policy's, as JSON.")
-    ] = None
-    gpu: Annotated[str, Option(help="A shipped device, or a YAML file's path.")] = (
-        "h100"
+    model: str = argument("A model's folder, a bundled shape's name or a hub name.")
+    kv_policy: list[str] | None = option(None, POLICIES)
+    kv_policy_config: str | None = option(
+        None, "Settings that replace each policy's, as JSON."
     )
-    efficiency: Annotated[
-        str | None, Option(help="Shares of the device's peaks, as JSON.")
-    ] = None
-    tensor_parallel: Annotated[int, Option(min=1, help="Devices.")] = 1
-    kv_memory: Annotated[
-        str | None,
-        Option(
-            help="KV memory of a device: bytes, or with KiB, MiB, GiB. Default: what "
-            "the weights leave."
-        ),
-    ] = None
-    dtype: Annotated[
-        str | None, Option(help="Of the KV cache too; default: the model's.")
-    ] = None
-    max_model_len: Annotated[
-        int | None, Option(min=1, help="Longest request; default: the model's.")
-    ] = None
-    max_num_seqs: DeviceDefault = None
-    max_num_batched_tokens: DeviceDefault = None
-    block_size: DeviceDefault = None
-    prefix_caching: Annotated[bool, Option(help="As in vLLM.")] = True
-    load: Annotated[
-        str,
-        Option(
-            help="unshared, shared (one prefix), documents (several), chat (turns that "
-            "grow), agent (tens of turns), reasoning (short in, long out)."
-        ),
-    ] = "unshared"
-    num_requests: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Requests, or sessions of several turns; of a trace the first ones.",
-        ),
-    ] = None
-    prompt_tokens: Annotated[
-        int | None, Option(min=1, help="That each turn adds for itself.")
-    ] = None
-    output_tokens: Annotated[int | None, Option(min=1, help="Of each answer.")] = None
-    shared_prefix: Annotated[
-        int | None, Option(min=0, help="Tokens that sessions start with.")
-    ] = None
-    num_prefixes: Annotated[int | None, Option(min=1, help="Different prefixes.")] = (
-        None
+    gpu: str = option("h100", "A shipped device, or a YAML file's path.")
+    efficiency: str | None = option(None, "Shares of the device's peaks, as JSON.")
+    tensor_parallel: int = option(1, "Devices.", min=1)
+    kv_memory: str | None = option(
+        None,
+        "KV memory of a device: bytes, or with KiB, MiB, GiB. Default: what the "
+        "weights leave.",
     )
-    turns: Annotated[int | None, Option(min=1, help="Of a session.")] = None
-    think_time: Annotated[
-        float | None,
-        Option(min=0, help="Mean seconds from an answer to the next turn."),
-    ] = None
-    spread: Annotated[
-        float | None, Option(help="Lengths vary by this share of theirs.")
-    ] = None
-    rate: Annotated[
-        float | None,
-        Option(help="Sessions a second, a Poisson process; default: all at once."),
-    ] = None
-    clients: Annotated[
-        int | None, Option(min=1, help="Sessions at once, in place of a rate.")
-    ] = None
-    trace: Annotated[
-        Path | None, Option(help="JSON lines in Mooncake's form, in place of --load.")
-    ] = None
-    trace_speed: Annotated[
-        float, Option(help="Arrivals are this many times as fast.")
-    ] = 1.0
-    cascade: Annotated[
-        bool, Option("--cascade", help="Pages that sequences share are read once.")
-    ] = False
-    cpu_time: Annotated[
-        bool,
-        Option(
-            help="Whether the scheduler's own time counts. Without it, results are the "
-            "same on every machine."
-        ),
-    ] = True
-    slo_ttft: Annotated[
-        str | None, Option(help="Bound of the p99 time to first token, like 2s.")
-    ] = None
-    slo_tpot: Annotated[
-        str | None, Option(help="Bound of the p99 time per output token, like 50ms.")
-    ] = None
-    seed: Annotated[int, Option(min=0)] = 0
-    calibrate: Annotated[
-        Path | None,
-        Option(
-            help="Fit the device's efficiencies to the runs in this folder of "
-            "`pyramid-vllm bench`, print them and stop."
-        ),
-    ] = None
-    json_file: Annotated[
-        Path | None, Option("--json", help="Write the figures to this file.")
-    ] = None
-    plots: Annotated[Path | None, Option(help="Draw a picture into this folder.")] = (
-        None
+    dtype: str | None = option(None, "Of the KV cache too; default: the model's.")
+    max_model_len: int | None = option(
+        None, "Longest request; default: the model's.", min=1
     )
+    max_num_seqs: int | None = option(None, _DEVICE_DEFAULT, min=1)
+    max_num_batched_tokens: int | None = option(None, _DEVICE_DEFAULT, min=1)
+    block_size: int | None = option(None, _DEVICE_DEFAULT, min=1)
+    prefix_caching: bool = option(True, "As in vLLM.")
+    load: str = option(
+        "unshared",
+        "unshared, shared (one prefix), documents (several), chat (turns that grow), "
+        "agent (tens of turns), reasoning (short in, long out).",
+    )
+    num_requests: int | None = option(
+        None,
+        "Requests, or sessions of several turns; of a trace the first ones.",
+        min=1,
+    )
+    prompt_tokens: int | None = option(None, "That each turn adds for itself.", min=1)
+    output_tokens: int | None = option(None, "Of each answer.", min=1)
+    shared_prefix: int | None = option(None, "Tokens that sessions start with.", min=0)
+    num_prefixes: int | None = option(None, "Different prefixes.", min=1)
+    turns: int | None = option(None, "Of a session.", min=1)
+    think_time: float | None = option(
+        None, "Mean seconds from an answer to the next turn.", min=0
+    )
+    spread: float | None = option(None, "Lengths vary by this share of theirs.")
+    rate: float | None = option(
+        None, "Sessions a second, a Poisson process; default: all at once."
+    )
+    clients: int | None = option(None, "Sessions at once, in place of a rate.", min=1)
+    trace: Path | None = option(
+        None, "JSON lines in Mooncake's form, in place of --load."
+    )
+    trace_speed: float = option(1.0, "Arrivals are this many times as fast.")
+    cascade: bool = option(
+        False, "Pages that sequences share are read once.", "--cascade"
+    )
+    cpu_time: bool = option(
+        True,
+        "Whether the scheduler's own time counts. Without it, results are the same on "
+        "every machine.",
+    )
+    slo_ttft: str | None = option(
+        None, "Bound of the p99 time to first token, like 2s."
+    )
+    slo_tpot: str | None = option(
+        None, "Bound of the p99 time per output token, like 50ms."
+    )
+    seed: int = option(0, min=0)
+    calibrate: Path | None = option(
+        None,
+        "Fit the device's efficiencies to the runs in this folder of "
+        "`pyramid-vllm bench`, print them and stop.",
+    )
+    json_file: Path | None = option(None, JSON_FILE, "--json")
+    plots: Path | None = option(None, "Draw a picture into this folder.")
 
     def check(self) -> None:
         """Check all options; ``ValueError`` names one, its value and what is valid."""
