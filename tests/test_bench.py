@@ -39,7 +39,7 @@ from pyramid_vllm.tools.bench.requests import (
     text_prompts,
     windows,
 )
-from pyramid_vllm.tools.bench.run import Run
+from pyramid_vllm.tools.bench.run import Run, offline_task
 from pyramid_vllm.tools.bench.server import (
     as_flags,
     caches_prefixes,
@@ -292,23 +292,28 @@ def test_a_server_says_whether_it_caches_prefixes() -> None:
     assert not caches_prefixes(parse(text % "False", 0.0))
 
 
-def test_the_clients_prompts_share_a_prefix(tiny_llama: str) -> None:
+def test_a_server_gets_the_requests_of_a_batch(tiny_llama: str) -> None:
     from transformers import AutoConfig
 
-    settings = bench_settings(workload="online", shared_prefix=64)
-    requests = make_requests(settings, None, 64)
     shape = ModelShape.of(AutoConfig.from_pretrained(tiny_llama), "float32")
-    workload = Workload(requests, shape, "float32", True, True, 32, 16)
-    point = Point("4x", 2**20, None)
-    task = online_task(settings, workload, point, settings.sides[0])
-    client = task.client_arguments
-    assert client[client.index("--random-prefix-len") + 1] == "64"
-    # The client would warm up with the first prompt, which would then be cached.
-    assert client[client.index("--num-warmups") + 1] == "0"
-    assert task.warm_up_tokens == 64 + 20
-    server = task.server_arguments
-    assert server[server.index("--max-model-len") + 1] == str(64 + 30 + 6 + 16)
-    assert not any("prefix-caching" in word for word in server)
+    point = Point("4x", 2**20, 2.0)
+    found = []
+    for name in ("offline", "online"):
+        settings = bench_settings(workload=name, shared_prefix=64, num_prefixes=2)
+        requests = make_requests(settings, None, 64)
+        workload = Workload(requests, shape, "float32", True, True, 32)
+        make = online_task if settings.is_online else offline_task
+        found.append(make(settings, workload, point, settings.sides[1]))
+    offline, online = found
+    assert [online.prompts] == offline.turns
+    assert online.prompts[0][:64] == online.prompts[2][:64] != online.prompts[1][:64]
+    assert online.output_lengths == offline.output_lengths
+    assert online.engine_args == offline.engine_args
+    assert online.request_rate == 2
+    words = as_flags(online.engine_args)
+    longest = max(map(len, online.prompts)) + max(online.output_lengths)
+    assert int(words[words.index("--max-model-len") + 1]) <= longest
+    assert not any("prefix-caching" in word for word in words)
 
 
 def test_a_policy_that_does_nothing_is_refused() -> None:
@@ -463,10 +468,6 @@ def test_ratios_are_drawn_over_what_varies(
         (
             ["--turns", "2", "--workload", "online"],
             "--turns is 2: vLLM's client sends single requests; valid is 1, or",
-        ),
-        (
-            [*("--workload", "online", "--shared-prefix", "9"), "--num-prefixes", "2"],
-            "--num-prefixes is 2: vLLM's client draws one prefix; valid is 1, or",
         ),
         (["--shared-prefix", "4000"], "the longest request has 4896 tokens"),
         (["--turns", "5"], "the longest request has 4480 tokens"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -21,16 +22,22 @@ class Requests:
     """What every side is asked. Requests are numbered turn by turn."""
 
     turns: list[Turn]
-    """Empty: vLLM's own client draws them."""
     output_lengths: list[int]
     """Of every request."""
-    lengths: list[int]
-    """Tokens of each conversation's last request, prompt and output; at most, where
-    the client draws."""
-    prompt_lengths: frozenset[int]
-    """Lengths of prompts that are sure to be there."""
     source: str
     """What the prompts are made of, in words."""
+
+    @cached_property
+    def prompt_lengths(self) -> list[int]:
+        """Of every request."""
+        return prompt_lengths(self.turns, self.output_lengths)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each conversation's last request, prompt and output."""
+        num = len(self.turns[0])
+        prompts, outputs = self.prompt_lengths[-num:], self.output_lengths[-num:]
+        return list(map(int.__add__, prompts, outputs))
 
 
 def prompt_lengths(turns: Sequence[Turn], output_lengths: Sequence[int]) -> list[int]:
@@ -116,11 +123,6 @@ def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> R
     """
     num, shared = settings.num_prompts, settings.shared_prefix
     prompt, output = settings.prompt_range, settings.output_range
-    if settings.is_online and settings.text is None:
-        longest = shared + prompt.high + output.high
-        sure = frozenset({shared + prompt.low})
-        source = "random, by vLLM's client"
-        return Requests([], [output.high] * num, [longest] * num, sure, source)
     lengths, outputs = draw_lengths(
         settings.num_requests, prompt, output, settings.seed
     )
@@ -136,6 +138,4 @@ def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> R
         turns[0] = [
             prefixes[i % num_prefixes] + part for i, part in enumerate(turns[0])
         ]
-    prompts = prompt_lengths(turns, outputs)
-    last = zip(prompts[-num:], outputs[-num:], strict=True)
-    return Requests(turns, outputs, list(map(sum, last)), frozenset(prompts), source)
+    return Requests(turns, outputs, source)

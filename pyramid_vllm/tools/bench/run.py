@@ -17,12 +17,7 @@ from pyramid_vllm.tools.bench.figures import (
     summarize,
 )
 from pyramid_vllm.tools.bench.measure import MeasureTask, measure
-from pyramid_vllm.tools.bench.online import (
-    OnlineTask,
-    check_online,
-    online_task,
-    run_online,
-)
+from pyramid_vllm.tools.bench.online import OnlineTask, online_task, run_online
 from pyramid_vllm.tools.bench.plots import save_plots
 from pyramid_vllm.tools.bench.report import (
     PointReport,
@@ -30,6 +25,7 @@ from pyramid_vllm.tools.bench.report import (
     point_table,
     sweep_table,
 )
+from pyramid_vllm.tools.bench.server import vllm_script
 from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.bench.workload import (
     Point,
@@ -86,7 +82,7 @@ def run_bench(settings: BenchSettings) -> None:
     check_matplotlib()
     check_vllm_version()
     if settings.is_online:
-        check_online(settings)
+        vllm_script()
     workload = make_workload(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
     console = Console()

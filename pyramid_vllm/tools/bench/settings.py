@@ -203,11 +203,6 @@ class BenchSettings:
                 f"--turns is {self.turns}: vLLM's client sends single requests; valid "
                 "is 1, or --workload offline"
             )
-        if self.is_online and self.num_prefixes > 1 and self.text is None:
-            raise ValueError(
-                f"{several}: vLLM's client draws one prefix; valid is 1, or --text, or "
-                "--workload offline"
-            )
 
     def describe(self) -> dict[str, Any]:
         """The options as reports carry them."""

@@ -11,8 +11,6 @@ from pyramid_vllm.tools.sides import Side
 from pyramid_vllm.tools.sizes import format_bytes
 
 DEFAULT_BLOCK_SIZE = 32
-#: Prompts that vLLM's client sends as text may have some tokens more than asked for.
-CLIENT_SLACK = 16
 
 
 @dataclass(frozen=True)
@@ -37,15 +35,12 @@ class Workload:
     is_cpu: bool
     has_tokenizer: bool
     block_size: int
-    slack: int
-    """Tokens by which requests may be longer than they should."""
     points: tuple[Point, ...] = ()
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest request."""
-        longest = max(self.requests.lengths) + self.slack
-        return min(longest, self.shape.max_position)
+        return max(self.requests.lengths)
 
     @property
     def page_bytes(self) -> int:
@@ -68,7 +63,7 @@ class Workload:
         rule = self.rule(side)
         return rule is not None and any(
             min(rule.cache_lengths(length)) < length
-            for length in self.requests.prompt_lengths
+            for length in set(self.requests.prompt_lengths)
         )
 
     def check_fits(self, side: Side, chunk: int, kv_bytes: int, label: str) -> None:
@@ -144,7 +139,6 @@ def make_workload(settings: BenchSettings) -> Workload:
         is_cpu=is_cpu,
         has_tokenizer=tokenizer is not None,
         block_size=int(settings.engine.get("block_size") or DEFAULT_BLOCK_SIZE),
-        slack=CLIENT_SLACK if settings.is_online else 0,
     )
     return replace(workload, points=_points(settings, workload))
 

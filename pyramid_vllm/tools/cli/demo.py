@@ -6,6 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -134,13 +135,9 @@ def _measure_all(
 
 def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:
     """Mean share of an output that equals the reference, up to the first difference."""
-    pairs = list(zip(outputs, reference, strict=True))
-    lengths = [
-        len(list(takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False))))
-        for pair in pairs
-    ]
-    shares = [n / len(pair[1]) for n, pair in zip(lengths, pairs, strict=True)]
-    return sum(shares) / len(shares)
+    pairs = zip(outputs, reference, strict=True)
+    shares = [np.cumprod(np.equal(ours, theirs)).mean() for ours, theirs in pairs]
+    return float(np.mean(shares))
 
 
 def _figures(side: Measured, stock: Measured) -> dict[str, Any]:

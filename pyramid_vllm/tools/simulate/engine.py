@@ -145,11 +145,9 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": settings.max_num_batched_tokens,
             "enable_prefix_caching": settings.prefix_caching,
+            "max_model_len": settings.max_model_len,
+            "kv_policy": policy and policy.model_dump(),
         }
-        if settings.max_model_len is not None:
-            arguments["max_model_len"] = settings.max_model_len
-        if policy is not None:
-            arguments["kv_policy"] = policy.model_dump()
         config = EngineArgs(**arguments).create_engine_config()
     # What the platform at hand has decided for itself.
     config.cache_config.block_size = settings.block_size
