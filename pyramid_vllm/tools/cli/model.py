@@ -66,7 +66,7 @@ def _download(scratch: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Turn a quantized file into a float32 folder that vLLM loads.
 
-    transformers reads a GGUF but will not save it, for it counts as quantized: so the
+    transformers reads a GGUF but will not save it, since it counts as quantized, so the
     weights go into a model made from a clean configuration.
     """
     import torch

@@ -23,7 +23,7 @@ class Efficiency(BaseModel):
     """Shares of a device's peaks that are reached, and times that are always there.
 
     Round figures between what kernels reach in isolation and what engines do; they
-    are settings, for no two versions of a kernel agree.
+    are settings, since no two versions of a kernel agree.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -106,6 +106,18 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     )
 
 
+def _read(model: str) -> Mapping[str, Any]:
+    found = read_config(model).get_text_config()
+    config = vars(found) if isinstance(found, FileConfig) else found.to_dict()
+    missing = [key for key in _NEEDED if not config.get(key)]
+    if missing:
+        raise ValueError(
+            f"MODEL is '{model}': its configuration has no {', '.join(missing)}; valid "
+            "are decoders of the Llama kind, dense or with experts"
+        )
+    return config
+
+
 def load_model(model: str, dtype: str | None, tensor_parallel: int) -> ModelWork:
     """Read a model's configuration.
 
@@ -119,14 +131,7 @@ def load_model(model: str, dtype: str | None, tensor_parallel: int) -> ModelWork
             and what is valid.
         OSError: there is no such model.
     """
-    found = read_config(model).get_text_config()
-    config = vars(found) if isinstance(found, FileConfig) else found.to_dict()
-    missing = [key for key in _NEEDED if not config.get(key)]
-    if missing:
-        raise ValueError(
-            f"MODEL is '{model}': its configuration has no {', '.join(missing)}; valid "
-            "are decoders of the Llama kind, dense or with experts"
-        )
+    config = _read(model)
     name = str(dtype or config.get("dtype") or "bfloat16").removeprefix("torch.")
     if name not in DTYPE_BYTES:
         valid = ", ".join(DTYPE_BYTES)

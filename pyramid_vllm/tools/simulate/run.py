@@ -51,7 +51,7 @@ class StepRecord:
 
 @dataclass
 class SimulatedRun:
-    """All that a run left behind."""
+    """All that is known of a run."""
 
     policy: str
     requests: dict[str, RequestRecord] = field(default_factory=dict)
