@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.tools.bench import run as bench_run
 from pyramid_vllm.tools.bench.figures import (
     check_activation,
     memory_binds,
@@ -375,6 +377,29 @@ def test_a_run_is_known_by_all_of_its_task(tmp_path: Path) -> None:
     assert store.load(runs[1]) is None
     store.path(runs[0]).write_text("{", encoding="utf-8")
     assert store.load(runs[0]) is None, "half a file was taken for a run"
+
+
+def test_a_finished_run_is_found_under_another_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[Any] = []
+
+    def counted(task: Any, update: Any) -> tuple[dict[str, float], dict[str, Any]]:
+        tasks.append(task)
+        return {"seconds": 1.5}, {}
+
+    monkeypatch.setattr(bench_run, "_run", counted)
+    settings = bench_settings(out=tmp_path)
+    shape = ModelShape(2, 1, 8, "float32", 64)
+    requests = make_requests(settings, None, 64)
+    workload = Workload(requests, shape, "float32", True, True, 32)
+    for label in ("4x", "80MiB"):
+        run = Run(Point(label, 1, None), settings.sides[0], 0, measure_task())
+        console = Console(quiet=True)
+        (result,) = bench_run._execute(console, settings, workload, [run])
+        assert result["point"]["label"] == label
+        assert result["figures"] == {"seconds": 1.5}
+    assert len(tasks) == 1
 
 
 def point_report(point: Point, sides: Any, binds: bool = True) -> PointReport:

@@ -69,7 +69,7 @@ def online_figures(result: dict[str, Any], server: Figures) -> Figures:
     """Figures of a load.
 
     Args:
-        result: what ``vllm bench serve`` saved.
+        result: what vLLM's client found.
         server: the server's own figures.
 
     Raises:
@@ -91,7 +91,7 @@ def online_figures(result: dict[str, Any], server: Figures) -> Figures:
         for p in PERCENTILES:
             name = f"p{p}_{'e2el' if key == 'e2e' else key}_ms"
             if name not in result:
-                raise RuntimeError(f"vllm bench serve reports no {name}")
+                raise RuntimeError(f"vLLM's client reports no {name}")
             figures[f"{key}_p{p}_s"] = result[name] / 1e3
     return figures | server
 

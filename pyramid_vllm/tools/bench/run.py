@@ -42,7 +42,6 @@ from pyramid_vllm.tools.store import Store
 
 #: A finished run: its figures, and the raw ones, of each request where there are such.
 Result = dict[str, Any]
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -178,10 +177,13 @@ def _execute(
             progress.remove_task(bar)
             if workload.should_evict(run.side):
                 check_activation(run.side.name, figures)
-            results[index] = result = run.labels | {"figures": figures, "raw": raw}
-            store.save(run.identity, result)
+            results[index] = result = {"figures": figures, "raw": raw}
+            store.save(run.identity, run.labels | result)
             progress.advance(whole)
-    return [result for result in results if result is not None]
+    # A run that was done under another label is this one's.
+    return [
+        (result or {}) | run.labels for run, result in zip(runs, results, strict=True)
+    ]
 
 
 def _run(

@@ -76,34 +76,24 @@ class RunOptions:
     keep_works: bool = False
 
 
+@dataclass
 class Simulation:
-    """One side under one load.
+    """One side under one load."""
 
-    Args:
-        name: of the policy.
-        engine: the side's.
-        device: whose clock it is.
-        load: what is asked.
-        options: see there.
-        progress: called with the number of finished requests.
-    """
+    name: str
+    engine: SimulatedEngine
+    device: Device
+    load: Load
+    options: RunOptions
+    progress: Callable[[int], None]
+    """Called with the number of finished requests."""
 
-    def __init__(
-        self,
-        name: str,
-        engine: SimulatedEngine,
-        device: Device,
-        load: Load,
-        options: RunOptions,
-        progress: Callable[[int], None],
-    ) -> None:
-        self._engine, self._device, self._options = engine, device, options
-        self._scheduler: Any = engine.scheduler
-        self._model = engine.settings.model
-        self._progress = progress
-        self._work = _work_model(engine)
-        self._depth = 2 if engine.settings.async_scheduling else 1
-        self.run_record = SimulatedRun(name)
+    def __post_init__(self) -> None:
+        self._scheduler: Any = self.engine.scheduler
+        self._model = self.engine.settings.model
+        self._work = _work_model(self.engine)
+        self._depth = 2 if self.engine.settings.async_scheduling else 1
+        self.run_record = SimulatedRun(self.name)
         # The host's time, and when the device is done with all it was given.
         self._now = self._device_free = 0.0
         self._flying: deque[tuple[Any, Any, float]] = deque()
@@ -112,12 +102,11 @@ class Simulation:
         self._tokens: dict[int, list[int]] = {}
         self._origin: dict[str, tuple[int, int]] = {}
         self._num_finished = 0
-        self._sessions = load.sessions
-        """Those from ``_next_session`` on are sent when others end."""
-        num = len(load.sessions)
-        self._next_session = min(load.num_clients or num, num)
-        for index, session in enumerate(load.sessions[: self._next_session]):
-            arrival = session.arrival if load.num_clients is None else 0.0
+        # Sessions from this one on are sent when others end.
+        num, clients = len(self.load.sessions), self.load.num_clients
+        self._next_session = min(clients or num, num)
+        for index, session in enumerate(self.load.sessions[: self._next_session]):
+            arrival = session.arrival if clients is None else 0.0
             heapq.heappush(self._events, (arrival, index, 0))
 
     def run(self) -> SimulatedRun:
@@ -156,7 +145,7 @@ class Simulation:
         """Hand the scheduler what has arrived by now."""
         while self._events and self._events[0][0] <= self._now:
             arrival, index, number = heapq.heappop(self._events)
-            turn = self._sessions[index].turns[number]
+            turn = self.load.sessions[index].turns[number]
             tokens = self._tokens.setdefault(index, [])
             for piece in turn.pieces:
                 tokens += piece_tokens(piece)
@@ -166,21 +155,21 @@ class Simulation:
                 len(tokens), turn.num_outputs, arrival
             )
             self._scheduler.add_request(
-                self._engine.request(name, list(tokens), turn.num_outputs, arrival)
+                self.engine.request(name, list(tokens), turn.num_outputs, arrival)
             )
 
     def _ended(self, name: str) -> None:
         """A request's last token is there: its session goes on, or the next starts."""
         self._num_finished += 1
         index, number = self._origin.pop(name)
-        turns = self._sessions[index].turns
+        turns = self.load.sessions[index].turns
         if number + 1 < len(turns):
             self._tokens[index] += [SAMPLED_TOKEN] * turns[number].num_outputs
             at = self._now + turns[number + 1].wait
             heapq.heappush(self._events, (at, index, number + 1))
             return
         del self._tokens[index]
-        if self._next_session < len(self._sessions):
+        if self._next_session < len(self.load.sessions):
             heapq.heappush(self._events, (self._now, self._next_session, 0))
             self._next_session += 1
 
@@ -196,7 +185,7 @@ class Simulation:
         record.num_preemptions += len(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
             record.requests[new.req_id].num_cached_tokens = new.num_computed_tokens
-        if self._options.cpu_time:
+        if self.options.cpu_time:
             self._now += cpu_s
         result = sampled(scheduler, output)
         num_rows = output.total_num_scheduled_tokens
@@ -221,11 +210,11 @@ class Simulation:
         before = after - rows
         computed = np.maximum(0, np.minimum(after, prompts) - before)
         self.run_record.num_prompt_tokens_computed += int(computed.sum())
-        saved = saved_tokens(self._scheduler, scheduled) if self._options.cascade else 0
+        saved = saved_tokens(self._scheduler, scheduled) if self.options.cascade else 0
         work = self._work.step(before, rows, plan, saved)
-        if self._options.keep_works:
+        if self.options.keep_works:
             self.run_record.works.append(work)
-        return float(step_seconds(work, self._model, self._device))
+        return float(step_seconds(work, self._model, self.device))
 
     def _land(self) -> None:
         """Wait for the oldest step and take its tokens."""
@@ -240,9 +229,9 @@ class Simulation:
         for of_client in outputs.values():
             for news in of_client.outputs:
                 self._take(news)
-        if self._options.cpu_time:
+        if self.options.cpu_time:
             self._now += cpu_s
-        self._progress(self._num_finished)
+        self.progress(self._num_finished)
 
     def _take(self, news: Any) -> None:
         record = self.run_record.requests[news.request_id]
