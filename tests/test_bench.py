@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.tools.bench import run as bench_run
 from pyramid_vllm.tools.bench.figures import (
     check_activation,
+    memory_binds,
     offline_figures,
     online_figures,
+    ratios,
+    summarize,
 )
 from pyramid_vllm.tools.bench.measure import (
     MeasureTask,
@@ -27,6 +32,7 @@ from pyramid_vllm.tools.bench.measure import (
 )
 from pyramid_vllm.tools.bench.online import online_task
 from pyramid_vllm.tools.bench.plots import draw_ratios, save_plots
+from pyramid_vllm.tools.bench.ranges import KVMemory, TokenRange
 from pyramid_vllm.tools.bench.report import PointReport, format_ratio
 from pyramid_vllm.tools.bench.requests import (
     draw_lengths,
@@ -35,24 +41,19 @@ from pyramid_vllm.tools.bench.requests import (
     text_prompts,
     windows,
 )
+from pyramid_vllm.tools.bench.run import Run, offline_task
 from pyramid_vllm.tools.bench.server import (
     as_flags,
+    caches_prefixes,
+    metric_sum,
     parse_activation,
-    parse_metrics,
-    parse_prefix_caching,
 )
-from pyramid_vllm.tools.bench.settings import (
-    BenchSettings,
-    KVMemory,
-    TokenRange,
-    parse_engine_args,
-    parse_sides,
-)
-from pyramid_vllm.tools.bench.store import RunResult, RunStore, run_key
-from pyramid_vllm.tools.bench.summary import memory_binds, ratios, summarize
+from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.bench.watch import Measured
 from pyramid_vllm.tools.bench.workload import Point, Workload
 from pyramid_vllm.tools.cli import app
+from pyramid_vllm.tools.monitor.scrape import parse
+from pyramid_vllm.tools.store import Store, fingerprint
 from tests.engines import random_prompts
 
 
@@ -94,27 +95,28 @@ def test_memory_is_bytes_or_stock_sequences() -> None:
 
 def test_stock_is_always_a_side_and_names_differ() -> None:
     policies = ["pyramid", '{"name": "pyramid", "retention": 0.3}', "none"]
-    sides = parse_sides(policies)
+    sides = bench_settings(kv_policy=policies).sides
     assert [side.name for side in sides] == ["none", "pyramid", "pyramid (2)"]
     assert sides[0].policy_json is None
     assert json.loads(sides[2].policy_json or "")["retention"] == 0.3
     with pytest.raises(ValueError, match="given twice"):
-        parse_sides(["pyramid", "pyramid"])
+        _ = bench_settings(kv_policy=["pyramid", "pyramid"]).sides
     with pytest.raises(ValueError, match="at least one policy"):
-        parse_sides(["none"])
+        _ = bench_settings(kv_policy=["none"]).sides
     with pytest.raises(KVPolicyError, match="valid policies are"):
-        parse_sides(["pyramyd"])
+        _ = bench_settings(kv_policy=["pyramyd"]).sides
 
 
 def test_engine_args_with_an_option_of_their_own_are_named() -> None:
-    assert parse_engine_args('{"enforce_eager": false}') == {"enforce_eager": False}
+    settings = bench_settings(engine_args='{"enforce_eager": false}')
+    assert settings.engine == {"enforce_eager": False}
     for text, words in (
         ("[1]", "valid is a JSON object"),
         ("{", "not JSON"),
         ('{"kv_cache_memory_bytes": 5}', "valid is --kv-memory"),
     ):
         with pytest.raises(ValueError, match=words):
-            parse_engine_args(text)
+            _ = bench_settings(engine_args=text).engine
 
 
 def test_settings_become_flags() -> None:
@@ -169,21 +171,11 @@ def test_a_text_too_short_is_named(tmp_path: Path) -> None:
 def bench_settings(**changes: Any) -> BenchSettings:
     settings: dict[str, Any] = {
         "model": "m",
-        "sides": parse_sides(["pyramid"]),
-        "workload": "offline",
         "num_prompts": 5,
-        "prompt_tokens": TokenRange(20, 30),
-        "output_tokens": TokenRange(3, 6),
-        "text": None,
-        "kv_memory": (KVMemory.parse("4x"),),
-        "repeats": 1,
-        "seed": 0,
+        "prompt_tokens": "20-30",
+        "output_tokens": "3-6",
         "max_num_seqs": 8,
         "max_num_batched_tokens": 512,
-        "dtype": None,
-        "engine_args": {},
-        "request_rates": (),
-        "out": Path("out"),
     }
     return BenchSettings(**(settings | changes))
 
@@ -193,7 +185,7 @@ def test_prefixes_come_before_a_prompts_own_tokens_and_take_turns(
     tokenizer: Letters | None,
 ) -> None:
     settings = bench_settings(shared_prefix=40, num_prefixes=2)
-    prompts = make_requests(settings, tokenizer, 64).prompts
+    (prompts,) = make_requests(settings, tokenizer, 64).turns
     beginnings = [prompt[:40] for prompt in prompts]
     assert beginnings[0] == beginnings[2] == beginnings[4]
     assert beginnings[1] == beginnings[3] != beginnings[0]
@@ -205,8 +197,8 @@ def test_a_turn_is_as_long_as_all_that_its_conversation_has() -> None:
     settings = bench_settings(shared_prefix=40, turns=3)
     requests = make_requests(settings, None, 64)
     assert settings.num_requests == len(requests.output_lengths) == 15
-    for index, first in enumerate(requests.prompts):
-        parts = [len(turn[index]) for turn in requests.later_turns]
+    for index, first in enumerate(requests.turns[0]):
+        parts = [len(turn[index]) for turn in requests.turns[1:]]
         assert all(20 <= part <= 30 for part in parts)
         outputs = requests.output_lengths[index::5]
         whole = len(first) + sum(parts) + sum(outputs)
@@ -221,14 +213,9 @@ def test_a_turn_is_as_long_as_all_that_its_conversation_has() -> None:
 def measure_task(**changes: Any) -> MeasureTask:
     settings: dict[str, Any] = {
         "model": "m",
-        "prompts": [[1] * 10, [2] * 20],
-        "output_tokens": [3, 5],
-        "kv_bytes": 1,
-        "block_size": 32,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 64,
-        "kv_policy": None,
-        "seed": 0,
+        "turns": [[[1] * 10, [2] * 20]],
+        "output_lengths": [3, 5],
+        "engine_args": {},
     }
     return MeasureTask(**(settings | changes))
 
@@ -291,8 +278,10 @@ def test_a_servers_figures_are_read() -> None:
         "vllm:num_requests_running 2.0\n"
         "other 5.0\n"
     )
-    figures = {"num_preemptions_total": 7.0, "num_requests_running": 2.0}
-    assert parse_metrics(text) == figures
+    scrape = parse(text, 0.0)
+    assert metric_sum(scrape, "num_preemptions_total") == 7
+    assert metric_sum(scrape, "num_requests_running") == 2
+    assert metric_sum(scrape, "other") == 0
     log = "a: 1 compactions, 8 pages freed, 3\nb: 12 compactions, 90 pages freed"
     found = {"num_compactions_logged": 12, "num_pages_freed_logged": 90}
     assert parse_activation(log) == found
@@ -301,27 +290,32 @@ def test_a_servers_figures_are_read() -> None:
 
 def test_a_server_says_whether_it_caches_prefixes() -> None:
     text = 'vllm:cache_config_info{enable_prefix_caching="%s",engine="0"} 1.0'
-    assert parse_prefix_caching(text % "True")
-    assert not parse_prefix_caching(text % "False")
+    assert caches_prefixes(parse(text % "True", 0.0))
+    assert not caches_prefixes(parse(text % "False", 0.0))
 
 
-def test_the_clients_prompts_share_a_prefix(tiny_llama: str) -> None:
+def test_a_server_gets_the_requests_of_a_batch(tiny_llama: str) -> None:
     from transformers import AutoConfig
 
-    settings = bench_settings(workload="online", shared_prefix=64)
-    requests = make_requests(settings, None, 64)
     shape = ModelShape.of(AutoConfig.from_pretrained(tiny_llama), "float32")
-    workload = Workload(requests, shape, "float32", True, True, 32, 16)
-    point = Point("4x", 2**20, None)
-    task = online_task(settings, workload, point, settings.sides[0])
-    client = task.client_arguments
-    assert client[client.index("--random-prefix-len") + 1] == "64"
-    # The client would warm up with the first prompt, which would then be cached.
-    assert client[client.index("--num-warmups") + 1] == "0"
-    assert task.warm_up_tokens == 64 + 20
-    server = task.server_arguments
-    assert server[server.index("--max-model-len") + 1] == str(64 + 30 + 6 + 16)
-    assert not any("prefix-caching" in word for word in server)
+    point = Point("4x", 2**20, 2.0)
+    found = []
+    for name in ("offline", "online"):
+        settings = bench_settings(workload=name, shared_prefix=64, num_prefixes=2)
+        requests = make_requests(settings, None, 64)
+        workload = Workload(requests, shape, "float32", True, True, 32)
+        make = online_task if settings.is_online else offline_task
+        found.append(make(settings, workload, point, settings.sides[1]))
+    offline, online = found
+    assert [online.prompts] == offline.turns
+    assert online.prompts[0][:64] == online.prompts[2][:64] != online.prompts[1][:64]
+    assert online.output_lengths == offline.output_lengths
+    assert online.engine_args == offline.engine_args
+    assert online.request_rate == 2
+    words = as_flags(online.engine_args)
+    longest = max(map(len, online.prompts)) + max(online.output_lengths)
+    assert int(words[words.index("--max-model-len") + 1]) <= longest
+    assert not any("prefix-caching" in word for word in words)
 
 
 def test_a_policy_that_does_nothing_is_refused() -> None:
@@ -363,19 +357,49 @@ def test_memory_binds_where_stock_cannot_run_all_at_once() -> None:
 
 
 def test_a_run_is_known_by_all_of_its_task(tmp_path: Path) -> None:
-    task = measure_task()
-    assert run_key(task, 0) == run_key(measure_task(), 0)
-    others = [
-        run_key(task, 1),
-        run_key(measure_task(kv_policy="{}"), 0),
-        run_key(measure_task(prompts=[[1] * 10, [2] * 19 + [3]]), 0),
+    point, side = Point("4x", 1, None), bench_settings().sides[0]
+
+    def identity(repeat: int = 0, **changes: Any) -> dict[str, Any]:
+        return Run(point, side, repeat, measure_task(**changes)).identity
+
+    runs = [
+        identity(),
+        identity(1),
+        identity(engine_args={"kv_policy": "{}"}),
+        identity(turns=[[[1] * 10, [2] * 19 + [3]]]),
     ]
-    assert len({run_key(task, 0), *others}) == 4
-    store, result = RunStore(tmp_path / "runs"), RunResult({"t": 1.5}, {"raw": [1]})
-    assert not store.has("k")
-    store.save("k", {"side": "p"}, result)
-    assert store.has("k")
-    assert store.load("k") == result
+    assert fingerprint(identity()) == fingerprint(runs[0])
+    assert len(set(map(fingerprint, runs))) == 4
+    store, result = Store(tmp_path / "runs"), {"figures": {"t": 1.5}}
+    assert store.load(runs[0]) is None
+    store.save(runs[0], result)
+    assert store.load(runs[0]) == result
+    assert store.load(runs[1]) is None
+    store.path(runs[0]).write_text("{", encoding="utf-8")
+    assert store.load(runs[0]) is None, "half a file was taken for a run"
+
+
+def test_a_finished_run_is_found_under_another_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[Any] = []
+
+    def counted(task: Any, update: Any) -> tuple[dict[str, float], dict[str, Any]]:
+        tasks.append(task)
+        return {"seconds": 1.5}, {}
+
+    monkeypatch.setattr(bench_run, "_run", counted)
+    settings = bench_settings(out=tmp_path)
+    shape = ModelShape(2, 1, 8, "float32", 64)
+    requests = make_requests(settings, None, 64)
+    workload = Workload(requests, shape, "float32", True, True, 32)
+    for label in ("4x", "80MiB"):
+        run = Run(Point(label, 1, None), settings.sides[0], 0, measure_task())
+        console = Console(quiet=True)
+        (result,) = bench_run._execute(console, settings, workload, [run])
+        assert result["point"]["label"] == label
+        assert result["figures"] == {"seconds": 1.5}
+    assert len(tasks) == 1
 
 
 def point_report(point: Point, sides: Any, binds: bool = True) -> PointReport:
@@ -470,10 +494,6 @@ def test_ratios_are_drawn_over_what_varies(
             ["--turns", "2", "--workload", "online"],
             "--turns is 2: vLLM's client sends single requests; valid is 1, or",
         ),
-        (
-            [*("--workload", "online", "--shared-prefix", "9"), "--num-prefixes", "2"],
-            "--num-prefixes is 2: vLLM's client draws one prefix; valid is 1, or",
-        ),
         (["--shared-prefix", "4000"], "the longest request has 4896 tokens"),
         (["--turns", "5"], "the longest request has 4480 tokens"),
         (
@@ -514,7 +534,7 @@ def check_medians(file: Path, point: dict[str, Any]) -> None:
 SIDES: dict[str, dict[str, Any]] = {
     "stock": {},
     "policy": {"kv_policy": '{"name": "p", "retention": 0.4, "min_context": 64}'},
-    "off": {"engine_args": {"enable_prefix_caching": False}},
+    "off": {"enable_prefix_caching": False},
 }
 
 
@@ -523,19 +543,25 @@ def side(
     request: pytest.FixtureRequest, tiny_llama: str
 ) -> Iterator[tuple[str, MeasureTask, Any]]:
     """Its name, a task of prompts that share nothing, and its engine."""
-    settings = dict(SIDES[request.param])
-    engine_args = settings.pop("engine_args", {}) | {"skip_tokenizer_init": True}
+    engine_args = {
+        "dtype": "float32",
+        "seed": 0,
+        "kv_cache_memory_bytes": 16 * 2**20,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 512,
+        "block_size": 32,
+        "max_model_len": 430,  # room for further turns
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+    }
     task = measure_task(
         model=tiny_llama,
-        prompts=random_prompts([200, 230]),
-        output_tokens=[200, 200],  # room for further turns
-        kv_bytes=16 * 2**20,
-        max_num_batched_tokens=512,
-        engine_args=engine_args,
-        **settings,
+        turns=[random_prompts([200, 230])],
+        output_lengths=[4, 4],
+        engine_args=engine_args | SIDES[request.param],
     )
     engine = make_engine(task)
-    yield request.param, replace(task, output_tokens=4), engine
+    yield request.param, task, engine
     engine.engine_core.shutdown()
 
 
@@ -563,7 +589,8 @@ def test_a_shared_prefix_is_not_computed_again(
 ) -> None:
     name, task, engine = side
     prefix, *own = random_prompts([128, 40, 50, 60], seed=5)
-    task = replace(task, prompts=[prefix + part for part in own])
+    turns = [[prefix + part for part in own]]
+    task = replace(task, turns=turns, output_lengths=[4] * 3)
     found = measure_here(engine, task)
     total = sum(task.prompt_lengths)
     if name == "off":
@@ -611,7 +638,8 @@ def test_a_turn_continues_the_answer_before_it(
     monkeypatch.setattr("pyramid_vllm.tools.bench.measure.add_request", listening)
     later = [random_prompts([30, 40], seed=turn) for turn in (7, 8)]
     # The second conversation's first answer ends later than the first one's.
-    task = replace(task, later_turns=later, output_tokens=[4, 9, 5, 3, 6, 7])
+    turns = [*task.turns, *later]
+    task = replace(task, turns=turns, output_lengths=[4, 9, 5, 3, 6, 7])
     found = measure_here(engine, task)
     assert [len(output) for output in found.outputs] == task.output_lengths
     assert [len(sent[str(number)]) for number in range(6)] == task.prompt_lengths

@@ -55,7 +55,7 @@ def plan_request(model: str, **changes: Any) -> PlanRequest:
         "model": model,
         "kv_policy": "pyramid",
         "kv_policy_config": None,
-        "kv_memory": 64 * 2**20,
+        "kv_memory": "64MiB",
         "max_model_len": 2048,
         "output_tokens": 48,
         "block_size": 32,

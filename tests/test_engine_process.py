@@ -2,12 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyramid_vllm.tools.engine_process import MARK, run_child
+from pyramid_vllm.policy import KVPolicyError
+from pyramid_vllm.tools.engine_process import MARK, run_child, run_job
 
 #: More than a pipe holds.
 LONG = {"prompts": [0] * 100_000}
@@ -56,3 +58,24 @@ def test_an_interrupt_leaves_no_child(script: Path, tmp_path: Path) -> None:
         run_child("any", LONG, interrupt, os.environ)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def job(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
+    """Runs in the child."""
+    send("done", 1)
+    if task["refuse"]:
+        raise KVPolicyError(task["refuse"])
+    send("result", task)
+
+
+def test_a_jobs_messages_reach_whom_they_are_meant_for() -> None:
+    name, task = "tests.test_engine_process:job", {"refuse": ""}
+    results: list[Any] = []
+    finished: list[int] = []
+    run_job(name, task, results.append, finished.append)
+    assert (results, finished) == ([task], [1])
+    with pytest.raises(KVPolicyError, match="not with this model"):
+        run_job(name, {"refuse": "not with this model"}, results.append)
+    with pytest.raises(RuntimeError, match="no_such"):
+        run_job("tests.test_engine_process:no_such", task, results.append)
+    assert results == [task]

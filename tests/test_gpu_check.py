@@ -345,7 +345,7 @@ def test_the_benchmark_takes_our_options(
     result = CliRunner().invoke(app, ["bench", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     (settings,) = taken
-    assert settings.engine_args == {"load_format": "dummy"}
+    assert settings.engine == {"load_format": "dummy"}
     workload = make_workload(settings)
     fits = [
         workload.stock_fits(point.kv_bytes, settings.num_prompts)

@@ -33,7 +33,8 @@ from pyramid_vllm.tools.simulate.run import (
     Simulation,
     simulate,
 )
-from pyramid_vllm.tools.simulate.slo import Objective, find_capacity, parse_seconds
+from pyramid_vllm.tools.simulate.slo import Objective, find_capacity
+from pyramid_vllm.tools.sizes import parse_seconds
 from tests import simulated
 
 EXACT = RunOptions(cpu_time=False)

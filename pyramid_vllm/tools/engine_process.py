@@ -1,7 +1,9 @@
-"""An engine in a process of its own, which gets a task and tells what it finds.
+"""An engine in a process of its own: a job gets a task and sends messages.
 
-The task is JSON on its standard input. What it tells are JSON objects of one key, each
-on a line of its own behind ``MARK``; ``result`` is the key of what it is run for.
+A job is a function ``job(task, send)``, named ``module:function``. The task is JSON on
+the process's standard input. Messages are JSON objects of one key, each on a line that
+starts with ``MARK``: ``done`` is the number of finished requests, ``result`` what the
+job is for, ``error`` a policy that the engine refuses.
 """
 
 import json
@@ -11,10 +13,53 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from typing import IO, Any, NoReturn
+
+from pyramid_vllm.policy import KVPolicyError
 
 #: Starts the lines that are messages.
 MARK = "@pyramid-vllm "
+
+
+def run_job(
+    job: str,
+    task: Mapping[str, Any],
+    on_result: Callable[[Any], None],
+    on_progress: Callable[[int], None] = lambda done: None,
+    environment: Mapping[str, str] | None = None,
+    num_results: int = 1,
+) -> None:
+    """Run a job in a process, which has ended when this returns or raises.
+
+    Args:
+        job: ``module:function``.
+        task: as JSON can hold it.
+        on_result: called with each result as soon as it is there.
+        on_progress: called with the number of finished requests.
+        environment: variables that replace those of this process.
+        num_results: how many results the job sends.
+
+    Raises:
+        KVPolicyError: the engine refused the policy.
+        RuntimeError: the process failed; the message ends with its last lines.
+    """
+    found = os.environ | {
+        # Jobs look into their engine, so it has to be in their process.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        **(environment or {}),
+    }
+
+    def receive(message: dict[str, Any]) -> None:
+        if "error" in message:
+            raise KVPolicyError(message["error"])
+        if "result" in message:
+            on_result(message["result"])
+        elif "done" in message:
+            on_progress(message["done"])
+
+    run_child(__name__, task, receive, found, num_results, (job,))
 
 
 def run_child(
@@ -23,23 +68,14 @@ def run_child(
     on_message: Callable[[dict[str, Any]], None],
     environment: Mapping[str, str],
     num_results: int = 1,
+    arguments: tuple[str, ...] = (),
 ) -> None:
-    """Run a module with a task; the process is gone when this returns or raises.
-
-    Args:
-        module: run as ``python -m``.
-        task: as JSON can hold it.
-        on_message: told every message as soon as it is there.
-        environment: of the process.
-        num_results: how many results it is to tell.
-
-    Raises:
-        RuntimeError: the process failed; the message ends with its last lines.
-    """
+    """Run ``python -m module arguments``, and pass on each message as it comes; the
+    other arguments and errors are those of ``run_job``."""
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -48,24 +84,20 @@ def run_child(
         ) as child,
     ):
         try:
-            _send(child, task)
-            num_told = _hear(child, log, on_message)
+            assert child.stdin is not None
+            # A child that has ended already says why in its log.
+            with suppress(BrokenPipeError), child.stdin:
+                json.dump(task, child.stdin)
+            found = _receive(child, log, on_message)
         except BaseException:
             child.kill()
             raise
-        if child.wait() != 0 or num_told != num_results:
+        if child.wait() != 0 or found != num_results:
             log.seek(0)
             raise RuntimeError(f"the engine failed:\n{log.read()[-4000:]}")
 
 
-def _send(child: "subprocess.Popen[str]", task: Mapping[str, Any]) -> None:
-    assert child.stdin is not None
-    # A child that is gone already says why in its log.
-    with suppress(BrokenPipeError), child.stdin:
-        json.dump(task, child.stdin)
-
-
-def _hear(
+def _receive(
     child: "subprocess.Popen[str]",
     log: IO[str],
     on_message: Callable[[dict[str, Any]], None],
@@ -90,12 +122,26 @@ def read_task() -> dict[str, Any]:
 
 
 def tell(kind: str, value: Any) -> None:
-    """In the process: print a message."""
+    """In the process: send a message."""
     print(f"{MARK}{json.dumps({kind: value})}", flush=True)
 
 
 def leave() -> NoReturn:
-    """In the process: end it, all being told."""
+    """In the process: end it, once all is sent."""
     sys.stdout.flush()
-    # vLLM's in-process engine leaves threads behind; nothing is left to save.
+    # vLLM's in-process engine leaves threads running; nothing is left to save.
     os._exit(0)
+
+
+def main(job: str) -> None:
+    """In the process: run the job with its task."""
+    module, _, name = job.partition(":")
+    try:
+        getattr(import_module(module), name)(read_task(), tell)
+    except KVPolicyError as error:
+        tell("error", str(error))
+    leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

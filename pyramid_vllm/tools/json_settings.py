@@ -1,7 +1,9 @@
-"""Settings that an option gives as JSON."""
+"""Settings that are given as JSON, and what is wrong with them."""
 
 import json
 from typing import Any
+
+from pydantic import ValidationError
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any]:
@@ -22,3 +24,9 @@ def json_object(option: str, text: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{option} is '{text}': valid is a JSON object of settings")
     return found
+
+
+def first_problem(error: ValidationError) -> tuple[str, Any, str]:
+    """The setting that pydantic refuses first, its value, and why."""
+    problem = error.errors()[0]
+    return ".".join(map(str, problem["loc"])), problem["input"], problem["msg"]

@@ -5,10 +5,9 @@ Importing transformers takes seconds; the arithmetic on a configuration takes no
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 from pyramid_vllm.policy.presets import config_dir
 from pyramid_vllm.policy.profiles import IDENTITY
@@ -29,15 +28,14 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 _DTYPES = (None, "float32", "float16", "bfloat16")
 
 
-@dataclass(frozen=True)
-class _ModelType:
+class _ModelType(NamedTuple):
     """How transformers' class of a model type completes a file."""
 
     needs: tuple[str, ...] = ()
     """Settings whose default follows a rule of the class: the file must hold them."""
     excludes: tuple[str, ...] = ()
     """Settings that the class does not have, or that choose another class."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = MappingProxyType({})
     """Constants that the class fills in."""
 
 
@@ -51,12 +49,12 @@ _MODEL_TYPES: Mapping[str, _ModelType] = {
     "gemma3_text": _EACH_LAYER,
     "gpt_oss": _EACH_LAYER,
     "llama": _PLAIN,
-    "mistral": _ModelType(excludes=("layer_types",), defaults={"sliding_window": 4096}),
+    "mistral": _PLAIN._replace(defaults={"sliding_window": 4096}),
     "mixtral": _PLAIN,
     "phi3": _PLAIN,
     "qwen2": _ModelType(defaults=_NO_WINDOW),
     "qwen3": _ModelType(needs=("head_dim",), defaults=_NO_WINDOW),
-    "qwen3_moe": _ModelType(excludes=("layer_types",), defaults=_NO_WINDOW),
+    "qwen3_moe": _PLAIN._replace(defaults=_NO_WINDOW),
     "smollm3": _ModelType(defaults=_NO_WINDOW),
 }
 
@@ -77,10 +75,8 @@ def shape_names() -> list[str]:
 
 def bundled_shape(name: str) -> Path | None:
     """The folder of a bundled shape, whatever the case of its name."""
-    for known in shape_names():
-        if known.lower() == name.lower():
-            return config_dir("shapes") / known
-    return None
+    shapes = {known.lower(): config_dir("shapes") / known for known in shape_names()}
+    return shapes.get(name.lower())
 
 
 def read_config(model: str) -> Any:
@@ -98,25 +94,22 @@ def read_config(model: str) -> Any:
         OSError: there is no such model, or its file cannot be read.
         ValueError: the file is no configuration.
     """
-    file = _local_file(model) or _hub_file(model)
+    path, shape = Path(model).expanduser(), bundled_shape(model)
+    file = path if path.name == _FILE else path / _FILE
+    if not file.is_file():
+        file = shape / _FILE if shape else _hub_file(model)
     settings = _read(file)
     known = _MODEL_TYPES.get(str(settings.get("model_type")))
     if known is not None:
         settings = {**known.defaults, **settings}
+        # The dtype by its new name, or else by its old one.
+        if settings.get("dtype") is None:
+            settings["dtype"] = settings.get("torch_dtype")
         if _says_it_all(settings, known):
-            return FileConfig(**{**settings, "dtype": _dtype(settings)})
+            return FileConfig(**settings)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(file.parent))
-
-
-def _local_file(model: str) -> Path | None:
-    path = Path(model).expanduser()
-    file = path if path.name == _FILE else path / _FILE
-    if file.is_file():
-        return file
-    shape = bundled_shape(model)
-    return shape / _FILE if shape else None
 
 
 def _hub_file(model: str) -> Path:
@@ -151,35 +144,25 @@ def _read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _dtype(settings: Mapping[str, Any]) -> Any:
-    """The dtype by its new name, or else by its old one."""
-    dtype = settings.get("dtype")
-    return settings.get("torch_dtype") if dtype is None else dtype
-
-
 def _says_it_all(settings: Mapping[str, Any], known: _ModelType) -> bool:
     """Whether transformers' class would change no setting that is read here."""
-    head_dim = settings.get("head_dim")
+    head_dim, layers = settings.get("head_dim"), settings.get("layer_types")
+    if layers is None:
+        has_plain_layers = settings.get("use_sliding_window", False) is False
+    else:
+        has_plain_layers = (
+            isinstance(layers, list)
+            and len(layers) == settings.get("num_hidden_layers")
+            and all(layer in _LAYER_TYPES for layer in layers)
+        )
     return (
         all(_is_count(settings.get(name)) for name in _INTEGERS)
         and all(settings.get(name) is not None for name in known.needs)
         and not any(name in settings for name in (*_NESTED, *known.excludes))
         and (head_dim is None or _is_count(head_dim))
         and settings["hidden_size"] % settings["num_attention_heads"] == 0
-        and _dtype(settings) in _DTYPES
-        and _has_plain_layers(settings)
-    )
-
-
-def _has_plain_layers(settings: Mapping[str, Any]) -> bool:
-    """Whether the layers are listed, or all alike."""
-    layers = settings.get("layer_types")
-    if layers is None:
-        return settings.get("use_sliding_window", False) is False
-    return (
-        isinstance(layers, list)
-        and len(layers) == settings["num_hidden_layers"]
-        and all(layer in _LAYER_TYPES for layer in layers)
+        and settings["dtype"] in _DTYPES
+        and has_plain_layers
     )
 
 

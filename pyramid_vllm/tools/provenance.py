@@ -1,9 +1,12 @@
 """Where a figure comes from: what every report of figures carries."""
 
+import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pyramid_vllm import __version__
@@ -23,3 +26,10 @@ def provenance(seed: int) -> dict[str, Any]:
         "seed": seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def write_report(file: Path, content: Mapping[str, Any], seed: int) -> None:
+    """Write figures and their provenance as JSON; the folder is made if missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**content, **provenance(seed)}, indent=2, default=str)
+    file.write_text(text + "\n", encoding="utf-8")

@@ -1,25 +1,38 @@
-"""Bytes as people write them."""
+"""Bytes and seconds as people write them."""
 
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+import math
+import re
+
+_BYTES = {"": 1.0, "b": 1.0, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+_SECONDS = {"ms": 1e-3, "s": 1.0}
+
+
+def _quantity(text: str, units: dict[str, float]) -> float:
+    """A number above 0 with one of the units; 0: the text is none."""
+    found = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)\s*([a-z]*)", text.strip().lower())
+    try:
+        value = float(found[1]) * units[found[2]] if found else 0.0
+    except (KeyError, ValueError):
+        return 0.0
+    return value if value < math.inf else 0.0
 
 
 def parse_bytes(text: str) -> int:
-    """``80MiB`` as a number of bytes.
-
-    Raises:
-        ValueError: the text is no size.
-    """
-    number = text.strip().rstrip("BbIiKkMmGg")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
-        size = 0
-    if size <= 0:
+    """``80MiB`` as a number of bytes; ``ValueError`` if the text is no size."""
+    size = int(_quantity(text, _BYTES))
+    if not size:
         raise ValueError(
             f"memory is '{text}': valid are bytes, or a number with KiB, MiB or GiB"
         )
     return size
+
+
+def parse_seconds(option: str, text: str) -> float:
+    """``50ms`` or ``2s`` in seconds; ``ValueError`` if it is neither."""
+    seconds = _quantity(text, _SECONDS)
+    if not seconds:
+        raise ValueError(f"{option} is '{text}': valid are times like 50ms or 2s")
+    return seconds
 
 
 def format_bytes(size: float) -> str:

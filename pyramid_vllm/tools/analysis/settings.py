@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ValidationInfo
 from pydantic.dataclasses import dataclass
 from typer import Option
 
-from pyramid_vllm.tools import options
+from pyramid_vllm.tools import option_types as options
 
 #: Queries of a window, when what windows choose is compared.
 WINDOW = 64

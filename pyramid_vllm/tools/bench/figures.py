@@ -1,7 +1,6 @@
-"""Figures of one run, the same for both workloads."""
+"""Figures of runs, the same for both workloads, and what repeats make of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,44 +8,31 @@ import numpy as np
 from pyramid_vllm.policy import NONE
 from pyramid_vllm.tools.bench.measure import MeasureTask
 from pyramid_vllm.tools.bench.watch import Measured
+from pyramid_vllm.tools.figures import (
+    HIT_RATE,
+    PERCENTILES,
+    Figures,
+    Metric,
+    latencies,
+)
 
-PERCENTILES = (50, 95, 99)
 #: Servers log what they have done only every few seconds.
 LOGGED_COMPACTIONS = "num_compactions_logged"
 LOGGED_PAGES = "num_pages_freed_logged"
-#: Prompt tokens that the prefix cache had, of all prompt tokens.
-HIT_RATE = "prefix_hit_rate"
-Figures = dict[str, float]
-
-
-def side_label(policy: str) -> str:
-    """What tables and plots call a side of this policy."""
-    return "stock vLLM" if policy == NONE else policy
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure, and how people read it."""
-
-    key: str
-    label: str
-    format: str = ",.0f"
-    factor: float = 1.0
-
-
-def _latencies(key: str, label: str) -> tuple[Metric, ...]:
-    return tuple(
-        Metric(f"{key}_p{p}_s", f"{label} p{p}, ms", ",.0f", 1e3) for p in PERCENTILES
-    )
-
-
+LATENCIES = {
+    "ttft": "time to first token",
+    "tpot": "time per output token",
+    "e2e": "end to end",
+}
 METRICS = (
     Metric("total_tokens_per_s", "tokens/s, prompt and output", ",.1f"),
     Metric("output_tokens_per_s", "output tokens/s", ",.1f"),
     Metric("requests_per_s", "requests/s", ".3f"),
-    *_latencies("ttft", "time to first token"),
-    *_latencies("tpot", "time per output token"),
-    *_latencies("e2e", "end to end"),
+    *(
+        Metric(f"{key}_p{p}_s", f"{label} p{p}, ms", ",.0f", 1e3)
+        for key, label in LATENCIES.items()
+        for p in PERCENTILES
+    ),
     Metric("max_num_running", "most sequences at once"),
     Metric("mean_num_running", "mean sequences at once", ".1f"),
     Metric("num_preemptions", "preemptions"),
@@ -60,37 +46,22 @@ METRICS = (
     Metric(LOGGED_PAGES, "pages freed by eviction, at least"),
 )
 
-
-def latencies(key: str, seconds: Sequence[float]) -> Figures:
-    """Percentiles of one kind of latency."""
-    values = np.percentile(seconds, PERCENTILES).tolist()
-    return {
-        f"{key}_p{p}_s": value for p, value in zip(PERCENTILES, values, strict=True)
-    }
+#: Of each figure: its spread over repeats, and that of its ratio to stock.
+Summary = dict[str, dict[str, Any]]
 
 
 def offline_figures(task: MeasureTask, measured: Measured) -> Figures:
     """Figures of a batch."""
     first, finish = np.array(measured.first_token_s), np.array(measured.finish_s)
     outputs = np.array(task.output_lengths)
+    numbers = {k: v for k, v in vars(measured).items() if type(v) in (int, float)}
     return {
-        "seconds": measured.seconds,
-        "total_tokens_per_s": measured.total_tokens_per_s,
+        **numbers,
         "output_tokens_per_s": float(outputs.sum()) / measured.seconds,
         "requests_per_s": len(outputs) / measured.seconds,
         **latencies("ttft", measured.first_token_s),
         **latencies("tpot", ((finish - first) / (outputs - 1)).tolist()),
         **latencies("e2e", measured.finish_s),
-        "max_num_running": measured.max_num_running,
-        "mean_num_running": measured.mean_num_running,
-        "num_preemptions": measured.num_preemptions,
-        "kv_bytes_per_request": measured.kv_bytes_per_request,
-        "num_rows_scheduled": measured.num_rows_scheduled,
-        "num_rows_computed": measured.num_rows_computed,
-        "num_prompt_tokens_computed": measured.num_prompt_tokens_computed,
-        HIT_RATE: measured.prefix_hit_rate,
-        "num_compactions": measured.num_compactions,
-        "num_pages_freed": measured.num_pages_freed,
     }
 
 
@@ -98,7 +69,7 @@ def online_figures(result: dict[str, Any], server: Figures) -> Figures:
     """Figures of a load.
 
     Args:
-        result: what ``vllm bench serve`` saved.
+        result: what vLLM's client found.
         server: the server's own figures.
 
     Raises:
@@ -116,11 +87,11 @@ def online_figures(result: dict[str, Any], server: Figures) -> Figures:
         "output_tokens_per_s": result["output_throughput"],
         "requests_per_s": result["request_throughput"],
     }
-    for key, theirs in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2el")):
+    for key in LATENCIES:
         for p in PERCENTILES:
-            name = f"p{p}_{theirs}_ms"
+            name = f"p{p}_{'e2el' if key == 'e2e' else key}_ms"
             if name not in result:
-                raise RuntimeError(f"vllm bench serve reports no {name}")
+                raise RuntimeError(f"vLLM's client reports no {name}")
             figures[f"{key}_p{p}_s"] = result[name] / 1e3
     return figures | server
 
@@ -138,3 +109,52 @@ def check_activation(name: str, figures: Figures) -> None:
             f"policy '{name}' keeps less than all of these prompts, but neither "
             "compacted nor pruned any: its figures would be stock vLLM's"
         )
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and range."""
+    return {
+        "median": float(np.median(values)),
+        "min": float(min(values)),
+        "max": float(max(values)),
+        "values": list(values),
+    }
+
+
+def ratios(ours: Sequence[float], stock: Sequence[float]) -> dict[str, Any] | None:
+    """Spread of the ratios within each repeat; None where stock has zeros, or is
+    without the figure."""
+    if len(ours) != len(stock) or not all(stock):
+        return None
+    return spread([a / b for a, b in zip(ours, stock, strict=True)])
+
+
+def summarize(sides: Mapping[str, Sequence[Figures]]) -> dict[str, Summary]:
+    """Of every side and figure: its spread, and that of its ratio to stock.
+
+    Args:
+        sides: by side, stock vLLM among them, the figures of each repeat.
+    """
+    summary: dict[str, Summary] = {}
+    for name, runs in sides.items():
+        summary[name] = {}
+        for key in runs[0]:
+            ours = [run[key] for run in runs]
+            theirs = [run[key] for run in sides[NONE] if key in run]
+            summary[name][key] = spread(ours) | {"ratio": ratios(ours, theirs)}
+    return summary
+
+
+def memory_binds(fits: bool, num_at_once: int, stock: Sequence[Figures]) -> bool:
+    """Whether memory keeps stock vLLM from running all that it could at once.
+
+    Args:
+        fits: whether all of it fits at its full length.
+        num_at_once: the requests that may run at once.
+        stock: figures of its runs.
+    """
+    ran_all = all(
+        run["max_num_running"] >= num_at_once and not run["num_preemptions"]
+        for run in stock
+    )
+    return not (fits or ran_all)

@@ -1,16 +1,29 @@
-"""Figures as people read them."""
+"""What a bench reports: tables for people, medians for programs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from pyramid_vllm.policy import NONE
-from pyramid_vllm.tools.bench.figures import METRICS, Metric, side_label
-from pyramid_vllm.tools.bench.summary import Summary
+from pyramid_vllm.tools.bench.figures import METRICS, Summary
+from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.bench.workload import Point
+from pyramid_vllm.tools.figures import HIT_RATE, side_label, side_table
 from pyramid_vllm.tools.sizes import format_bytes
+
+#: Figures of a side in the file of medians, beside its tokens/s.
+_MEDIANS = (
+    "max_num_running",
+    "num_rows_computed",
+    "num_preemptions",
+    "num_prompt_tokens_computed",
+    HIT_RATE,
+    "ttft_p50_s",
+    "tpot_p50_s",
+    "kv_bytes_per_request",
+)
 
 
 @dataclass(frozen=True)
@@ -36,36 +49,35 @@ class PointReport:
         return "memory binds" if self.memory_binds else "memory does not bind"
 
     @property
+    def memory_label(self) -> str:
+        """The point, in words."""
+        return f"{self.point.label}, {format_bytes(self.point.kv_bytes)}"
+
+    @property
     def caching_label(self) -> str:
         """Which sides had their prefix cache on, in words."""
         states = {
-            name: "on" if is_on else "off"
-            for name, is_on in self.prefix_caching.items()
+            k: "on" if is_on else "off" for k, is_on in self.prefix_caching.items()
         }
         if len(set(states.values())) == 1:
             return f"prefix caching {states[NONE]}"
-        sides = ", ".join(
-            f"{side_label(name)} {state}" for name, state in states.items()
-        )
+        sides = ", ".join(f"{side_label(k)} {state}" for k, state in states.items())
         return f"prefix caching: {sides}"
 
-    def ratio(self, name: str, key: str = "total_tokens_per_s") -> dict[str, Any]:
+    def ratio(
+        self, name: str, key: str = "total_tokens_per_s"
+    ) -> dict[str, Any] | None:
         """A side's ratio to stock."""
-        found: dict[str, Any] = self.sides[name][key]["ratio"]
-        return found
+        return self.sides[name].get(key, {}).get("ratio")
 
     def as_json(self) -> dict[str, Any]:
         """For the file of results."""
-        return {
-            **asdict(self.point),
-            "memory_binds": self.memory_binds,
-            "prefix_caching": self.prefix_caching,
-            "sharing": self.sharing,
-            "sides": self.sides,
+        return asdict(self.point) | {
+            key: value for key, value in vars(self).items() if key != "point"
         }
 
 
-def format_ratio(ratio: dict[str, Any] | None) -> str:
+def format_ratio(ratio: Mapping[str, Any] | None) -> str:
     """Median and range."""
     if ratio is None:
         return "-"
@@ -74,32 +86,18 @@ def format_ratio(ratio: dict[str, Any] | None) -> str:
 
 def point_table(report: PointReport) -> Table:
     """All figures of one point."""
-    table = Table(
-        title=f"KV memory {report.point.label}, "
-        f"{format_bytes(report.point.kv_bytes)}: {report.binds_label}",
+    medians = {
+        name: {key: found["median"] for key, found in side.items()}
+        for name, side in report.sides.items()
+    }
+    return side_table(
+        METRICS,
+        medians,
+        lambda name, key: format_ratio(report.ratio(name, key)),
+        title=f"KV memory {report.memory_label}: {report.binds_label}",
         caption=f"{report.caching_label}; {report.sharing}\n"
         "medians; ratios to stock within each repeat: median (lowest-highest)",
     )
-    table.add_column("")
-    for name in report.sides:
-        table.add_column(side_label(name), justify="right")
-        if name != NONE:
-            table.add_column("to stock", justify="right")
-    for metric in METRICS:
-        if any(metric.key in side for side in report.sides.values()):
-            table.add_row(metric.label, *_cells(report, metric))
-    return table
-
-
-def _cells(report: PointReport, metric: Metric) -> list[str]:
-    cells = []
-    for name, side in report.sides.items():
-        found = side.get(metric.key)
-        value = "-" if found is None else found["median"] * metric.factor
-        cells.append(value if isinstance(value, str) else f"{value:{metric.format}}")
-        if name != NONE:
-            cells.append(format_ratio(found and found["ratio"]))
-    return cells
 
 
 def sweep_table(reports: Sequence[PointReport]) -> Table:
@@ -113,10 +111,35 @@ def sweep_table(reports: Sequence[PointReport]) -> Table:
         table.add_column(column, justify="right")
     for report in reports:
         most = report.sides[NONE]["max_num_running"]["median"]
-        table.add_row(
-            f"{report.point.label}, {format_bytes(report.point.kv_bytes)}",
-            report.binds_label,
-            f"{most:.0f}",
-            *(format_ratio(report.ratio(name)) for name in policies),
-        )
+        ratios = [format_ratio(report.ratio(name)) for name in policies]
+        table.add_row(report.memory_label, report.binds_label, f"{most:.0f}", *ratios)
     return table
+
+
+def medians(settings: BenchSettings, reports: Sequence[PointReport]) -> dict[str, Any]:
+    """Medians of every point and side, for other programs."""
+    points = [
+        {
+            "kv_memory": report.point.kv_memory,
+            "kv_bytes": report.point.kv_bytes,
+            "request_rate": report.point.request_rate,
+            "memory_binds": report.memory_binds,
+            "shared_prefix": settings.shared_prefix,
+            "num_prefixes": settings.num_prefixes,
+            "turns": settings.turns,
+            "sides": {name: _medians_of(report, name) for name in report.sides},
+        }
+        for report in reports
+    ]
+    return {"points": points, "settings": settings.describe()}
+
+
+def _medians_of(report: PointReport, name: str) -> dict[str, Any]:
+    """One side's; None where a workload has no such figure."""
+    side, ratio = report.sides[name], report.ratio(name)
+    return {
+        "tokens_per_s": side["total_tokens_per_s"]["median"],
+        **{key: side[key]["median"] if key in side else None for key in _MEDIANS},
+        "ratio": 1.0 if name == NONE else ratio and ratio["median"],
+        "prefix_caching": report.prefix_caching[name],
+    }

@@ -1,78 +1,54 @@
 """Requests: the same seed makes the same ones, whichever side gets them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.tools.bench.conversations import turn_lengths
-from pyramid_vllm.tools.bench.settings import BenchSettings, TokenRange
+from pyramid_vllm.tools.bench.ranges import TokenRange
+from pyramid_vllm.tools.bench.settings import BenchSettings
+
+#: Of each conversation, the tokens that it adds to the answer before them.
+Turn = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What every side is asked."""
+    """What every side is asked. Requests are numbered turn by turn."""
 
-    prompts: list[list[int]]
-    """Of first turns. Empty: vLLM's own client draws them."""
+    turns: list[Turn]
     output_lengths: list[int]
-    """Of every request, turn by turn."""
-    lengths: list[int]
-    """Tokens of each conversation's last request, prompt and output; at most, where
-    the client draws."""
-    prompt_lengths: frozenset[int]
-    """Lengths of prompts that are sure to be there."""
+    """Of every request."""
     source: str
     """What the prompts are made of, in words."""
-    later_turns: list[list[list[int]]] = field(default_factory=list)
-    """Of each later turn, what each conversation adds to the answer before it."""
 
-    @classmethod
-    def of(
-        cls, turns: list[list[list[int]]], output_lengths: list[int], source: str
-    ) -> "Requests":
-        """Requests that are known.
+    @cached_property
+    def prompt_lengths(self) -> list[int]:
+        """Of every request."""
+        return prompt_lengths(self.turns, self.output_lengths)
 
-        Args:
-            turns: of each turn, the tokens that each conversation adds.
-            output_lengths: of every request, turn by turn.
-            source: what the prompts are made of, in words.
-        """
-        num = len(turns[0])
-        added = [[len(part) for part in turn] for turn in turns]
-        prompts = turn_lengths(added, output_lengths)
-        last = zip(prompts[-num:], output_lengths[-num:], strict=True)
-        return cls(
-            prompts=turns[0],
-            output_lengths=output_lengths,
-            lengths=[prompt + output for prompt, output in last],
-            prompt_lengths=frozenset(prompts),
-            source=source,
-            later_turns=turns[1:],
-        )
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each conversation's last request, prompt and output."""
+        num = len(self.turns[0])
+        prompts, outputs = self.prompt_lengths[-num:], self.output_lengths[-num:]
+        return list(map(int.__add__, prompts, outputs))
 
-    @classmethod
-    def drawn_by_client(
-        cls, num: int, shared_prefix: int, prompt: TokenRange, output: TokenRange
-    ) -> "Requests":
-        """Requests of which only the ranges are known.
 
-        Args:
-            num: how many.
-            shared_prefix: tokens that all prompts begin with.
-            prompt: tokens behind these.
-            output: lengths of outputs.
-        """
-        return cls(
-            [],
-            [output.high] * num,
-            [shared_prefix + prompt.high + output.high] * num,
-            frozenset({shared_prefix + prompt.low}),
-            "random, by vLLM's client",
-        )
+def prompt_lengths(turns: Sequence[Turn], output_lengths: Sequence[int]) -> list[int]:
+    """Length of every request's prompt, with all that its conversation had before."""
+    num = len(turns[0])
+    lengths: list[int] = []
+    for number, part in enumerate(chain(*turns)):
+        last = number - num
+        before = lengths[last] + output_lengths[last] if last >= 0 else 0
+        lengths.append(before + len(part))
+    return lengths
 
 
 def draw_lengths(
@@ -86,23 +62,12 @@ def draw_lengths(
     )
 
 
-def share_prefixes(
-    prefixes: Sequence[list[int]], prompts: Sequence[list[int]]
-) -> list[list[int]]:
-    """Prompts behind the prefixes, which take turns."""
-    if not prefixes:
-        return list(prompts)
-    return [
-        prefixes[index % len(prefixes)] + prompt for index, prompt in enumerate(prompts)
-    ]
-
-
 def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     """Consecutive runs of tokens, as many as there are tokens for."""
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths).tolist()
     return [
         list(tokens[end - length : end])
-        for end, length in zip(ends.tolist(), lengths, strict=True)
+        for end, length in zip(ends, lengths, strict=True)
         if end <= len(tokens)
     ]
 
@@ -113,12 +78,13 @@ def text_prompts(
     """Prompts from a file.
 
     Raises:
-        ValueError: it has not as many tokens.
+        ValueError: it does not have as many tokens.
         OSError: it cannot be read.
     """
     if tokenizer is None:
         raise ValueError(f"--text is {file}: the model's folder has no tokenizer")
-    tokens = _encode(tokenizer, file.read_text(encoding="utf-8"))
+    text = file.read_text(encoding="utf-8")
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     if sum(lengths) > len(tokens):
         raise ValueError(
             f"--text {file} has {len(tokens)} tokens, the prompts have {sum(lengths)}: "
@@ -135,17 +101,16 @@ def synthetic_prompts(
     allowed = np.arange(vocab_size)
     if tokenizer is not None:
         text = "\n\n".join(topics[name] for name in sorted(topics))
-        prompts = windows(_encode(tokenizer, text), lengths)
+        prompts = windows(tokenizer.encode(text, add_special_tokens=False), lengths)
         allowed = np.setdiff1d(allowed, tokenizer.all_special_ids)
     rng = np.random.default_rng(seed + 1)
-    num_real = len(prompts)
-    for length in lengths[num_real:]:
-        prompts.append(rng.choice(allowed, length).tolist())
-    if num_real == len(lengths):
+    num_real, num = len(prompts), len(lengths)
+    prompts += [rng.choice(allowed, length).tolist() for length in lengths[num_real:]]
+    if num_real == num:
         return prompts, "real text: Python's language reference"
     return prompts, (
         f"{num_real} of real text (Python's language reference), "
-        f"{len(lengths) - num_real} of random token ids"
+        f"{num - num_real} of random token ids"
     )
 
 
@@ -157,10 +122,10 @@ def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> R
         OSError: it cannot be read.
     """
     num, shared = settings.num_prompts, settings.shared_prefix
-    prompt, output = settings.prompt_tokens, settings.output_tokens
-    if settings.workload == "online" and settings.text is None:
-        return Requests.drawn_by_client(num, shared, prompt, output)
-    lengths, outputs = draw_lengths(num * settings.turns, prompt, output, settings.seed)
+    prompt, output = settings.prompt_range, settings.output_range
+    lengths, outputs = draw_lengths(
+        settings.num_requests, prompt, output, settings.seed
+    )
     num_prefixes = settings.num_prefixes if shared else 0
     lengths = [shared] * num_prefixes + lengths
     if settings.text is not None:
@@ -169,10 +134,8 @@ def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> R
         parts, source = synthetic_prompts(tokenizer, vocab_size, lengths, settings.seed)
     prefixes, own = parts[:num_prefixes], parts[num_prefixes:]
     turns = [own[start : start + num] for start in range(0, len(own), num)]
-    turns[0] = share_prefixes(prefixes, turns[0])
-    return Requests.of(turns, outputs, source)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
+    if prefixes:
+        turns[0] = [
+            prefixes[i % num_prefixes] + part for i, part in enumerate(turns[0])
+        ]
+    return Requests(turns, outputs, source)

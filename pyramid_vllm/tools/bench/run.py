@@ -1,34 +1,47 @@
 """``pyramid-vllm bench``: from checked options to tables, figures and plots."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pyramid_vllm.compat import check_vllm_version
+from pyramid_vllm import __version__
+from pyramid_vllm.compat import check_vllm_version, installed_vllm_version
 from pyramid_vllm.policy import NONE
-from pyramid_vllm.tools.bench.export import save_medians
-from pyramid_vllm.tools.bench.figures import check_activation
-from pyramid_vllm.tools.bench.measure import MeasureTask
-from pyramid_vllm.tools.bench.offline import offline_task, run_offline
-from pyramid_vllm.tools.bench.online import (
-    OnlineTask,
-    check_online,
-    online_task,
-    run_online,
+from pyramid_vllm.tools.bench.figures import (
+    check_activation,
+    memory_binds,
+    offline_figures,
+    summarize,
 )
+from pyramid_vllm.tools.bench.measure import MeasureTask, measure
+from pyramid_vllm.tools.bench.online import OnlineTask, online_task, run_online
 from pyramid_vllm.tools.bench.plots import save_plots
-from pyramid_vllm.tools.bench.report import PointReport, point_table, sweep_table
-from pyramid_vllm.tools.bench.settings import BenchSettings, Side
-from pyramid_vllm.tools.bench.store import PREFIX_CACHING, RunResult, RunStore, run_key
-from pyramid_vllm.tools.bench.summary import memory_binds, summarize
-from pyramid_vllm.tools.bench.workload import Point, Workload, make_workload
+from pyramid_vllm.tools.bench.report import (
+    PointReport,
+    medians,
+    point_table,
+    sweep_table,
+)
+from pyramid_vllm.tools.bench.server import vllm_script
+from pyramid_vllm.tools.bench.settings import BenchSettings
+from pyramid_vllm.tools.bench.workload import (
+    Point,
+    Workload,
+    engine_args,
+    make_workload,
+)
+from pyramid_vllm.tools.figures import Figures, bars
 from pyramid_vllm.tools.plotting import check_matplotlib
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
+from pyramid_vllm.tools.sides import Side
 from pyramid_vllm.tools.sizes import format_bytes
+from pyramid_vllm.tools.store import Store
+
+#: A finished run: its figures, and the raw ones, of each request where there are such.
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,20 @@ class Run:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What it is, for people."""
+        """What it is, for people who open a file."""
         point = asdict(self.point)
         return {"point": point, "side": self.side.name, "repeat": self.repeat}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its result depends on."""
+        return {
+            "kind": type(self.task).__name__,
+            "task": asdict(self.task),
+            "repeat": self.repeat,
+            "vllm": installed_vllm_version(),
+            "pyramid_vllm": __version__,
+        }
 
 
 def run_bench(settings: BenchSettings) -> None:
@@ -56,142 +80,146 @@ def run_bench(settings: BenchSettings) -> None:
     """
     check_matplotlib()
     check_vllm_version()
-    if settings.workload == "online":
-        check_online(settings)
+    if settings.is_online:
+        vllm_script()
     workload = make_workload(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    _announce(console, settings, workload)
+    console.print(_announcement(settings, workload), markup=False)
     runs = plan_runs(settings, workload)
     results = _execute(console, settings, workload, runs)
-    reports = make_reports(settings, workload, runs, results)
+    reports = make_reports(settings, workload, results)
     for report in reports:
         console.print(point_table(report))
     if len(reports) > 1:
         console.print(sweep_table(reports))
-    file = settings.out / "results.json"
-    content = _content(settings, workload, runs, results, reports)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    pictures = save_plots(reports, settings.out)
-    files = [file, *pictures]
+    content = {
+        "settings": settings.describe(),
+        "prompts": workload.requests.source,
+        "sharing": settings.sharing,
+        "points": [report.as_json() for report in reports],
+        "runs": results,
+    }
+    files = [settings.out / "results.json"]
+    write_report(files[0], content, settings.seed)
+    files += save_plots(reports, settings.out)
     if settings.json_file is not None:
-        save_medians(settings, reports, settings.json_file)
+        write_report(settings.json_file, medians(settings, reports), settings.seed)
         files.append(settings.json_file)
     console.print(f"written: {', '.join(map(str, files))}")
 
 
-def _announce(console: Console, settings: BenchSettings, workload: Workload) -> None:
+def _announcement(settings: BenchSettings, workload: Workload) -> str:
     memories = ", ".join(
         f"{p.label} ({format_bytes(p.kv_bytes)})" for p in workload.points
     )
-    console.print(
+    # A policy may switch it off; the tables say what each side had.
+    is_off = settings.engine.get("enable_prefix_caching") is False
+    return (
         f"{settings.workload}: {settings.num_prompts} prompts "
-        f"({workload.requests.source}; {settings.sharing}), "
-        f"prefix caching {_asked_caching(settings)}, KV memory {memories}, "
-        f"{settings.repeats} repeats of {', '.join(s.name for s in settings.sides)}",
-        markup=False,
+        f"({workload.requests.source}; {settings.sharing}), prefix caching "
+        f"{'off' if is_off else 'on'}, KV memory {memories}, "
+        f"{settings.repeats} repeats of {', '.join(s.name for s in settings.sides)}"
     )
 
 
-def _asked_caching(settings: BenchSettings) -> str:
-    """A policy may switch it off; the tables say what each side had."""
-    asked = settings.engine_args.get("enable_prefix_caching")
-    return "off" if asked is False else "on"
+def offline_task(
+    settings: BenchSettings, workload: Workload, point: Point, side: Side
+) -> MeasureTask:
+    """What one process runs."""
+    skip = {} if workload.has_tokenizer else {"skip_tokenizer_init": True}
+    return MeasureTask(
+        model=str(settings.model),
+        turns=workload.requests.turns,
+        output_lengths=workload.requests.output_lengths,
+        engine_args=skip | engine_args(settings, workload, point, side),
+        warm_up=True,
+    )
 
 
 def plan_runs(settings: BenchSettings, workload: Workload) -> list[Run]:
     """All runs, sides in turns."""
     make: Callable[..., MeasureTask | OnlineTask] = (
-        online_task if settings.workload == "online" else offline_task
+        online_task if settings.is_online else offline_task
     )
-    tasks = {
-        (point, side.name): make(settings, workload, point, side)
-        for point in workload.points
-        for side in settings.sides
-    }
-    return [
-        Run(point, side, repeat, tasks[point, side.name])
-        for point in workload.points
-        for repeat in range(settings.repeats)
-        for side in settings.sides
-    ]
+    runs = []
+    for point in workload.points:
+        tasks = [make(settings, workload, point, side) for side in settings.sides]
+        runs += [
+            Run(point, side, repeat, task)
+            for repeat in range(settings.repeats)
+            for side, task in zip(settings.sides, tasks, strict=True)
+        ]
+    return runs
 
 
 def _execute(
     console: Console, settings: BenchSettings, workload: Workload, runs: list[Run]
-) -> list[RunResult]:
-    store = RunStore(settings.out / "runs")
-    keys = [run_key(run.task, run.repeat) for run in runs]
-    num_finished = sum(map(store.has, keys))
+) -> list[Result]:
+    """The results of all runs; those that the folder has are not repeated."""
+    store = Store(settings.out / "runs")
+    results = [store.load(run.identity) for run in runs]
+    num_finished = len(runs) - results.count(None)
     if num_finished:
         whole_of = f"{num_finished} of {len(runs)} runs"
         console.print(f"{whole_of} are finished in {settings.out}: skipped")
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars(console, 44) as progress:
         whole = progress.add_task("runs", total=len(runs), completed=num_finished)
-        for run, key in zip(runs, keys, strict=True):
-            if not store.has(key):
-                result = _run(run, settings.num_requests, progress)
-                if workload.should_evict(run.side):
-                    check_activation(run.side.name, result.figures)
-                store.save(key, run.labels, result)
-                progress.advance(whole)
-    return [store.load(key) for key in keys]
+        for index, run in enumerate(runs):
+            if results[index] is not None:
+                continue
+            label = f"{run.point.label}, repeat {run.repeat + 1}: {run.side.name}"
+            total = settings.num_requests
+            bar = progress.add_task(f"{label}, loading", total=total)
+            figures, raw = _run(
+                run.task, partial(progress.update, bar, description=label)
+            )
+            progress.remove_task(bar)
+            if workload.should_evict(run.side):
+                check_activation(run.side.name, figures)
+            results[index] = result = {"figures": figures, "raw": raw}
+            store.save(run.identity, run.labels | result)
+            progress.advance(whole)
+    # A run that was done under another label is this one's.
+    return [
+        (result or {}) | run.labels for run, result in zip(runs, results, strict=True)
+    ]
 
 
-def _run(run: Run, num_requests: int, progress: Progress) -> RunResult:
-    label = f"{run.point.label}, repeat {run.repeat + 1}: {run.side.name}"
-    bar = progress.add_task(f"{label}, loading", total=num_requests)
-
+def _run(
+    task: MeasureTask | OnlineTask, update: Callable[..., None]
+) -> tuple[Figures, dict[str, Any]]:
     def advance(done: int) -> None:
-        progress.update(bar, completed=min(done, num_requests), description=label)
+        update(completed=done)
 
-    try:
-        if isinstance(run.task, MeasureTask):
-            return run_offline(run.task, advance)
-        return run_online(run.task, advance)
-    finally:
-        progress.remove_task(bar)
+    if isinstance(task, OnlineTask):
+        return run_online(task, advance)
+    measured = measure(task, advance)
+    raw = {
+        "prefix_caching": measured.prefix_caching,
+        "prompt_lengths": task.prompt_lengths,
+        "output_lengths": task.output_lengths,
+        "first_token_s": measured.first_token_s,
+        "finish_s": measured.finish_s,
+    }
+    return offline_figures(task, measured), raw
 
 
 def make_reports(
-    settings: BenchSettings,
-    workload: Workload,
-    runs: list[Run],
-    results: list[RunResult],
+    settings: BenchSettings, workload: Workload, results: list[Result]
 ) -> list[PointReport]:
     """What is reported of each point."""
     reports = []
     num_at_once = min(settings.num_prompts, settings.max_num_seqs)
     for point in workload.points:
-        found: dict[str, list[RunResult]] = {side.name: [] for side in settings.sides}
-        for run, result in zip(runs, results, strict=True):
-            if run.point == point:
-                found[run.side.name].append(result)
-        sides = {name: [run.figures for run in runs] for name, runs in found.items()}
-        caching = {name: runs[0].raw[PREFIX_CACHING] for name, runs in found.items()}
+        sides: dict[str, list[Figures]] = {}
+        caching: dict[str, bool] = {}
+        for result in results:
+            if result["point"] == asdict(point):
+                sides.setdefault(result["side"], []).append(result["figures"])
+                caching[result["side"]] = result["raw"]["prefix_caching"]
         fits = workload.stock_fits(point.kv_bytes, num_at_once)
         binds = memory_binds(fits, num_at_once, sides[NONE])
         summary = summarize(sides)
-        report = PointReport(point, binds, summary, caching, settings.sharing)
-        reports.append(report)
+        reports.append(PointReport(point, binds, summary, caching, settings.sharing))
     return reports
-
-
-def _content(
-    settings: BenchSettings,
-    workload: Workload,
-    runs: list[Run],
-    results: list[RunResult],
-    reports: list[PointReport],
-) -> dict[str, Any]:
-    return {
-        "settings": settings.describe(),
-        "prompts": workload.requests.source,
-        "sharing": settings.sharing,
-        "points": [report.as_json() for report in reports],
-        "runs": [
-            run.labels | asdict(result)
-            for run, result in zip(runs, results, strict=True)
-        ],
-    } | provenance(settings.seed)

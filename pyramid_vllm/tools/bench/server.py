@@ -1,4 +1,4 @@
-"""``vllm serve`` in a process of its own, and what it says of itself."""
+"""``vllm serve`` in a process of its own, and what it reports of itself."""
 
 import json
 import os
@@ -16,23 +16,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.tools.bench.figures import HIT_RATE, LOGGED_COMPACTIONS, LOGGED_PAGES
+from pyramid_vllm.tools.bench.figures import LOGGED_COMPACTIONS, LOGGED_PAGES
+from pyramid_vllm.tools.figures import HIT_RATE
+from pyramid_vllm.tools.monitor.scrape import Scrape, ScrapeError, fetch, metrics_url
 
-START_UP_S, SAMPLE_INTERVAL_S = 600.0, 0.25
+START_UP_S, SAMPLE_INTERVAL_S, _TIMEOUT_S = 600.0, 0.25, 30.0
 #: What the policy's scheduler logs, from its first compaction on.
 _ACTIVATION = re.compile(r"(\d+) compactions, (\d+) pages freed")
 
 
-def vllm_script() -> Path:
-    """The ``vllm`` command of this Python.
-
-    Raises:
-        ValueError: there is none.
-    """
+def vllm_script() -> str:
+    """The ``vllm`` command of this Python; ``ValueError`` if there is none."""
     script = Path(sys.executable).with_name("vllm")
     if not script.is_file():
         raise ValueError(f"--workload online needs vLLM's command: {script} is missing")
-    return script
+    return str(script)
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
@@ -48,19 +46,15 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def parse_metrics(text: str) -> dict[str, float]:
-    """Sums of a server's figures, by name without ``vllm:``."""
-    figures: dict[str, float] = {}
-    for line in text.splitlines():
-        if line.startswith("vllm:"):
-            name = re.split(r"[{ ]", line.removeprefix("vllm:"), maxsplit=1)[0]
-            figures[name] = figures.get(name, 0.0) + float(line.rpartition(" ")[2])
-    return figures
+def metric_sum(scrape: Scrape, name: str) -> float:
+    """Sum of a figure's series; ``vllm:`` is left out of its name."""
+    return sum(scrape.series.get(f"vllm:{name}", {}).values())
 
 
-def parse_prefix_caching(text: str) -> bool:
-    """Whether the engine has its prefix cache on, from a server's figures as text."""
-    return 'enable_prefix_caching="True"' in text
+def caches_prefixes(scrape: Scrape) -> bool:
+    """Whether the engine has its prefix cache on."""
+    name = "vllm:cache_config_info"
+    return bool(scrape.select(name, {"enable_prefix_caching": "True"}))
 
 
 def parse_activation(log: str) -> dict[str, float]:
@@ -70,32 +64,12 @@ def parse_activation(log: str) -> dict[str, float]:
     return {LOGGED_COMPACTIONS: int(compactions), LOGGED_PAGES: int(freed)}
 
 
-def read_metrics_text(url: str) -> str:
-    """Ask a server for its figures."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        text: str = response.read().decode()
-    return text
-
-
-def read_metrics(url: str) -> dict[str, float]:
-    """Ask a server for its figures."""
-    return parse_metrics(read_metrics_text(url))
-
-
 def complete(url: str, model: str, prompt_ids: list[int], num_tokens: int) -> None:
     """Let a server answer one prompt, greedily and in full."""
-    body = {
-        "model": model,
-        "prompt": prompt_ids,
-        "max_tokens": num_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
+    body = {"model": model, "prompt": prompt_ids, "max_tokens": num_tokens}
+    body |= {"temperature": 0, "ignore_eos": True}
+    data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", data, kind)
     with urllib.request.urlopen(request, timeout=START_UP_S) as response:
         response.read()
 
@@ -110,7 +84,7 @@ def serve(model: str, arguments: list[str], log: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(vllm_script()), "serve", model, "--host", "127.0.0.1"]
+    command = [vllm_script(), "serve", model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--disable-uvicorn-access-log", *arguments]
     environment = dict(os.environ)
     # As an operator's: the engine core in a process of its own; activation is logged.
@@ -157,27 +131,31 @@ class Sampler:
     """Follows a server's figures while a load runs.
 
     Args:
-        url: the server.
-        advance: told the finished requests with every sample.
+        url: of the server.
+        advance: called with the number of finished requests at every sample.
     """
 
     def __init__(self, url: str, advance: Callable[[int], None]) -> None:
-        self._url = url
-        self._advance = advance
+        self._url, self._advance = metrics_url(url), advance
         self._running: list[float] = []
-        self._before = read_metrics(url)
+        self._before = fetch(self._url, _TIMEOUT_S)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
+    @property
+    def is_caching(self) -> bool:
+        """Whether the server had its prefix cache on."""
+        return caches_prefixes(self._before)
+
     def _follow(self) -> None:
         while not self._stop.wait(SAMPLE_INTERVAL_S):
-            with suppress(urllib.error.URLError, OSError):
-                now = read_metrics(self._url)
-                self._running.append(now["num_requests_running"])
+            with suppress(ScrapeError):
+                now = fetch(self._url, _TIMEOUT_S)
+                self._running.append(metric_sum(now, "num_requests_running"))
                 self._advance(int(self._since(now, "request_success_total")))
 
-    def _since(self, now: dict[str, float], name: str) -> float:
-        return now.get(name, 0.0) - self._before.get(name, 0.0)
+    def _since(self, now: Scrape, name: str) -> float:
+        return metric_sum(now, name) - metric_sum(self._before, name)
 
     def __enter__(self) -> "Sampler":
         self._thread.start()
@@ -190,7 +168,7 @@ class Sampler:
     def figures(self) -> dict[str, float]:
         """Sequences at once, where any ran, preemptions and prefix cache hits."""
         busy = [count for count in self._running if count]
-        now = read_metrics(self._url)
+        now = fetch(self._url, _TIMEOUT_S)
         queries = self._since(now, "prefix_cache_queries_total")
         hits = self._since(now, "prefix_cache_hits_total")
         return {

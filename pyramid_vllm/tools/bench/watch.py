@@ -22,10 +22,10 @@ class Measured:
     """Rows of the first layer: what stock vLLM would have computed in every layer."""
     num_rows_computed: float = 0.0
     """Rows that layers computed, mean over layers."""
-    total_tokens_per_s: float = 0.0
-    seconds: float = 0.0
     num_prompt_tokens_computed: int = 0
     """Prompt tokens of the first layer, also those that preemption computes again."""
+    seconds: float = 0.0
+    total_tokens_per_s: float = 0.0
     prefix_caching: bool = False
     """Whether the engine looked for prompts in its prefix cache."""
     prefix_hit_rate: float = 0.0
@@ -43,27 +43,28 @@ class Watch:
     def __init__(self, core: Any) -> None:
         from pyramid_vllm.spec import group_page_bytes
 
-        self._core = core
+        self._core, self._scheduler = core, core.scheduler
         self._page_bytes = group_page_bytes(core.scheduler.kv_cache_config)
         self._last_bytes: dict[str, int] = {}
         self._preemptions: dict[str, int] = {}
         self._running: list[int] = []
-        self._num_scheduled = 0
-        self._num_prompt_tokens = 0
+        self._num_scheduled = self._num_prompt_tokens = 0
         self._before = self._counts()
 
     @contextmanager
     def counting_rows(self) -> Iterator[None]:
         """Count what the scheduler gives to steps."""
-        scheduler = self._core.scheduler
-        schedule = scheduler.schedule
+        scheduler, schedule = self._scheduler, self._scheduler.schedule
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
             self._num_scheduled += output.total_num_scheduled_tokens
             for request_id, num_tokens in output.num_scheduled_tokens.items():
                 request = scheduler.requests[request_id]
-                self._num_prompt_tokens += _num_in_prompt(request, num_tokens)
+                # Tokens count as computed as soon as they are scheduled.
+                start = request.num_computed_tokens - num_tokens
+                left = request.num_prompt_tokens - start
+                self._num_prompt_tokens += max(0, min(left, num_tokens))
             return output
 
         scheduler.schedule = counting
@@ -74,18 +75,16 @@ class Watch:
 
     def step(self) -> None:
         """Look at the scheduler between two steps."""
-        scheduler = self._core.scheduler
-        self._running.append(len(scheduler.running))
-        for request in scheduler.requests.values():
-            self._preemptions[request.request_id] = request.num_preemptions
+        self._running.append(len(self._scheduler.running))
+        for name, request in self._scheduler.requests.items():
+            self._preemptions[name] = request.num_preemptions
             if request.num_computed_tokens > request.num_prompt_tokens:
-                ids = scheduler.kv_cache_manager.get_block_ids(request.request_id)
-                held = sum(map(len, ids)) * self._page_bytes
-                self._last_bytes[request.request_id] = held
+                ids = self._scheduler.kv_cache_manager.get_block_ids(name)
+                self._last_bytes[name] = sum(map(len, ids)) * self._page_bytes
 
     def _counts(self) -> tuple[int, int, float]:
         """Compactions, freed pages and pruned rows a layer, since start-up."""
-        counters = getattr(self._core.scheduler, "kv_counters", None)
+        counters = getattr(self._scheduler, "kv_counters", None)
         if counters is None:
             return 0, 0, 0.0
         rows = self._core.model_executor.driver_worker.worker.tier_state.counters
@@ -94,10 +93,8 @@ class Watch:
 
     def result(self) -> Measured:
         """The counts so far."""
-        compactions, freed, pruned = (
-            now - before
-            for now, before in zip(self._counts(), self._before, strict=True)
-        )
+        counts = zip(self._counts(), self._before, strict=True)
+        compactions, freed, pruned = (now - before for now, before in counts)
         held = self._last_bytes.values()
         return Measured(
             kv_bytes_per_request=sum(held) / max(1, len(held)),
@@ -110,13 +107,3 @@ class Watch:
             num_rows_computed=self._num_scheduled - pruned,
             num_prompt_tokens_computed=self._num_prompt_tokens,
         )
-
-
-def _num_in_prompt(request: Any, num_scheduled: int) -> int:
-    """Scheduled tokens that are the prompt's.
-
-    The scheduler counts tokens as computed as soon as it has scheduled them.
-    """
-    start: int = request.num_computed_tokens - num_scheduled
-    left: int = request.num_prompt_tokens - start
-    return max(0, min(left, num_scheduled))

@@ -6,12 +6,11 @@ from typing import Any
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import LengthRule, MemoryModel, num_pages, tier_layout
 from pyramid_vllm.tools.bench.requests import Requests, make_requests
-from pyramid_vllm.tools.bench.settings import BenchSettings, KVMemory, Side
+from pyramid_vllm.tools.bench.settings import BenchSettings
+from pyramid_vllm.tools.sides import Side
 from pyramid_vllm.tools.sizes import format_bytes
 
 DEFAULT_BLOCK_SIZE = 32
-#: Prompts that vLLM's client sends as text may have some tokens more than asked for.
-CLIENT_SLACK = 16
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,12 @@ class Workload:
     is_cpu: bool
     has_tokenizer: bool
     block_size: int
-    slack: int
-    """Tokens by which requests may be longer than they should."""
     points: tuple[Point, ...] = ()
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest request."""
-        longest = max(self.requests.lengths) + self.slack
-        return min(longest, self.shape.max_position)
+        return max(self.requests.lengths)
 
     @property
     def page_bytes(self) -> int:
@@ -60,16 +56,51 @@ class Workload:
         """The side's counts; None: stock vLLM."""
         if side.policy is None:
             return None
-        layout = tier_layout(side.policy, self.shape.num_layers)
-        return LengthRule(side.policy, layout)
+        return LengthRule(side.policy, tier_layout(side.policy, self.shape.num_layers))
 
     def should_evict(self, side: Side) -> bool:
         """Whether the policy keeps less than all of any prompt."""
         rule = self.rule(side)
         return rule is not None and any(
             min(rule.cache_lengths(length)) < length
-            for length in self.requests.prompt_lengths
+            for length in set(self.requests.prompt_lengths)
         )
+
+    def check_fits(self, side: Side, chunk: int, kv_bytes: int, label: str) -> None:
+        """Refuse memory that cannot hold a prompt as long as the longest request,
+        which is the bound that the engine has."""
+        longest, rule = self.max_model_len, self.rule(side)
+        (pages,), page_bytes = num_pages((longest,), self.block_size), self.page_bytes
+        if rule is not None:
+            layer_bytes = self.block_size * self.shape.token_bytes
+            memory = MemoryModel(rule, self.block_size, layer_bytes)
+            pages = memory.pages(rule.peak_lengths(longest, longest, chunk))
+            page_bytes = memory.page_bytes
+        needed = (pages + 1) * page_bytes  # the null page
+        if kv_bytes < needed:
+            raise ValueError(
+                f"--kv-memory is {label}, {format_bytes(kv_bytes)}: a request of "
+                f"{longest} tokens needs {format_bytes(needed)} with policy "
+                f"'{side.name}'; valid is that or more"
+            )
+
+
+def engine_args(
+    settings: BenchSettings, workload: Workload, point: Point, side: Side
+) -> dict[str, Any]:
+    """Settings of a side's engine."""
+    return {
+        "dtype": workload.dtype,
+        "seed": settings.seed,
+        "kv_cache_memory_bytes": point.kv_bytes,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "block_size": workload.block_size,
+        "max_model_len": workload.max_model_len,
+        "enforce_eager": workload.is_cpu,
+        **settings.engine,
+        "kv_policy": side.policy_json,
+    }
 
 
 def make_workload(settings: BenchSettings) -> Workload:
@@ -80,14 +111,18 @@ def make_workload(settings: BenchSettings) -> Workload:
         OSError: the model's configuration or the text cannot be read.
     """
     from transformers import AutoConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
 
     settings.check()
-    _check_engine_args(settings.engine_args)
-    is_cpu = _is_cpu()
+    unknown = settings.engine.keys() - {field.name for field in fields(EngineArgs)}
+    for key in sorted(unknown):
+        raise ValueError(f"--engine-args has '{key}': valid are vLLM's settings")
+    is_cpu = bool(current_platform.is_cpu())
     dtype = settings.dtype or ("float32" if is_cpu else "auto")
     config = AutoConfig.from_pretrained(settings.model)
     shape = ModelShape.of(config, _cache_dtype(config, dtype))
-    tokenizer = _tokenizer(settings.model)
+    tokenizer = _tokenizer(str(settings.model))
     requests = make_requests(settings, tokenizer, config.get_text_config().vocab_size)
     longest = max(requests.lengths)
     if longest > shape.max_position:
@@ -95,7 +130,7 @@ def make_workload(settings: BenchSettings) -> Workload:
             f"the longest request has {longest} tokens: valid for this model is up to "
             f"{shape.max_position}"
         )
-    if settings.workload == "online" and tokenizer is None:
+    if settings.is_online and tokenizer is None:
         raise ValueError("--workload online needs a tokenizer in the model's folder")
     workload = Workload(
         requests=requests,
@@ -103,53 +138,28 @@ def make_workload(settings: BenchSettings) -> Workload:
         dtype=dtype,
         is_cpu=is_cpu,
         has_tokenizer=tokenizer is not None,
-        block_size=int(settings.engine_args.get("block_size") or DEFAULT_BLOCK_SIZE),
-        slack=CLIENT_SLACK if settings.workload == "online" else 0,
+        block_size=int(settings.engine.get("block_size") or DEFAULT_BLOCK_SIZE),
     )
     return replace(workload, points=_points(settings, workload))
 
 
 def _points(settings: BenchSettings, workload: Workload) -> tuple[Point, ...]:
     (sequence,) = num_pages((workload.max_model_len,), workload.block_size)
-    points: list[Point] = []
-    for memory in settings.kv_memory:
+    points: dict[tuple[float, int], Point] = {}
+    for memory in settings.memories:
         kv_bytes = memory.resolve(sequence, workload.page_bytes)
         for side in settings.sides:
-            _check_fits(
-                workload, side, memory, kv_bytes, settings.max_num_batched_tokens
-            )
-        for rate in settings.request_rates or (None,):
+            chunk = settings.max_num_batched_tokens
+            workload.check_fits(side, chunk, kv_bytes, memory.label)
+        for rate in settings.request_rate or (None,):
             at_rate = "" if rate is None else f", {rate:g} requests/s"
             label = f"{memory.label}{at_rate}"
-            points.append(Point(label, kv_bytes, rate, memory.label))
-    found = [(point.kv_bytes, point.request_rate) for point in points]
-    if len(set(found)) < len(found):
-        labels = ", ".join(memory.label for memory in settings.kv_memory)
-        raise ValueError(f"points are given twice; --kv-memory is {labels}")
-    return tuple(sorted(points, key=lambda p: (p.request_rate or 0, p.kv_bytes)))
-
-
-def _check_fits(
-    workload: Workload, side: Side, memory: KVMemory, kv_bytes: int, chunk: int
-) -> None:
-    """The same bound that the engine has: a prompt as long as the longest request."""
-    longest, rule = workload.max_model_len, workload.rule(side)
-    pages, page_bytes = (
-        num_pages((longest,), workload.block_size)[0],
-        workload.page_bytes,
-    )
-    if rule is not None:
-        layer_bytes = workload.block_size * workload.shape.token_bytes
-        model = MemoryModel(rule, workload.block_size, layer_bytes)
-        pages = model.pages(rule.peak_lengths(longest, longest, chunk))
-        page_bytes = model.page_bytes
-    needed = (pages + 1) * page_bytes  # the null page
-    if kv_bytes < needed:
-        raise ValueError(
-            f"--kv-memory is {memory.label}, {format_bytes(kv_bytes)}: a request of "
-            f"{longest} tokens needs {format_bytes(needed)} with policy "
-            f"'{side.name}'; valid is that or more"
-        )
+            if ((rate or 0.0), kv_bytes) in points:
+                labels = ", ".join(memory.label for memory in settings.memories)
+                raise ValueError(f"points are given twice; --kv-memory is {labels}")
+            point = Point(label, kv_bytes, rate, memory.label)
+            points[(rate or 0.0), kv_bytes] = point
+    return tuple(points[key] for key in sorted(points))
 
 
 def _tokenizer(model: str) -> Any:
@@ -162,26 +172,9 @@ def _tokenizer(model: str) -> Any:
         return None
 
 
-def _is_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
 def _cache_dtype(config: Any, dtype: str) -> str | None:
     if dtype != "auto":
         return dtype
     # vLLM's auto halves float32 models.
     name = str(config.get_text_config().dtype or "").removeprefix("torch.")
     return "bfloat16" if name in ("", "float32") else name
-
-
-def _check_engine_args(engine_args: dict[str, Any]) -> None:
-    if not engine_args:
-        return
-    from vllm.engine.arg_utils import EngineArgs
-
-    valid = {field.name for field in fields(EngineArgs)}
-    for key in engine_args:
-        if key not in valid:
-            raise ValueError(f"--engine-args has '{key}': valid are vLLM's settings")

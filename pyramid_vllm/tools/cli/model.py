@@ -20,11 +20,8 @@ _MAX_ROUNDING = 0.25
 
 def model_dir() -> Path:
     """Where the folder is, or will be."""
-    cache = os.environ.get("PYRAMID_VLLM_CACHE")
-    if cache is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = str(Path(home) / "pyramid-vllm")
-    return Path(cache) / _NAME
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("PYRAMID_VLLM_CACHE", home / "pyramid-vllm")) / _NAME
 
 
 def make_model(force: bool = False) -> Path:
@@ -69,7 +66,7 @@ def _download(scratch: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Turn a quantized file into a float32 folder that vLLM loads.
 
-    transformers reads a GGUF but will not save it, for it counts as quantized: so the
+    transformers reads a GGUF but will not save it, since it counts as quantized, so the
     weights go into a model made from a clean configuration.
     """
     import torch

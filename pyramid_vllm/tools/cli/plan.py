@@ -18,26 +18,29 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.tiers import runs
 from pyramid_vllm.tools.model_config import read_config
-from pyramid_vllm.tools.sizes import format_bytes
+from pyramid_vllm.tools.options import OVERRIDES, POLICY, argument, option
+from pyramid_vllm.tools.sizes import format_bytes, parse_bytes
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The options of the command."""
+    """Show what a policy means for a model's memory, from its configuration alone."""
 
-    model: str
-    kv_policy: str
-    kv_policy_config: str | None
-    kv_memory: int
-    max_model_len: int | None
-    output_tokens: int
-    block_size: int
-    dtype: str | None
+    model: str = argument(
+        "A model's folder, a bundled shape's name such as Llama-3-8B, or a hub name."
+    )
+    kv_policy: str = option("pyramid", POLICY)
+    kv_policy_config: str | None = option(None, OVERRIDES)
+    kv_memory: str = option("4GiB", "KV cache memory: bytes, or with KiB, MiB, GiB.")
+    max_model_len: int | None = option(None, "Longest request; default: the model's.")
+    output_tokens: int = option(128, "Generated tokens of such a request.", min=1)
+    block_size: int = option(32, "Tokens of a page.", min=1)
+    dtype: str | None = option(None, "The cache's dtype; default: the model's.")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One request of the longest length, under the policy and in stock vLLM."""
+    """One request of the longest length; pairs are stock vLLM's and the policy's."""
 
     policy: PolicyConfig
     shape: ModelShape
@@ -45,40 +48,16 @@ class MemoryPlan:
     prompt_tokens: int
     output_tokens: int
     kv_memory: int
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """Prompt tokens that each tier keeps, a layer."""
-        return self.memory.rule.cache_lengths(self.prompt_tokens)
-
-    @property
-    def mean_kept(self) -> float:
-        """Mean over layers."""
-        return self.memory.rule.layout.mean(self.kept)
-
-    @property
-    def mean_rows(self) -> float:
-        """Rows of the prompt, in one chunk, that a layer computes, mean over layers."""
-        rule = self.memory.rule
-        return rule.layout.mean(rule.num_rows(0, self.prompt_tokens))
-
-    @property
-    def request_bytes(self) -> tuple[int, int]:
-        """KV bytes of the request: stock, policy."""
-        tokens = self.prompt_tokens + self.output_tokens
-        policy = self.memory.request_bytes(self.prompt_tokens, self.output_tokens)
-        return self.memory.stock_request_bytes(tokens), policy
-
-    @property
-    def concurrency(self) -> tuple[float, float]:
-        """Such requests at once: stock, policy."""
-        tokens = self.prompt_tokens + self.output_tokens
-        return (
-            self.memory.stock_concurrency(self.kv_memory, tokens),
-            self.memory.concurrency(
-                self.kv_memory, self.prompt_tokens, self.output_tokens
-            ),
-        )
+    kept: tuple[int, ...]
+    """Prompt tokens that each tier keeps, a layer."""
+    mean_kept: float
+    """Mean over layers."""
+    mean_rows: float
+    """Rows of the prompt, in one chunk, that a layer computes, mean over layers."""
+    request_bytes: tuple[int, int]
+    """KV bytes of the request."""
+    concurrency: tuple[float, float]
+    """Such requests at once."""
 
 
 def make_plan(request: PlanRequest) -> MemoryPlan:
@@ -92,26 +71,38 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
     policy = resolve_policy(request.kv_policy, request.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' has nothing to plan")
+    kv_memory, outputs = parse_bytes(request.kv_memory), request.output_tokens
     config = read_config(request.model)
     shape = ModelShape.of(config, request.dtype)
     policy = fitted(policy, profile_weights(config.get_text_config()))
     longest = request.max_model_len or shape.max_position
-    if not request.output_tokens < longest:
+    if not outputs < longest:
         raise ValueError(
-            f"output_tokens is {request.output_tokens}: valid is below the longest "
-            f"request, {longest}"
+            f"output_tokens is {outputs}: valid is below the longest request, {longest}"
         )
-    rule = LengthRule(policy, tier_layout(policy, shape.num_layers))
-    memory = MemoryModel(
-        rule, request.block_size, shape.token_bytes * request.block_size
-    )
+    prompt, layout = longest - outputs, tier_layout(policy, shape.num_layers)
+    rule = LengthRule(policy, layout)
+    page_bytes = shape.token_bytes * request.block_size
+    memory = MemoryModel(rule, request.block_size, page_bytes)
+    kept = rule.cache_lengths(prompt)
     return MemoryPlan(
         policy=policy,
         shape=shape,
         memory=memory,
-        prompt_tokens=longest - request.output_tokens,
-        output_tokens=request.output_tokens,
-        kv_memory=request.kv_memory,
+        prompt_tokens=prompt,
+        output_tokens=outputs,
+        kv_memory=kv_memory,
+        kept=kept,
+        mean_kept=layout.mean(kept),
+        mean_rows=layout.mean(rule.num_rows(0, prompt)),
+        request_bytes=(
+            memory.stock_request_bytes(longest),
+            memory.request_bytes(prompt, outputs),
+        ),
+        concurrency=(
+            memory.stock_concurrency(kv_memory, longest),
+            memory.concurrency(kv_memory, prompt, outputs),
+        ),
     )
 
 
@@ -152,19 +143,11 @@ def _sides(plan: MemoryPlan) -> Table:
     table = Table(title=f"One request, and {format_bytes(plan.kv_memory)} of KV memory")
     for column in ("", "stock vLLM", plan.policy.name):
         table.add_column(column, justify="right")
-    stock_bytes, bytes_ = plan.request_bytes
-    stock_count, count = plan.concurrency
-    table.add_row(
-        "prompt tokens kept a layer, mean",
-        f"{plan.prompt_tokens:,}",
-        f"{plan.mean_kept:,.0f}",
-    )
+    prompt = f"{plan.prompt_tokens:,}"
+    table.add_row("prompt tokens kept a layer, mean", prompt, f"{plan.mean_kept:,.0f}")
     if plan.memory.rule.prunes:
-        table.add_row(
-            "prompt rows computed a layer, mean",
-            f"{plan.prompt_tokens:,}",
-            f"{plan.mean_rows:,.0f}",
-        )
-    table.add_row("KV bytes a request", format_bytes(stock_bytes), format_bytes(bytes_))
-    table.add_row("requests at once", f"{stock_count:.1f}", f"{count:.1f}")
+        rows = f"{plan.mean_rows:,.0f}"
+        table.add_row("prompt rows computed a layer, mean", prompt, rows)
+    table.add_row("KV bytes a request", *map(format_bytes, plan.request_bytes))
+    table.add_row("requests at once", *(f"{count:.1f}" for count in plan.concurrency))
     return table

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from typer import Argument, Option
 
-from pyramid_vllm.tools import options
+from pyramid_vllm.tools import option_types as options
 
 BLOCK_SIZE = 32
 #: Arguments of ``LLM`` that an inspection sets or that a record does not follow.

@@ -17,8 +17,8 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
-from pyramid_vllm.tools import options
-from pyramid_vllm.tools.options import ONCE, SETTINGS_CONFIG, once
+from pyramid_vllm.tools import option_types as options
+from pyramid_vllm.tools.option_types import ONCE, SETTINGS_CONFIG, once
 from pyramid_vllm.tools.quality.gsm8k import read_problems
 from pyramid_vllm.tools.quality.retrieval import TASKS, has_depth, make_samples
 from pyramid_vllm.tools.quality.tasks import (

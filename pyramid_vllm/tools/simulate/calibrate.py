@@ -9,6 +9,7 @@ function of the efficiencies, which least squares fit to the measured ones.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
 from pyramid_vllm.tools.simulate.loads import Load, Piece, Session, Turn
 from pyramid_vllm.tools.simulate.model import ModelWork, load_model
-from pyramid_vllm.tools.simulate.run import RunOptions, SimulatedRun, simulate
+from pyramid_vllm.tools.simulate.run import RunOptions, simulate
 
 Floats = npt.NDArray[np.float64]
 
@@ -58,41 +59,18 @@ class MeasuredRun:
     finish_s: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class _Fitting:
-    """A run's steps, and the measured times at the ends of some of them."""
-
-    model: ModelWork
-    works: Floats
-    ends: npt.NDArray[np.int64]
-    seconds: Floats
-
-    def errors(self, device: Device) -> Floats:
-        """Logarithms of predicted over measured times."""
-        steps = np.cumsum(step_seconds(self.works, self.model, device))
-        found: Floats = np.log(steps[self.ends] / self.seconds)
-        return found
-
-
 def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
-    """The runs of a bench's ``results.json``.
-
-    Raises:
-        ValueError: the folder has none that can be repeated; says why.
-        OSError: it cannot be read.
-    """
+    """The runs of a bench's ``results.json``; ``ValueError`` if they cannot be
+    repeated."""
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     settings = content["settings"]
-    if settings["workload"] != "offline":
-        raise ValueError(
-            f"--calibrate {folder} is of workload '{settings['workload']}': valid is "
-            "'offline', where every request is there from the start"
-        )
-    if settings.get("turns", 1) != 1:
-        raise ValueError(
-            f"--calibrate {folder} was run with turns={settings['turns']}: valid is 1, "
-            "where every request is there from the start"
-        )
+    for key, valid in (("workload", "offline"), ("turns", 1)):
+        found = settings.get(key, valid)
+        if found != valid:
+            raise ValueError(
+                f"--calibrate {folder} was run with {key}={found!r}: valid is "
+                f"{valid!r}, where every request is there from the start"
+            )
     dtype = settings["dtype"] or ("float32" if device.name == "cpu" else None)
     work = load_model(model, dtype, 1)
     return [_measured(run, settings, work, device) for run in content["runs"]]
@@ -101,61 +79,54 @@ def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
 def _measured(
     run: dict[str, Any], settings: dict[str, Any], work: ModelWork, device: Device
 ) -> MeasuredRun:
-    raw = run["raw"]
+    raw, args = run["raw"], settings["engine_args"]
     lengths = list(zip(raw["prompt_lengths"], raw["output_lengths"], strict=True))
-    prefix, num_prefixes = settings["shared_prefix"], settings["num_prefixes"]
-    sessions = tuple(
-        Session((Turn(_pieces(i, prompt, prefix, i % num_prefixes), outputs),))
-        for i, (prompt, outputs) in enumerate(lengths)
-    )
-    policy_json = settings["sides"][run["side"]]
-    engine_args = settings["engine_args"]
+    shared, num_prefixes = settings["shared_prefix"], settings["num_prefixes"]
+    sessions = []
+    for index, (prompt, outputs) in enumerate(lengths):
+        # One of the shared prefixes, then tokens of its own.
+        pieces: tuple[Piece, ...] = ((1_000_000 + index, prompt - shared),)
+        if shared:
+            pieces = ((index % num_prefixes, shared), *pieces)
+        sessions.append(Session((Turn(pieces, outputs),)))
+    policy = settings["sides"][run["side"]]
     return MeasuredRun(
         side=run["side"],
-        policy=None if policy_json is None else resolve_policy(policy_json),
+        policy=None if policy is None else resolve_policy(policy),
         engine=EngineSettings(
             model=work,
             kv_bytes=run["point"]["kv_bytes"],
             max_model_len=max(map(sum, lengths)),
             max_num_seqs=settings["max_num_seqs"],
             max_num_batched_tokens=settings["max_num_batched_tokens"],
-            block_size=engine_args.get("block_size") or device.block_size,
-            prefix_caching=engine_args.get("enable_prefix_caching", True),
+            block_size=args.get("block_size") or device.block_size,
+            prefix_caching=args.get("enable_prefix_caching", True),
             async_scheduling=device.async_scheduling,
         ),
-        load=Load("measured", sessions),
+        load=Load("measured", tuple(sessions)),
         first_token_s=tuple(raw["first_token_s"]),
         finish_s=tuple(raw["finish_s"]),
     )
 
 
-def _pieces(
-    index: int, num_tokens: int, num_shared: int, prefix: int
-) -> tuple[Piece, ...]:
-    """A prompt: one of the shared prefixes, then tokens of its own."""
-    own = (1_000_000 + index, num_tokens - num_shared)
-    return ((prefix, num_shared), own) if num_shared else (own,)
-
-
-def _fitting(run: MeasuredRun, device: Device) -> _Fitting:
-    options = RunOptions(cpu_time=False, keep_works=True)
+def _errors_of(run: MeasuredRun, device: Device) -> Callable[[Device], Floats]:
+    """Simulate a run; the logarithms of predicted over measured times of first and of
+    last tokens, as a function of the efficiencies."""
     engine = SimulatedEngine(run.engine, run.policy)
+    options = RunOptions(cpu_time=False, keep_works=True)
     done = simulate(run.side, engine, device, run.load, options)
     works = np.array([work.values() for work in done.works])
-    return _Fitting(
-        run.engine.model,
-        works,
-        _step_ends(done, len(run.load.sessions)),
-        np.array([*run.first_token_s, *run.finish_s]),
-    )
-
-
-def _step_ends(done: SimulatedRun, num_requests: int) -> npt.NDArray[np.int64]:
-    """Steps that gave first tokens, then those that gave last ones."""
-    ends = np.array([step.end for step in done.steps])
-    records = [done.requests[f"{index}.0"] for index in range(num_requests)]
+    records = [done.requests[f"{index}.0"] for index in range(len(run.finish_s))]
     times = [*(r.first_token for r in records), *(r.finish for r in records)]
-    return np.searchsorted(ends, times)
+    steps = np.searchsorted([step.end for step in done.steps], times)
+    measured = np.array([*run.first_token_s, *run.finish_s])
+
+    def errors(device: Device) -> Floats:
+        ends = np.cumsum(step_seconds(works, run.engine.model, device))
+        found: Floats = np.log(ends[steps] / measured)
+        return found
+
+    return errors
 
 
 def fit(runs: list[MeasuredRun], device: Device) -> tuple[Device, float]:
@@ -167,7 +138,7 @@ def fit(runs: list[MeasuredRun], device: Device) -> tuple[Device, float]:
     """
     from scipy.optimize import least_squares
 
-    fittings = [_fitting(run, device) for run in runs]
+    errors_of = [_errors_of(run, device) for run in runs]
     names = list(_STARTS)
     start = np.log([_STARTS[name] for name in names])
 
@@ -177,7 +148,7 @@ def fit(runs: list[MeasuredRun], device: Device) -> tuple[Device, float]:
 
     def residuals(values: Floats) -> Floats:
         changed = with_values(values)
-        errors = [fitting.errors(changed) for fitting in fittings]
+        errors = [of_run(changed) for of_run in errors_of]
         return np.concatenate([*errors, _PRIOR * (values - start)])
 
     upper = [0.0 if name in _SHARES else np.inf for name in names]

@@ -6,7 +6,7 @@ takes the longer of its time for bytes and its time for FLOPs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pyramid_vllm.tools.simulate.device import Device
 from pyramid_vllm.tools.simulate.model import ModelWork
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 #: A selection writes scores and reads them this often, four bytes each.
 _SELECT_PASSES = 4
 _SCORE_BYTES = 4
@@ -46,54 +47,39 @@ class StepWork:
     num_sequences: float = 0.0
 
     def values(self) -> tuple[float, ...]:
-        """In the order of ``WORK_FIELDS``."""
-        return tuple(getattr(self, name) for name in WORK_FIELDS)
-
-
-#: Columns of a matrix of several steps' work.
-WORK_FIELDS = tuple(field.name for field in fields(StepWork))
+        """In the order of the fields: a row of a matrix of several steps' work."""
+        return tuple(vars(self).values())
 
 
 def step_seconds(work: StepWork | Floats, model: ModelWork, device: Device) -> Any:
-    """Seconds of a step.
+    """Seconds of a step: a float, or ``[num_steps]``.
 
     Args:
-        work: of one step, or ``[num_steps, len(WORK_FIELDS)]``.
-        model: for the dtype of its matrices.
+        work: of one step, or ``[num_steps, num_fields]``, rows of ``values``.
+        model: for the dtype of its matrices; ``ValueError`` if the device has no peak
+            for it.
         device: its peaks and efficiencies.
-
-    Returns:
-        A float, or ``[num_steps]``.
-
-    Raises:
-        ValueError: the device has no peak for the model's dtype.
     """
-    if model.dtype not in device.tflops:
-        raise ValueError(
-            f"--dtype is '{model.dtype}': valid on {device.name} are "
-            f"{', '.join(device.tflops)}"
-        )
-    values = work.values() if isinstance(work, StepWork) else work.T
-    of = dict(zip(WORK_FIELDS, values, strict=True))
+    device.check_dtype(model.dtype)
+    larger: Any = max
+    if not isinstance(work, StepWork):
+        larger, work = np.maximum, StepWork(*work.T)
     share = device.efficiency
     peak = device.tflops[model.dtype] * 1e12
     bandwidth = device.bandwidth_gb_s * 1e9
     reads, moves = bandwidth * share.bandwidth, bandwidth * share.move_bandwidth
-    attends = peak * share.attention_flops
-    larger: Any = max if isinstance(work, StepWork) else np.maximum
+    attends, scores = peak * share.attention_flops, peak * share.score_flops
     return (
         share.step_ms * 1e-3
-        + of["num_sequences"] * share.sequence_us * 1e-6
-        + larger(of["weight_bytes"] / reads, of["linear_flops"] / (peak * share.flops))
-        + larger(of["prompt_bytes"] / reads, of["prompt_flops"] / attends)
-        + larger(of["decode_bytes"] / reads, of["decode_flops"] / attends)
-        + larger(
-            of["score_bytes"] / moves, of["score_flops"] / (peak * share.score_flops)
-        )
-        + of["move_bytes"] / moves
-        + of["num_compactions"] * share.compaction_us * 1e-6
-        + of["link_bytes"] / (device.link_gb_s * 1e9 * share.link)
-        + of["num_all_reduces"] * share.all_reduce_us * 1e-6
+        + work.num_sequences * share.sequence_us * 1e-6
+        + larger(work.weight_bytes / reads, work.linear_flops / (peak * share.flops))
+        + larger(work.prompt_bytes / reads, work.prompt_flops / attends)
+        + larger(work.decode_bytes / reads, work.decode_flops / attends)
+        + larger(work.score_bytes / moves, work.score_flops / scores)
+        + work.move_bytes / moves
+        + work.num_compactions * share.compaction_us * 1e-6
+        + work.link_bytes / (device.link_gb_s * 1e9 * share.link)
+        + work.num_all_reduces * share.all_reduce_us * 1e-6
     )
 
 
@@ -123,8 +109,8 @@ class WorkModel:
 
     def step(
         self,
-        before: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
+        before: Ints,
+        rows: Ints,
         plan: StepPlan | None,
         saved_tokens: float = 0.0,
     ) -> StepWork:
@@ -171,12 +157,7 @@ class WorkModel:
         work.weight_bytes = (layers + head) / devices
 
     def _add_attention(
-        self,
-        work: StepWork,
-        held: Floats,
-        tier_rows: Floats,
-        before: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
+        self, work: StepWork, held: Floats, tier_rows: Floats, before: Ints, rows: Ints
     ) -> None:
         token_bytes = self._model.token_bytes
         pairs = (tier_rows * held + tier_rows * (tier_rows + 1) / 2) @ self._sizes
@@ -224,8 +205,8 @@ class WorkModel:
         work.num_compactions += float(layers.sum())
 
     def _add_group(self, work: StepWork, group: GroupWindow) -> None:
-        """Scores and compaction of a group of generated tokens: what lies behind the
-        group moves up."""
+        """Scores and compaction of a group of generated tokens: what follows the group
+        moves up."""
         num_layers = float(self._sizes.sum())
         kept, starts = np.array(group.num_kept), np.array(group.starts)
         self._add_scores(work, group.num_queries, group.group * num_layers)

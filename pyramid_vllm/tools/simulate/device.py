@@ -8,6 +8,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from pyramid_vllm.policy.presets import config_dir
+from pyramid_vllm.tools.json_settings import first_problem
+from pyramid_vllm.tools.simulate.model import ModelWork
+
+#: vLLM's default of ``gpu_memory_utilization``, and what of it is left for
+#: activations, graphs and buffers: a round figure of what its profiling finds.
+_UTILIZATION, _ACTIVATION_BYTES = 0.92, 4e9
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -17,7 +23,7 @@ class Efficiency(BaseModel):
     """Shares of a device's peaks that are reached, and times that are always there.
 
     Round figures between what kernels reach in isolation and what engines do; they
-    are settings, for no two versions of a kernel agree.
+    are settings, since no two versions of a kernel agree.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,23 +71,50 @@ class Device(BaseModel):
     efficiency: Efficiency = Efficiency()
 
     def changed(self, settings: Mapping[str, Any]) -> "Device":
-        """The same with other efficiencies.
-
-        Raises:
-            ValueError: names the setting, its value and what is valid.
-        """
+        """The same with other efficiencies; ``ValueError`` names a setting that is not
+        valid."""
         merged = self.efficiency.model_dump() | dict(settings)
         try:
             efficiency = Efficiency.model_validate(merged)
         except ValidationError as error:
-            problem = error.errors()[0]
-            name = ".".join(map(str, problem["loc"]))
+            name, value, why = first_problem(error)
             valid = ", ".join(Efficiency.model_fields)
             raise ValueError(
-                f"--efficiency has {name}={problem['input']!r}: {problem['msg']}; "
-                f"valid settings are {valid}"
+                f"--efficiency has {name}={value!r}: {why}; valid settings are {valid}"
             ) from None
         return self.model_copy(update={"efficiency": efficiency})
+
+    def check_dtype(self, dtype: str) -> None:
+        """Refuse a dtype for which the device has no peak."""
+        if dtype not in self.tflops:
+            raise ValueError(
+                f"--dtype is '{dtype}': valid on --gpu {self.name} are "
+                f"{', '.join(self.tflops)}"
+            )
+
+    def default_kv_bytes(self, model: ModelWork) -> int:
+        """KV memory that vLLM would find; ``ValueError`` if the weights leave none."""
+        weights = model.weight_bytes / model.tensor_parallel
+        left = self.memory_gb * 1e9 * _UTILIZATION - weights - _ACTIVATION_BYTES
+        if left <= 0:
+            raise ValueError(
+                f"MODEL is '{model.name}': {weights / 1e9:.1f} GB of weights a device "
+                f"do not fit beside activations into --gpu {self.name}, "
+                f"{self.memory_gb:g} GB; valid are a larger --tensor-parallel or "
+                "another --gpu"
+            )
+        return int(left)
+
+    @property
+    def default_batch(self) -> tuple[int, int]:
+        """vLLM's default ``max_num_seqs`` and ``max_num_batched_tokens`` of a server
+        (``EngineArgs.get_batch_defaults``, 0.32)."""
+        if self.name == "cpu":
+            return 128, 2048
+        gib = self.memory_gb * 1e9 / 2**30
+        if gib >= 160:
+            return 1024, 16384
+        return (1024, 8192) if gib >= 70 and "a100" not in self.name else (256, 2048)
 
 
 def device_names() -> list[str]:
@@ -90,15 +123,10 @@ def device_names() -> list[str]:
 
 
 def load_device(name: str) -> Device:
-    """A shipped device, or the one of a YAML file.
-
-    Raises:
-        ValueError: there is no such device, or its file is not valid; names it.
-    """
-    if name.endswith((".yaml", ".yml")):
-        file = Path(name)
-    else:
-        file = config_dir("gpus") / f"{name.lower()}.yaml"
+    """A shipped device, or the one of a YAML file; ``ValueError`` if there is none, or
+    its file is not valid."""
+    is_file = name.endswith((".yaml", ".yml"))
+    file = Path(name) if is_file else config_dir("gpus") / f"{name.lower()}.yaml"
     try:
         return Device.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,14 +92,8 @@ class SimulatedEngine:
     def request(
         self, name: str, prompt: list[int], num_outputs: int, arrival: float
     ) -> Request:
-        """A greedy request of a fixed output length.
-
-        Args:
-            name: its id.
-            prompt: token ids.
-            num_outputs: tokens that it generates.
-            arrival: seconds since the start.
-        """
+        """A greedy request of ``num_outputs`` tokens, ``arrival`` seconds after the
+        start."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -151,11 +145,9 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": settings.max_num_batched_tokens,
             "enable_prefix_caching": settings.prefix_caching,
+            "max_model_len": settings.max_model_len,
+            "kv_policy": policy and policy.model_dump(),
         }
-        if settings.max_model_len is not None:
-            arguments["max_model_len"] = settings.max_model_len
-        if policy is not None:
-            arguments["kv_policy"] = policy.model_dump()
         config = EngineArgs(**arguments).create_engine_config()
     # What the platform at hand has decided for itself.
     config.cache_config.block_size = settings.block_size
@@ -181,22 +173,20 @@ def _specs(
         "dtype": getattr(torch, model.dtype),
     }
     specs: dict[str, KVCacheSpec] = {}
-    full_layers = [i for i, window in enumerate(model.windows) if window is None]
-    tier_of: dict[int, int] = {}
+    num_full = model.windows.count(None)
+    tiers: Iterator[int] | None = None
     if policy is not None:
         from pyramid_vllm.scheduler.block_manager import register_spec
 
         register_spec(config)
-        layout = length_rule(required_policy(config), len(full_layers)).layout
-        tier_of = dict(zip(full_layers, layout.tier_of_layer, strict=True))
+        layout = length_rule(required_policy(config), num_full).layout
+        tiers = iter(layout.tier_of_layer)
     for layer, window in enumerate(model.windows):
-        spec: KVCacheSpec
+        spec: KVCacheSpec = FullAttentionSpec(**sizes)
         if window is not None:
             spec = SlidingWindowSpec(sliding_window=window, **sizes)
-        else:
-            spec = FullAttentionSpec(**sizes)
-            if policy is not None:
-                spec = TierAttentionSpec.of(spec, tier_of[layer], len(full_layers))
+        elif tiers is not None:
+            spec = TierAttentionSpec.of(spec, next(tiers), num_full)
         specs[f"model.layers.{layer}.self_attn.attn"] = spec
     return specs
 

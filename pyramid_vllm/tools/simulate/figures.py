@@ -1,11 +1,10 @@
 """Figures of a simulated run."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.tools.bench.figures import Figures, Metric
+from pyramid_vllm.tools.figures import HIT_RATE, Figures, Metric, latencies
 from pyramid_vllm.tools.simulate.run import SimulatedRun
 
 METRICS = (
@@ -19,7 +18,7 @@ METRICS = (
     Metric("max_num_running", "most sequences at once"),
     Metric("mean_num_running", "mean sequences at once", ",.1f"),
     Metric("num_preemptions", "preemptions"),
-    Metric("prefix_hit_rate", "prefix hit rate", ".1%"),
+    Metric(HIT_RATE, "prefix hit rate", ".1%"),
     Metric("num_prompt_tokens_computed", "prompt tokens computed"),
     Metric("num_compactions", "compactions"),
     Metric("pages_running", "KV pages held by requests, mean", ".1%"),
@@ -31,16 +30,17 @@ METRICS = (
 )
 #: Figures that are times of this machine: they are not the same twice.
 MEASURED = ("cpu_ms_per_step", "wall_s")
+_PERCENTILES = (50, 99)
 
 
 def run_figures(run: SimulatedRun) -> Figures:
     """All figures of a run, every request of which has ended."""
     requests, steps = list(run.requests.values()), run.steps
     end = max(request.finish for request in requests)
-    start = min(request.arrival for request in requests)
-    seconds = end - start
+    seconds = end - min(request.arrival for request in requests)
     prompts = sum(request.num_prompt_tokens for request in requests)
     outputs = sum(request.num_outputs for request in requests)
+    ttfts = [request.first_token - request.arrival for request in requests]
     tpots = [
         (request.finish - request.first_token) / (request.num_outputs - 1)
         for request in requests
@@ -48,34 +48,28 @@ def run_figures(run: SimulatedRun) -> Figures:
     ]
     durations = np.array([step.seconds for step in steps])
     running = np.array([step.num_running for step in steps])
+    pages = {
+        f"pages_{use}": float(np.mean([getattr(count, use) for count in run.pages]))
+        for use in ("running", "cached", "free")
+    }
     return {
         "seconds": seconds,
         "tokens_per_s": (prompts + outputs) / seconds,
         "requests_per_s": len(requests) / seconds,
-        **_percentiles("ttft", (r.first_token - r.arrival for r in requests)),
-        **_percentiles("tpot", tpots),
+        **latencies("ttft", ttfts, _PERCENTILES),
+        **latencies("tpot", tpots, _PERCENTILES),
         "max_num_running": int(running.max()),
         "mean_num_running": float(running @ durations / durations.sum()),
         "num_preemptions": run.num_preemptions,
-        "prefix_hit_rate": sum(r.num_cached_tokens for r in requests) / prompts,
+        HIT_RATE: sum(r.num_cached_tokens for r in requests) / prompts,
         "num_prompt_tokens_computed": run.num_prompt_tokens_computed,
         "num_compactions": run.num_compactions,
-        **{
-            f"pages_{use}": float(np.mean([getattr(count, use) for count in run.pages]))
-            for use in ("running", "cached", "free")
-        },
+        **pages,
         "num_requests": len(requests),
         "num_steps": len(steps),
         "cpu_ms_per_step": 1e3 * sum(step.cpu_s for step in steps) / len(steps),
         "wall_s": run.wall_s,
     }
-
-
-def _percentiles(key: str, seconds: Iterable[float]) -> Figures:
-    values = list(seconds)
-    if not values:
-        return {f"{key}_p{p}_s": 0.0 for p in (50, 99)}
-    return {f"{key}_p{p}_s": float(np.percentile(values, p)) for p in (50, 99)}
 
 
 def rounded(figures: Figures) -> dict[str, Any]:

@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
 )
 
-LoadName = Literal["unshared", "shared", "documents", "chat", "agent", "reasoning"]
+from pyramid_vllm.tools.json_settings import first_problem
+
 #: Tokens of an entry of ``hash_ids`` in Mooncake's traces.
 TRACE_BLOCK = 512
 _VOCABULARY = 32_000
@@ -123,12 +125,12 @@ class LoadSettings(BaseModel):
     num_prefixes: PositiveInt = 1
     """Different ones; session i starts with number i modulo this."""
     turns: PositiveInt = 1
-    think_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    think_s: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Mean time from an answer to the next turn, drawn from an exponential
     distribution."""
-    spread: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    spread: float = Field(0.0, ge=0, lt=1)
     """Lengths of turns and answers are uniform within this share of theirs."""
-    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Sessions a second, a Poisson process; None: all at once."""
     clients: PositiveInt | None = None
     """Sessions at once, in the place of ``rate``."""
@@ -164,26 +166,18 @@ NAMED: dict[str, dict[str, Any]] = {
 
 
 def named_load(name: str, changes: dict[str, Any]) -> Load:
-    """A named load.
-
-    Args:
-        name: see ``NAMED``.
-        changes: settings that replace its defaults.
-
-    Raises:
-        ValueError: names the setting, its value and what is valid.
-    """
+    """A load of ``NAMED``, with other settings than its defaults; ``ValueError`` names
+    one that is not valid."""
     if name not in NAMED:
         raise ValueError(f"--load is '{name}': valid is one of {', '.join(NAMED)}")
     try:
         settings = LoadSettings.model_validate(NAMED[name] | changes)
     except ValidationError as error:
-        problem = error.errors()[0]
-        setting = ".".join(map(str, problem["loc"]))
+        setting, value, why = first_problem(error)
         valid = ", ".join(LoadSettings.model_fields)
         raise ValueError(
-            f"load '{name}': setting '{setting}' is {problem['input']!r}: "
-            f"{problem['msg']}; settings are {valid}"
+            f"load '{name}': setting '{setting}' is {value!r}: {why}; settings are "
+            f"{valid}"
         ) from None
     if settings.rate is not None and settings.clients is not None:
         raise ValueError(
@@ -219,6 +213,18 @@ def _length(rng: np.random.Generator, middle: int, spread: float) -> int:
     return max(1, int(rng.integers(low, high + 1)))
 
 
+class _TraceRow(BaseModel):
+    """A line of a trace."""
+
+    model_config = ConfigDict(strict=True)
+
+    timestamp: NonNegativeFloat
+    """In milliseconds."""
+    input_length: PositiveInt
+    output_length: NonNegativeInt
+    hash_ids: list[NonNegativeInt]
+
+
 def read_trace(file: Path, limit: int | None, speed: float) -> Load:
     """A trace in Mooncake's form (Qin et al., FAST 2025): JSON lines with
     ``timestamp`` in ms, ``input_length``, ``output_length`` and ``hash_ids``, one for
@@ -241,11 +247,10 @@ def read_trace(file: Path, limit: int | None, speed: float) -> Load:
             if not line.strip():
                 continue
             try:
-                sessions.append(_traced(json.loads(line), speed))
-            except (ValueError, TypeError, KeyError) as error:
-                why = f"no {error}" if isinstance(error, KeyError) else str(error)
+                sessions.append(_traced(line, speed))
+            except ValueError as error:
                 raise ValueError(
-                    f"--trace {file}, line {number}: {why}; valid is an object with "
+                    f"--trace {file}, line {number}: {error}; valid is an object with "
                     "timestamp, input_length, output_length and hash_ids"
                 ) from None
     if not sessions:
@@ -256,31 +261,26 @@ def read_trace(file: Path, limit: int | None, speed: float) -> Load:
     return Load(file.name, tuple(sorted(shifted, key=lambda s: s.arrival)))
 
 
-def _traced(row: Any, speed: float) -> Session:
-    if not isinstance(row, dict):
-        raise ValueError(f"it holds {type(row).__name__}")
-    timestamp, prompt, outputs = (
-        row[key] for key in ("timestamp", "input_length", "output_length")
-    )
-    ids = row["hash_ids"]
-    for key, value, least in (
-        ("input_length", prompt, 1),
-        ("output_length", outputs, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} is {value!r}: valid is {least} or more")
-    if not isinstance(timestamp, int | float) or timestamp < 0:
-        raise ValueError(f"timestamp is {timestamp!r}: valid is 0 or more")
-    needed = -(-prompt // TRACE_BLOCK)
-    if not isinstance(ids, list) or len(ids) < needed:
+def _traced(line: str, speed: float) -> Session:
+    content = json.loads(line)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}")
+    try:
+        row = _TraceRow.model_validate(content)
+    except ValidationError as error:
+        name, value, why = first_problem(error)
+        missing = name not in content and "." not in name
+        text = f"no '{name}'" if missing else f"{name} is {value!r}: {why}"
+        raise ValueError(text) from None
+    prompt, needed = row.input_length, -(-row.input_length // TRACE_BLOCK)
+    if len(row.hash_ids) < needed:
         raise ValueError(
             f"hash_ids does not cover input_length, {prompt}: valid are {needed} ids"
         )
-    pieces = []
-    for index, of_block in enumerate(ids[:needed]):
-        if not isinstance(of_block, int) or of_block < 0:
-            raise ValueError(f"hash_ids has {of_block!r}: valid are numbers from 0 on")
-        pieces.append((of_block, min(TRACE_BLOCK, prompt - index * TRACE_BLOCK)))
+    pieces = tuple(
+        (of_block, min(TRACE_BLOCK, prompt - index * TRACE_BLOCK))
+        for index, of_block in enumerate(row.hash_ids[:needed])
+    )
     # vLLM generates one token at least.
-    turn = Turn(tuple(pieces), max(1, outputs))
-    return Session((turn,), timestamp / 1000 / speed)
+    turn = Turn(pieces, max(1, row.output_length))
+    return Session((turn,), row.timestamp / 1000 / speed)

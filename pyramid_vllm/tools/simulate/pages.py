@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,25 +22,17 @@ class PageCount:
 
 
 def count_pages(scheduler: Any, at: float) -> PageCount:
-    """Count the pages of a scheduler's pool.
-
-    Args:
-        scheduler: vLLM's.
-        at: seconds since the start.
-    """
-    pool = scheduler.kv_cache_manager.block_pool
-    running = cached = 0
-    for block in pool.blocks:
-        if block.is_null:
-            continue
-        if block.ref_cnt:
-            running += 1
-        elif block.block_hash is not None:
-            cached += 1
-    total = len(pool.blocks) - 1  # the null page
-    return PageCount(
-        at, running / total, cached / total, (total - running - cached) / total
-    )
+    """Count the pages of a scheduler's pool, ``at`` seconds since the start."""
+    blocks = [
+        block
+        for block in scheduler.kv_cache_manager.block_pool.blocks
+        if not block.is_null
+    ]
+    total = len(blocks)
+    running = sum(block.ref_cnt > 0 for block in blocks)
+    cached = sum(not b.ref_cnt and b.block_hash is not None for b in blocks)
+    free = total - running - cached
+    return PageCount(at, running / total, cached / total, free / total)
 
 
 def saved_tokens(scheduler: Any, req_ids: Iterable[str]) -> float:
@@ -56,26 +49,20 @@ def saved_tokens(scheduler: Any, req_ids: Iterable[str]) -> float:
     saved = 0.0
     names = list(req_ids)
     for manager, group in zip(managers, groups, strict=True):
-        if not isinstance(group.kv_cache_spec, FullAttentionSpec):
-            continue
-        tokens = manager.block_size * len(group.layer_names)
-        for name in names:
-            saved += tokens * _again(manager.req_to_blocks.get(name, ()))
+        if isinstance(group.kv_cache_spec, FullAttentionSpec):
+            tokens = manager.block_size * len(group.layer_names)
+            tables = (manager.req_to_blocks.get(name, ()) for name in names)
+            for table in tables:
+                saved += tokens * _again(table)
     return saved
 
 
 def _again(blocks: Sequence[Any]) -> float:
-    """Pages that others read too, less their share: readers fall along a table, so
-    runs of equally many readers are found by bisection."""
+    """Pages that others read too, less their share: the number of readers falls along
+    a table, so runs of equally many readers are found by bisection."""
     start, again = 0, 0.0
-    while start < len(blocks) and blocks[start].ref_cnt > 1:
-        readers = blocks[start].ref_cnt
-        low, high = start, len(blocks)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (
-                (middle, high) if blocks[middle].ref_cnt == readers else (low, middle)
-            )
-        again += (high - start) * (1 - 1 / readers)
-        start = high
+    while start < len(blocks) and (readers := blocks[start].ref_cnt) > 1:
+        end = bisect_right(blocks, -readers, start, key=lambda block: -block.ref_cnt)
+        again += (end - start) * (1 - 1 / readers)
+        start = end
     return again

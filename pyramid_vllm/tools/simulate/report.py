@@ -1,141 +1,133 @@
-"""From settings to tables, figures and plots."""
+"""``pyramid-vllm simulate``: from settings to tables, figures and plots."""
 
-import json
-from pathlib import Path
+import os
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.policy import NONE
-from pyramid_vllm.tools.bench.figures import Figures, side_label
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.figures import Figures, bars, side_label, side_table
+from pyramid_vllm.tools.plotting import check_matplotlib
+from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.engine import SimulatedEngine
 from pyramid_vllm.tools.simulate.figures import METRICS, run_figures
 from pyramid_vllm.tools.simulate.loads import Load
+from pyramid_vllm.tools.simulate.plots import save_plots
 from pyramid_vllm.tools.simulate.run import SimulatedRun, simulate
 from pyramid_vllm.tools.simulate.settings import SimulateSettings
-from pyramid_vllm.tools.simulate.slo import Capacity, find_capacity
+from pyramid_vllm.tools.simulate.slo import Capacity, Objective, find_capacity
 from pyramid_vllm.tools.sizes import format_bytes
 
 
-def run_simulation(
-    settings: SimulateSettings, json_file: Path | None, plots: Path | None
-) -> None:
+def run_simulation(settings: SimulateSettings) -> None:
     """Simulate all sides, print the tables, write what is asked for.
 
     Raises:
-        ValueError: something does not fit; names it.
+        ValueError: an option is not valid, or something does not fit; names it.
         RuntimeError: a request was not served, or matplotlib is missing.
     """
+    # vLLM says on import what its own device lacks; the simulated one is another.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if settings.plots is not None:
+        check_matplotlib()
+    if settings.calibrate is not None:
+        from pyramid_vllm.tools.simulate.calibrate import run_calibration
+
+        run_calibration(settings.model, settings.gpu, settings.calibrate)
+        return
+    settings.check()
+    check_vllm_version()
     console = Console()
     console.print(_heading(settings), highlight=False)
     engines = {
-        name: SimulatedEngine(settings.engine, policy)
-        for name, policy in settings.sides
+        side.name: SimulatedEngine(settings.engine, side.policy)
+        for side in settings.sides
     }
-    runs = [
-        _simulated(console, settings, name, engine, settings.load)
-        for name, engine in engines.items()
-    ]
+    runs = [_run(console, settings, engine) for engine in engines.items()]
     figures = {run.policy: run_figures(run) for run in runs}
     console.print(figures_table(figures))
-    capacities = _capacities(console, settings, engines)
-    if capacities:
-        console.print(_capacity_table(settings, capacities))
-    if json_file is not None:
-        content = _content(settings, figures, capacities)
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if plots is not None:
-        from pyramid_vllm.tools.simulate.plots import save_plots
-
-        console.print(f"written: {save_plots(runs, plots)}")
-
-
-def _heading(settings: SimulateSettings) -> str:
-    engine, load, device = settings.engine, settings.load, settings.device
-    model = engine.model
-    arrivals = "all at once"
-    if load.num_clients is not None:
-        arrivals = f"{load.num_clients} clients that wait for answers"
-    elif load.rate:
-        arrivals = f"{load.rate:.3g} sessions/s"
-    count = f"{model.tensor_parallel} x " if model.tensor_parallel > 1 else ""
-    return (
-        f"{model.name} in {model.dtype} on {count}{device.name} (modelled), "
-        f"{format_bytes(engine.kv_bytes)} of KV memory a device, prefix caching "
-        f"{'on' if engine.prefix_caching else 'off'}; load {load.name}: "
-        f"{load.num_requests:,} requests, {arrivals}; scheduler's CPU time "
-        f"{'counts' if settings.options.cpu_time else 'left out'}"
-    )
+    report: list[dict[str, Any]]
+    report = [{"policy": name, **of_side} for name, of_side in figures.items()]
+    if settings.objective is not None:
+        capacities = {
+            engine[0]: _capacity(console, settings, settings.objective, engine)
+            for engine in engines.items()
+        }
+        console.print(_capacity_table(settings, settings.objective, capacities))
+        for run in report:
+            run["capacity"] = vars(capacities[run["policy"]])
+    if settings.json_file is not None:
+        content = {"runs": report, "settings": settings.describe()}
+        write_report(settings.json_file, content, settings.seed)
+    if settings.plots is not None:
+        console.print(f"written: {save_plots(runs, settings.plots)}")
 
 
-def _simulated(
+def _run(
     console: Console,
     settings: SimulateSettings,
-    name: str,
-    engine: SimulatedEngine,
-    load: Load,
-    note: str = "",
+    engine: tuple[str, SimulatedEngine],
+    load: Load | None = None,
 ) -> SimulatedRun:
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
-    label = side_label(name) + note
-    with Progress(*columns, console=console, transient=True) as progress:
+    """Run a side under the settings' load, or under another one."""
+    name = side_label(engine[0])
+    label = f"{name}, {load.rate:.3g} sessions/s" if load else name
+    load = load or settings.traffic
+    with bars(console, 36, transient=True) as progress:
         bar = progress.add_task(label, total=load.num_requests)
         return simulate(
-            name,
-            engine,
+            *engine,
             settings.device,
             load,
-            settings.options,
+            settings.timing,
             lambda done: progress.update(bar, completed=done),
         )
 
 
-def _capacities(
-    console: Console, settings: SimulateSettings, engines: dict[str, SimulatedEngine]
-) -> dict[str, Capacity]:
-    objective = settings.objective
-    if objective is None:
-        return {}
+def _capacity(
+    console: Console,
+    settings: SimulateSettings,
+    objective: Objective,
+    engine: tuple[str, SimulatedEngine],
+) -> Capacity:
+    return find_capacity(
+        settings.traffic,
+        objective,
+        lambda load: run_figures(_run(console, settings, engine, load)),
+    )
 
-    def capacity(name: str, engine: SimulatedEngine) -> Capacity:
-        def figures(load: Load) -> Figures:
-            note = f", {load.rate:.3g} sessions/s"
-            run = _simulated(console, settings, name, engine, load, note)
-            return run_figures(run)
 
-        return find_capacity(settings.load, objective, figures)
-
-    return {name: capacity(name, engine) for name, engine in engines.items()}
+def _heading(settings: SimulateSettings) -> str:
+    engine, load = settings.engine, settings.traffic
+    model = engine.model
+    arrivals = f"{load.rate:.3g} sessions/s" if load.rate else "all at once"
+    if load.num_clients is not None:
+        arrivals = f"{load.num_clients} clients that wait for answers"
+    count = f"{model.tensor_parallel} x " if model.tensor_parallel > 1 else ""
+    return (
+        f"{model.name} in {model.dtype} on {count}{settings.device.name} (modelled), "
+        f"{format_bytes(engine.kv_bytes)} of KV memory a device, prefix caching "
+        f"{'on' if engine.prefix_caching else 'off'}; load {load.name}: "
+        f"{load.num_requests:,} requests, {arrivals}; scheduler's CPU time "
+        f"{'counts' if settings.cpu_time else 'left out'}"
+    )
 
 
 def figures_table(sides: dict[str, Figures]) -> Table:
     """All figures; of a policy also its ratio to stock."""
-    table = Table()
-    table.add_column("")
-    for name in sides:
-        table.add_column(side_label(name), justify="right")
-        if name != NONE:
-            table.add_column("to stock", justify="right")
-    stock = sides[NONE]
-    for metric in METRICS:
-        cells = []
-        for name, figures in sides.items():
-            cells.append(f"{figures[metric.key] * metric.factor:{metric.format}}")
-            if name != NONE:
-                theirs = stock[metric.key]
-                cells.append(f"{figures[metric.key] / theirs:.2f}" if theirs else "-")
-        table.add_row(metric.label, *cells)
-    return table
+
+    def ratio(name: str, key: str) -> str:
+        stock = sides[NONE][key]
+        return f"{sides[name][key] / stock:.2f}" if stock else "-"
+
+    return side_table(METRICS, sides, ratio)
 
 
 def _capacity_table(
-    settings: SimulateSettings, capacities: dict[str, Capacity]
+    settings: SimulateSettings, objective: Objective, capacities: dict[str, Capacity]
 ) -> Table:
-    objective = settings.objective
-    assert objective is not None
     bounds = [
         f"{label} p99 up to {bound:g} s"
         for label, bound in (
@@ -149,25 +141,7 @@ def _capacity_table(
         table.add_column(column, justify="right")
     for name, capacity in capacities.items():
         num = capacity.num_engines
-        devices = num and num * settings.engine.model.tensor_parallel
-        table.add_row(
-            side_label(name),
-            f"{capacity.rate:.3g}",
-            f"{capacity.speed:.3g}",
-            "no number" if devices is None else f"{devices}",
-        )
+        devices = f"{num * settings.tensor_parallel}" if num else "no number"
+        rates = f"{capacity.rate:.3g}", f"{capacity.speed:.3g}"
+        table.add_row(side_label(name), *rates, devices)
     return table
-
-
-def _content(
-    settings: SimulateSettings,
-    figures: dict[str, Figures],
-    capacities: dict[str, Capacity],
-) -> dict[str, Any]:
-    runs: list[dict[str, Any]] = []
-    for name, of_side in figures.items():
-        run: dict[str, Any] = {"policy": name, **of_side}
-        if name in capacities:
-            run["capacity"] = vars(capacities[name])
-        runs.append(run)
-    return {"runs": runs, "settings": settings.describe()} | provenance(settings.seed)

@@ -15,7 +15,7 @@ from pyramid_vllm.plan import plan_of
 from pyramid_vllm.tools.simulate.clock import StepWork, WorkModel, step_seconds
 from pyramid_vllm.tools.simulate.device import Device
 from pyramid_vllm.tools.simulate.engine import SAMPLED_TOKEN, SimulatedEngine, sampled
-from pyramid_vllm.tools.simulate.loads import Load, Session, piece_tokens
+from pyramid_vllm.tools.simulate.loads import Load, piece_tokens
 from pyramid_vllm.tools.simulate.pages import PageCount, count_pages, saved_tokens
 
 #: Steps from one count of pages to the next.
@@ -31,7 +31,7 @@ class RequestRecord:
     arrival: float
     first_token: float = -1.0
     finish: float = -1.0
-    num_told: int = 0
+    num_received: int = 0
     """Tokens of its answer so far."""
     num_cached_tokens: int = 0
     """Of its prompt, found in the prefix cache when it was first scheduled."""
@@ -51,7 +51,7 @@ class StepRecord:
 
 @dataclass
 class SimulatedRun:
-    """All that a run left behind."""
+    """All that is known of a run."""
 
     policy: str
     requests: dict[str, RequestRecord] = field(default_factory=dict)
@@ -76,52 +76,38 @@ class RunOptions:
     keep_works: bool = False
 
 
+@dataclass
 class Simulation:
-    """One side under one load.
+    """One side under one load."""
 
-    Args:
-        name: of the policy.
-        engine: the side's.
-        device: whose clock it is.
-        load: what is asked.
-        options: see there.
-        progress: told the finished requests.
-    """
+    name: str
+    engine: SimulatedEngine
+    device: Device
+    load: Load
+    options: RunOptions
+    progress: Callable[[int], None]
+    """Called with the number of finished requests."""
 
-    def __init__(
-        self,
-        name: str,
-        engine: SimulatedEngine,
-        device: Device,
-        load: Load,
-        options: RunOptions,
-        progress: Callable[[int], None],
-    ) -> None:
-        self._engine, self._device, self._options = engine, device, options
-        self._scheduler: Any = engine.scheduler
-        self._model = engine.settings.model
-        self._progress = progress
-        self._work = _work_model(engine)
-        self._depth = 2 if engine.settings.async_scheduling else 1
-        self.run_record = SimulatedRun(name)
+    def __post_init__(self) -> None:
+        self._scheduler: Any = self.engine.scheduler
+        self._model = self.engine.settings.model
+        self._work = _work_model(self.engine)
+        self._depth = 2 if self.engine.settings.async_scheduling else 1
+        self.run_record = SimulatedRun(self.name)
         # The host's time, and when the device is done with all it was given.
         self._now = self._device_free = 0.0
         self._flying: deque[tuple[Any, Any, float]] = deque()
         self._events: list[tuple[float, int, int]] = []
         """When the next turn of a session arrives: time, session, turn."""
-        self._sessions = load.sessions
         self._tokens: dict[int, list[int]] = {}
         self._origin: dict[str, tuple[int, int]] = {}
-        self._next_session = len(load.sessions)
-        if load.num_clients is None:
-            for index, session in enumerate(load.sessions):
-                heapq.heappush(self._events, (session.arrival, index, 0))
-        else:
-            self._next_session = min(load.num_clients, len(load.sessions))
-            for index in range(self._next_session):
-                heapq.heappush(self._events, (0.0, index, 0))
-        self._by_clients = load.num_clients is not None
         self._num_finished = 0
+        # Sessions from this one on are sent when others end.
+        num, clients = len(self.load.sessions), self.load.num_clients
+        self._next_session = min(clients or num, num)
+        for index, session in enumerate(self.load.sessions[: self._next_session]):
+            arrival = session.arrival if clients is None else 0.0
+            heapq.heappush(self._events, (arrival, index, 0))
 
     def run(self) -> SimulatedRun:
         """Serve the load to its end.
@@ -159,7 +145,7 @@ class Simulation:
         """Hand the scheduler what has arrived by now."""
         while self._events and self._events[0][0] <= self._now:
             arrival, index, number = heapq.heappop(self._events)
-            turn = self._sessions[index].turns[number]
+            turn = self.load.sessions[index].turns[number]
             tokens = self._tokens.setdefault(index, [])
             for piece in turn.pieces:
                 tokens += piece_tokens(piece)
@@ -169,21 +155,21 @@ class Simulation:
                 len(tokens), turn.num_outputs, arrival
             )
             self._scheduler.add_request(
-                self._engine.request(name, list(tokens), turn.num_outputs, arrival)
+                self.engine.request(name, list(tokens), turn.num_outputs, arrival)
             )
 
     def _ended(self, name: str) -> None:
         """A request's last token is there: its session goes on, or the next starts."""
         self._num_finished += 1
         index, number = self._origin.pop(name)
-        session: Session = self._sessions[index]
-        if number + 1 < len(session.turns):
-            self._tokens[index] += [SAMPLED_TOKEN] * session.turns[number].num_outputs
-            at = self._now + session.turns[number + 1].wait
+        turns = self.load.sessions[index].turns
+        if number + 1 < len(turns):
+            self._tokens[index] += [SAMPLED_TOKEN] * turns[number].num_outputs
+            at = self._now + turns[number + 1].wait
             heapq.heappush(self._events, (at, index, number + 1))
             return
         del self._tokens[index]
-        if self._by_clients and self._next_session < len(self._sessions):
+        if self._next_session < len(self.load.sessions):
             heapq.heappush(self._events, (self._now, self._next_session, 0))
             self._next_session += 1
 
@@ -199,7 +185,7 @@ class Simulation:
         record.num_preemptions += len(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
             record.requests[new.req_id].num_cached_tokens = new.num_computed_tokens
-        if self._options.cpu_time:
+        if self.options.cpu_time:
             self._now += cpu_s
         result = sampled(scheduler, output)
         num_rows = output.total_num_scheduled_tokens
@@ -224,11 +210,11 @@ class Simulation:
         before = after - rows
         computed = np.maximum(0, np.minimum(after, prompts) - before)
         self.run_record.num_prompt_tokens_computed += int(computed.sum())
-        saved = saved_tokens(self._scheduler, scheduled) if self._options.cascade else 0
+        saved = saved_tokens(self._scheduler, scheduled) if self.options.cascade else 0
         work = self._work.step(before, rows, plan, saved)
-        if self._options.keep_works:
+        if self.options.keep_works:
             self.run_record.works.append(work)
-        return float(step_seconds(work, self._model, self._device))
+        return float(step_seconds(work, self._model, self.device))
 
     def _land(self) -> None:
         """Wait for the oldest step and take its tokens."""
@@ -241,27 +227,27 @@ class Simulation:
             self.run_record.steps[-1].cpu_s += cpu_s
         # Clients get their tokens before the host goes on.
         for of_client in outputs.values():
-            for told in of_client.outputs:
-                self._take(told)
-        if self._options.cpu_time:
+            for news in of_client.outputs:
+                self._take(news)
+        if self.options.cpu_time:
             self._now += cpu_s
-        self._progress(self._num_finished)
+        self.progress(self._num_finished)
 
-    def _take(self, told: Any) -> None:
-        record = self.run_record.requests[told.request_id]
-        if record.first_token < 0 and told.new_token_ids:
+    def _take(self, news: Any) -> None:
+        record = self.run_record.requests[news.request_id]
+        if record.first_token < 0 and news.new_token_ids:
             record.first_token = self._now
-        record.num_told += len(told.new_token_ids)
-        if told.finish_reason is None:
+        record.num_received += len(news.new_token_ids)
+        if news.finish_reason is None:
             return
-        if record.num_told < record.num_outputs:
+        if record.num_received < record.num_outputs:
             raise RuntimeError(
                 f"a request of {record.num_prompt_tokens} + {record.num_outputs} "
-                f"tokens ended after {record.num_told} of its answer, finish reason "
-                f"'{told.finish_reason}': the KV memory cannot hold it"
+                f"tokens ended after {record.num_received} of its answer, finish "
+                f"reason '{news.finish_reason}': the KV memory cannot hold it"
             )
         record.finish = self._now
-        self._ended(told.request_id)
+        self._ended(news.request_id)
 
 
 def _work_model(engine: SimulatedEngine) -> WorkModel:

@@ -1,104 +1,207 @@
-"""What the command's options mean."""
+"""The options of ``pyramid-vllm simulate``, and what they mean."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
-from pyramid_vllm.tools.simulate.device import Device
+from pyramid_vllm.tools.json_settings import json_object
+from pyramid_vllm.tools.options import JSON_FILE, POLICIES, argument, option
+from pyramid_vllm.tools.sides import Side, parse_sides
+from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings
-from pyramid_vllm.tools.simulate.loads import Load
-from pyramid_vllm.tools.simulate.model import ModelWork
+from pyramid_vllm.tools.simulate.loads import Load, named_load, read_trace
+from pyramid_vllm.tools.simulate.model import load_model
 from pyramid_vllm.tools.simulate.run import RunOptions
-from pyramid_vllm.tools.simulate.slo import Objective
+from pyramid_vllm.tools.simulate.slo import Objective, check_arrivals
+from pyramid_vllm.tools.sizes import parse_bytes, parse_seconds
 
-#: vLLM's default of ``gpu_memory_utilization``, and what of it is left for
-#: activations, graphs and buffers: a round figure of what its profiling finds.
-_UTILIZATION, _ACTIVATION_BYTES = 0.92, 4e9
+#: Options that change a named load, by the names of its settings.
+_LOAD_OPTIONS = {
+    "num_sessions": "num_requests",
+    "prompt_tokens": "prompt_tokens",
+    "output_tokens": "output_tokens",
+    "shared_prefix": "shared_prefix",
+    "num_prefixes": "num_prefixes",
+    "turns": "turns",
+    "think_s": "think_time",
+    "spread": "spread",
+    "rate": "rate",
+    "clients": "clients",
+}
+_DEVICE_DEFAULT = "Default: vLLM's for the device."
 
 
 @dataclass(frozen=True)
 class SimulateSettings:
-    """One simulation of several sides."""
+    """Compare policies with stock vLLM on a modelled device, under real schedulers."""
 
-    engine: EngineSettings
-    device: Device
-    load: Load
-    sides: tuple[tuple[str, PolicyConfig | None], ...]
-    options: RunOptions
-    objective: Objective | None
-    seed: int
+    model: str = argument("A model's folder, a bundled shape's name or a hub name.")
+    kv_policy: list[str] | None = option(None, POLICIES)
+    kv_policy_config: str | None = option(
+        None, "Settings that replace each policy's, as JSON."
+    )
+    gpu: str = option("h100", "A shipped device, or a YAML file's path.")
+    efficiency: str | None = option(None, "Shares of the device's peaks, as JSON.")
+    tensor_parallel: int = option(1, "Devices.", min=1)
+    kv_memory: str | None = option(
+        None,
+        "KV memory of a device: bytes, or with KiB, MiB, GiB. Default: what the "
+        "weights leave.",
+    )
+    dtype: str | None = option(None, "Of the KV cache too; default: the model's.")
+    max_model_len: int | None = option(
+        None, "Longest request; default: the model's.", min=1
+    )
+    max_num_seqs: int | None = option(None, _DEVICE_DEFAULT, min=1)
+    max_num_batched_tokens: int | None = option(None, _DEVICE_DEFAULT, min=1)
+    block_size: int | None = option(None, _DEVICE_DEFAULT, min=1)
+    prefix_caching: bool = option(True, "As in vLLM.")
+    load: str = option(
+        "unshared",
+        "unshared, shared (one prefix), documents (several), chat (turns that grow), "
+        "agent (tens of turns), reasoning (short in, long out).",
+    )
+    num_requests: int | None = option(
+        None,
+        "Requests, or sessions of several turns; of a trace the first ones.",
+        min=1,
+    )
+    prompt_tokens: int | None = option(None, "That each turn adds for itself.", min=1)
+    output_tokens: int | None = option(None, "Of each answer.", min=1)
+    shared_prefix: int | None = option(None, "Tokens that sessions start with.", min=0)
+    num_prefixes: int | None = option(None, "Different prefixes.", min=1)
+    turns: int | None = option(None, "Of a session.", min=1)
+    think_time: float | None = option(
+        None, "Mean seconds from an answer to the next turn.", min=0
+    )
+    spread: float | None = option(None, "Lengths vary by this share of theirs.")
+    rate: float | None = option(
+        None, "Sessions a second, a Poisson process; default: all at once."
+    )
+    clients: int | None = option(None, "Sessions at once, in place of a rate.", min=1)
+    trace: Path | None = option(
+        None, "JSON lines in Mooncake's form, in place of --load."
+    )
+    trace_speed: float = option(1.0, "Arrivals are this many times as fast.")
+    cascade: bool = option(
+        False, "Pages that sequences share are read once.", "--cascade"
+    )
+    cpu_time: bool = option(
+        True,
+        "Whether the scheduler's own time counts. Without it, results are the same on "
+        "every machine.",
+    )
+    slo_ttft: str | None = option(
+        None, "Bound of the p99 time to first token, like 2s."
+    )
+    slo_tpot: str | None = option(
+        None, "Bound of the p99 time per output token, like 50ms."
+    )
+    seed: int = option(0, min=0)
+    calibrate: Path | None = option(
+        None,
+        "Fit the device's efficiencies to the runs in this folder of "
+        "`pyramid-vllm bench`, print them and stop.",
+    )
+    json_file: Path | None = option(None, JSON_FILE, "--json")
+    plots: Path | None = option(None, "Draw a picture into this folder.")
+
+    def check(self) -> None:
+        """Check all options; ``ValueError`` names one, its value and what is valid."""
+        _ = self.traffic, self.sides, self.engine, self.objective
+
+    @cached_property
+    def device(self) -> Device:
+        """What an engine runs on."""
+        changes = json_object("--efficiency", self.efficiency)
+        return load_device(self.gpu).changed(changes)
+
+    @cached_property
+    def sides(self) -> list[Side]:
+        """Stock vLLM, then the policies."""
+        return parse_sides(self.kv_policy or ["pyramid"], self.kv_policy_config)
+
+    @cached_property
+    def engine(self) -> EngineSettings:
+        """The same for every side."""
+        device = self.device
+        model = load_model(self.model, self.dtype, self.tensor_parallel)
+        device.check_dtype(model.dtype)
+        max_num_seqs, max_tokens = device.default_batch
+        max_num_seqs = self.max_num_seqs or max_num_seqs
+        kv_bytes = parse_bytes(self.kv_memory) if self.kv_memory else None
+        return EngineSettings(
+            model=model,
+            kv_bytes=kv_bytes or device.default_kv_bytes(model),
+            max_model_len=self.max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens
+            or max(max_tokens, max_num_seqs),
+            block_size=self.block_size or device.block_size,
+            prefix_caching=self.prefix_caching,
+            async_scheduling=device.async_scheduling,
+        )
+
+    @cached_property
+    def traffic(self) -> Load:
+        """What is asked of an engine: a named load, or a trace."""
+        changes = {
+            setting: getattr(self, option)
+            for setting, option in _LOAD_OPTIONS.items()
+            if getattr(self, option) is not None
+        }
+        if self.trace is None:
+            return named_load(self.load, changes | {"seed": self.seed})
+        limit = changes.pop("num_sessions", None)
+        if changes:
+            given = ", ".join(f"{key}={value}" for key, value in changes.items())
+            raise ValueError(
+                f"--trace {self.trace} brings lengths and arrivals: {given} is of "
+                "named loads; valid with it are --num-requests and --trace-speed"
+            )
+        if not self.trace_speed > 0:
+            raise ValueError(f"--trace-speed is {self.trace_speed:g}: valid is above 0")
+        return read_trace(self.trace, limit, self.trace_speed)
+
+    @property
+    def timing(self) -> RunOptions:
+        """How runs are timed."""
+        return RunOptions(self.cpu_time, self.cascade)
+
+    @cached_property
+    def objective(self) -> Objective | None:
+        """Bounds of latencies; None: none is asked for."""
+        bounds = [
+            None if text is None else parse_seconds(option, text)
+            for option, text in (
+                ("--slo-ttft", self.slo_ttft),
+                ("--slo-tpot", self.slo_tpot),
+            )
+        ]
+        if bounds == [None, None]:
+            return None
+        check_arrivals(self.traffic)
+        return Objective(*bounds)
 
     def describe(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        engine = self.engine
+        """The settings as reports carry them."""
+        engine, load = vars(self.engine).copy(), self.traffic
+        model = engine.pop("model")
         return {
-            "model": engine.model.name,
-            "dtype": engine.model.dtype,
-            "tensor_parallel": engine.model.tensor_parallel,
-            "kv_bytes": engine.kv_bytes,
-            "max_model_len": engine.max_model_len,
-            "max_num_seqs": engine.max_num_seqs,
-            "max_num_batched_tokens": engine.max_num_batched_tokens,
-            "block_size": engine.block_size,
-            "prefix_caching": engine.prefix_caching,
-            "async_scheduling": engine.async_scheduling,
+            "model": model.name,
+            "dtype": model.dtype,
+            "tensor_parallel": model.tensor_parallel,
+            **engine,
             "device": self.device.model_dump(),
-            "load": self.load.name,
-            "num_sessions": len(self.load.sessions),
-            "num_clients": self.load.num_clients,
-            "rate": self.load.rate,
-            "cpu_time": self.options.cpu_time,
-            "cascade": self.options.cascade,
+            "load": load.name,
+            "num_sessions": len(load.sessions),
+            "num_clients": load.num_clients,
+            "rate": load.rate,
+            "cpu_time": self.cpu_time,
+            "cascade": self.cascade,
             "policies": {
-                name: None if policy is None else policy.model_dump()
-                for name, policy in self.sides
+                side.name: side.policy and side.policy.model_dump()
+                for side in self.sides
             },
         }
-
-
-def parse_policies(
-    policies: list[str], overrides: str | None
-) -> tuple[tuple[str, PolicyConfig | None], ...]:
-    """Stock vLLM, then the policies under names of their own.
-
-    Raises:
-        KVPolicyError: a policy is not valid.
-    """
-    sides: list[tuple[str, PolicyConfig | None]] = [(NONE, None)]
-    for text in policies:
-        policy = None if text == NONE else resolve_policy(text, overrides)
-        if policy is None or policy in [of for _, of in sides]:
-            continue
-        alike = sum(of is not None and of.name == policy.name for _, of in sides)
-        name = f"{policy.name} ({alike + 1})" if alike else policy.name
-        sides.append((name, policy))
-    return tuple(sides)
-
-
-def default_kv_bytes(model: ModelWork, device: Device) -> int:
-    """KV memory that vLLM would find on a device.
-
-    Raises:
-        ValueError: the weights leave no memory for the KV cache.
-    """
-    weights = model.weight_bytes / model.tensor_parallel
-    left = device.memory_gb * 1e9 * _UTILIZATION - weights - _ACTIVATION_BYTES
-    if left <= 0:
-        raise ValueError(
-            f"MODEL is '{model.name}': {weights / 1e9:.1f} GB of weights a device do "
-            f"not fit beside activations into --gpu {device.name}, "
-            f"{device.memory_gb:g} GB; valid are a larger --tensor-parallel or another "
-            "--gpu"
-        )
-    return int(left)
-
-
-def default_batch(device: Device) -> tuple[int, int]:
-    """vLLM's default ``max_num_seqs`` and ``max_num_batched_tokens`` of a server
-    (``EngineArgs.get_batch_defaults``, 0.32)."""
-    if device.name == "cpu":
-        return 128, 2048
-    gib = device.memory_gb * 1e9 / 2**30
-    if gib >= 160:
-        return 1024, 16384
-    return (1024, 8192) if gib >= 70 and "a100" not in device.name else (256, 2048)

@@ -1,33 +1,15 @@
 """The highest rate at which latencies hold, and the devices that a load needs."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyramid_vllm.tools.bench.figures import Figures
+from pyramid_vllm.tools.figures import Figures
 from pyramid_vllm.tools.simulate.loads import Load
 
 #: The highest rate is found to this ratio.
 _PRECISION = 1.05
 _MAX_DOUBLINGS = 8
-_UNITS = {"ms": 1e-3, "s": 1.0}
-
-
-def parse_seconds(option: str, text: str) -> float:
-    """Read ``50ms`` or ``2s``.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    found = re.fullmatch(r"([0-9.]+)\s*(ms|s)", text.strip())
-    try:
-        seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"{option} is '{text}': valid are times like 50ms or 2s")
-    return seconds
 
 
 @dataclass(frozen=True)
@@ -39,10 +21,8 @@ class Objective:
 
     def holds(self, figures: Figures) -> bool:
         """Whether a run meets it."""
-        return all(
-            bound is None or figures[f"{key}_p99_s"] <= bound
-            for key, bound in (("ttft", self.ttft_s), ("tpot", self.tpot_s))
-        )
+        bounds = {"ttft_p99_s": self.ttft_s, "tpot_p99_s": self.tpot_s}
+        return all(b is None or figures[key] <= b for key, b in bounds.items())
 
 
 @dataclass(frozen=True)
@@ -59,11 +39,8 @@ class Capacity:
 
 
 def check_arrivals(load: Load) -> None:
-    """Check that a load has a rate that can be changed.
-
-    Raises:
-        ValueError: everything arrives at once, or clients wait for answers.
-    """
+    """Check that a load has a rate that can be changed; ``ValueError`` if everything
+    arrives at once, or clients wait for answers."""
     if load.num_clients is not None or load.rate == 0:
         raise ValueError(
             "--slo-ttft and --slo-tpot need arrivals: valid with them are --trace and "
@@ -80,39 +57,31 @@ def find_capacity(
     gets a load like this one at 1/n of its rate.
 
     Args:
-        load: with arrivals that are spread over time.
+        load: with arrivals that are spread over time; see ``check_arrivals``.
         objective: what must hold.
         simulate: runs a load on one engine.
-
-    Raises:
-        ValueError: everything arrives at once, or clients wait for answers.
     """
     check_arrivals(load)
 
     def holds(speed: float) -> bool:
         return objective.holds(simulate(load.scaled(speed)))
 
-    low, high = _bracket(holds)
-    if low == 0:
-        return Capacity(0.0, 0.0, None)
+    low = high = 1.0
+    if holds(1.0):
+        for _ in range(_MAX_DOUBLINGS):
+            high *= 2
+            if not holds(high):
+                break
+            low = high
+    else:
+        for _ in range(_MAX_DOUBLINGS):
+            low, high = low / 2, low
+            if holds(low):
+                break
+        else:
+            return Capacity(0.0, 0.0, None)
     while high / low > _PRECISION:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
     per_session = load.num_requests / len(load.sessions)
     return Capacity(low, low * load.rate * per_session, max(1, math.ceil(1 / low)))
-
-
-def _bracket(holds: Callable[[float], bool]) -> tuple[float, float]:
-    """A speed that holds and one, twice as high, that does not."""
-    speed = 1.0
-    if holds(speed):
-        for _ in range(_MAX_DOUBLINGS):
-            if not holds(2 * speed):
-                return speed, 2 * speed
-            speed *= 2
-        return speed, speed
-    for _ in range(_MAX_DOUBLINGS):
-        speed /= 2
-        if holds(speed):
-            return speed, 2 * speed
-    return 0.0, 0.0
