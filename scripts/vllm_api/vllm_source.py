@@ -50,12 +50,18 @@ class Sources(griffe.ModulesCollection):
         parent = self.module(owner) if owner else None
         text = path.read_text("utf-8") if path.is_file() else ""
         self._lines[path] = text.splitlines()
-        places = {"lines_collection": self._lines, "modules_collection": self}
-        module = griffe.visit(own, path, text, parent=parent, **places)
+        module = griffe.visit(
+            own,
+            path,
+            text,
+            parent=parent,
+            lines_collection=self._lines,
+            modules_collection=self,
+        )
         self._read[name] = module
         (parent or self).set_member(own, module)
         for member in list(module.members.values()):
-            starred = member.wildcard if member.is_alias else None
+            starred = getattr(member, "wildcard", None)
             source = self.module(starred) if starred else None
             for each in source.members if source else ():
                 alias = griffe.Alias(each, f"{starred}.{each}", parent=module)
