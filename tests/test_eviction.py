@@ -320,7 +320,7 @@ def test_a_layer_that_does_not_compact_stops_the_engine(engine: Engine) -> None:
     worker = worker_of(llm)
     name = "model.layers.3.self_attn.attn"
     layer = worker.compilation_config.static_forward_context[name]
-    layer.impl.tier_layer = layer.post_attention_hook = None
+    layer.impl.tier_layer = None
     with pytest.raises(RuntimeError, match="5 of 6 layers"):
         generate(llm, PROMPTS[:1], 4)
 

@@ -143,14 +143,6 @@ DIGESTS["0.33.0"] = {MOVED.get(k, k): v for k, v in DIGESTS["0.32.0"].items()} |
     "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging": "593b288c7b51",
 }
 
-#: What `patches/` bring, and nothing asks for without them.
-PATCHED = (
-    "customize_layer_spec",
-    "truncate",
-    "EagerScope",
-    "register_model_state_resolver",
-)
-
 #: Functions that we put our own around -> what ours takes; "*": anything else too.
 WRAPPED = {
     "vllm.engine.arg_utils:EngineArgs.__init__": ("*",),
@@ -194,7 +186,7 @@ WRAPPED = {
 
 #: Functions that we call on objects that we are handed -> what we pass, by name or in
 #: this order; "*": others pass the rest.
-FUNCTIONS = {
+CALLED = {
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("resumable", "*"),
     "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
     "vllm.v1.core.block_pool:BlockPool.cache_full_blocks": (
@@ -246,13 +238,6 @@ FUNCTIONS = {
         "kv_cache",
         "slot_mapping",
     ),
-    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": (
-        "cg_mode",
-        "num_tokens",
-        "num_reqs",
-        "num_active_loras",
-        "num_ubatches",
-    ),
     "vllm._custom_ops:cpu_attn_reshape_and_cache": (
         "key",
         "value",
@@ -296,9 +281,10 @@ ATTRIBUTES = {
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.request:Request": "block_hashes client_index max_tokens num_computed_tokens num_prompt_tokens num_tokens request_id resumable sampling_params trace_headers",
-    "vllm.v1.worker.block_table:BlockTable": "block_size block_table num_blocks_per_row",
-    "vllm.v1.worker.block_table:MultiGroupBlockTable": "__getitem__",
-    "vllm.v1.worker.gpu.block_table:BlockTables": "block_sizes block_tables num_blocks",
+    "vllm.v1.worker.block_table:BlockTable": "block_size block_table num_blocks_per_row slot_mapping",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable": "__getitem__ block_tables",
+    "vllm.v1.worker.gpu.block_table:BlockTables": "block_sizes block_table_strides block_tables input_block_table_ptrs num_blocks num_kv_cache_groups",
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "cg_mode num_active_loras num_reqs num_tokens num_ubatches",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np num_computed_tokens_np req_ids",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "attn_groups block_tables cudagraph_manager kernel_block_sizes req_states",
     "vllm.v1.worker.gpu.states:RequestState": "prompt_len req_id_to_index",

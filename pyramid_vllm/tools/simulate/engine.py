@@ -51,10 +51,12 @@ class SimulatedEngine:
     """
 
     def __init__(self, settings: EngineSettings, policy: PolicyConfig | None) -> None:
-        from vllm.v1.core.kv_cache_utils import (
-            get_kv_cache_configs,
-            resolve_kv_cache_block_sizes,
-        )
+        from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+        try:  # where vLLM 0.33 has it
+            from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
+        except ImportError:
+            from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
         self.settings = settings
         self._config = config = _engine_config(settings, policy)
