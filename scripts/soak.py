@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,26 +21,31 @@ from typing import Annotated, Any
 
 import aiohttp
 import typer
+from checkout import commit
 from rich.console import Console
 from rich.table import Table
 from soak_load import (
     MAX_MODEL_LEN,
     Client,
     LoadRequest,
-    follow_running,
-    metrics,
+    draw_requests,
+    pages,
     pages_leaked,
     send_all,
     sustained_rate,
 )
-from soak_server import BLOCK_SIZE, Settings
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import num_pages
-from pyramid_vllm.tools.bench.server import serve
+from pyramid_vllm.tools.bench.server import Sampler, as_flags, serve
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.sizes import format_bytes
+
+BLOCK_SIZE = 32
+MAX_NUM_SEQS = 64
+#: Shorter than most prompts, so that these come in chunks.
+MAX_CHUNK = 256
 
 #: Bound of the wait for the last requests, and its part in the time of arrivals.
 DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
@@ -49,6 +53,40 @@ DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
 #: Shortest time in which stock's requests are counted, and the clients that keep it
 #: busy, for every stock sequence that the memory holds.
 CALIBRATION_S, CLIENTS_PER_SEQUENCE = 45.0, 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides share."""
+
+    model: str
+    minutes: float
+    rate_factor: float
+    abort_share: float
+    stock_sequences: int
+    seed: int
+    vocab_size: int
+    kv_bytes: int
+
+    def arguments(self) -> list[str]:
+        """Options of ``vllm serve``."""
+        return as_flags(
+            {
+                "served_model_name": "model",
+                "dtype": "float32",
+                "enforce_eager": True,
+                "block_size": BLOCK_SIZE,
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_seqs": MAX_NUM_SEQS,
+                "max_num_batched_tokens": MAX_CHUNK,
+                "kv_cache_memory_bytes": self.kv_bytes,
+                "seed": self.seed,
+            }
+        )
+
+    def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
+        """Requests of this load."""
+        return draw_requests(seed, rate, seconds, self.vocab_size, self.abort_share)
 
 
 @dataclass
@@ -62,8 +100,8 @@ class Figures:
     num_errors: int
     num_pages_leaked: int | None
     """Pages in use with no request left; None: the server did not say."""
-    max_num_running: int
-    """Most sequences in any sample."""
+    max_num_running: int | None
+    """Most sequences in any sample; None: the server has ended."""
     num_preemptions: int | None
     num_pages: int
     requests_per_s: float
@@ -104,28 +142,25 @@ async def calibrate(
 async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures:
     """Put the load on a server."""
     async with session(url) as connection:
-        await pages_leaked(connection)  # what came before has ended
-        before = await metrics(connection)
-        client, samples = Client(connection), [0.0]
-        sampler = asyncio.create_task(follow_running(connection, samples))
-        seconds = await send_all(client, requests, drain_s)
-        sampler.cancel()
-        leaked = await pages_leaked(connection)
+        client = Client(connection)
+        await pages_leaked(client, url)  # what came before has ended
+        _, num_pages = pages(url)
+        with Sampler(url, lambda num_finished: None) as sampler:
+            seconds = await send_all(client, requests, drain_s)
+        leaked = await pages_leaked(client, url)
         try:
-            after = await metrics(connection)
-            preemptions = after["num_preemptions_total"]
-            num_preemptions = int(preemptions - before["num_preemptions_total"])
-        except (aiohttp.ClientError, OSError, KeyError):
-            num_preemptions = None
+            counts = {name: int(n) for name, n in sampler.figures().items()}
+        except OSError:
+            counts = {}
     return Figures(
         num_sent=client.num_sent,
         num_finished=client.num_finished,
         num_aborted=client.num_aborted,
         num_errors=client.errors.total(),
         num_pages_leaked=leaked,
-        max_num_running=int(max(samples)),
-        num_preemptions=num_preemptions,
-        num_pages=int(before["num_pages"]),
+        max_num_running=counts.get("max_num_running"),
+        num_preemptions=counts.get("num_preemptions"),
+        num_pages=num_pages,
         requests_per_s=client.num_finished / seconds,
         tokens_per_s=client.num_tokens / seconds,
         seconds=seconds,
@@ -187,7 +222,7 @@ def table(sides: dict[str, Figures], policy: str) -> Table:
         ("errors", lambda side: f"{side.num_errors}"),
         ("pages leaked", lambda side: known(side.num_pages_leaked)),
         ("  of", lambda side: f"{side.num_pages}"),
-        ("most sequences at once", lambda side: f"{side.max_num_running}"),
+        ("most sequences at once", lambda side: known(side.max_num_running)),
         ("preemptions", lambda side: known(side.num_preemptions)),
         ("finished requests/s", lambda side: f"{side.requests_per_s:.3f}"),
         ("their tokens/s, prompt and output", lambda side: f"{side.tokens_per_s:.1f}"),
@@ -204,9 +239,6 @@ def report(
     """The result, as JSON can hold it: the policy's figures, stock's below them."""
     from vllm.platforms import current_platform
 
-    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    root = Path(__file__).parent
-    commit = subprocess.run(describe, cwd=root, capture_output=True, text=True)
     figures = asdict(sides["policy"]) | {"stock": asdict(sides["stock"])}
     conditions = {
         "policy": policy,
@@ -214,7 +246,7 @@ def report(
         "order": "one after the other, stock first",
         "stock_sustained_requests_per_s": sustained,
         "sent_requests_per_s": settings.rate_factor * sustained,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "device": current_platform.get_device_name(),
     }
     return figures | conditions | provenance(settings.seed)

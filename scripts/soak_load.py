@@ -12,11 +12,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+
+from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
 
 PROMPT_TOKENS = (64, 400)
 OUTPUT_TOKENS = (16, 64)
@@ -29,7 +30,7 @@ SHARED_SHARE, NUM_PREFIXES, PREFIX_TOKENS = 0.3, 4, 64
 #: fast and slow servers both meet some at every stage of a request.
 ABORT_S = (0.05, 20.0)
 
-SAMPLE_INTERVAL_S, METRICS_WITHIN_S = 0.5, 30.0
+METRICS_WITHIN_S = 30.0
 
 
 class RequestFailed(Exception):
@@ -161,38 +162,13 @@ class Client:
         return True
 
 
-async def metrics(session: aiohttp.ClientSession) -> dict[str, float]:
-    """The server's own figures, by name without ``vllm:``; also ``num_pages``."""
-    figures = {}
-    limit = aiohttp.ClientTimeout(total=METRICS_WITHIN_S)
-    async with session.get("/metrics", timeout=limit) as response:
-        for line in (await response.text()).splitlines():
-            if not line.startswith("vllm:"):
-                continue
-            name, _, labels = line.removeprefix("vllm:").partition("{")
-            figures[name] = float(line.rpartition(" ")[2])
-            if name == "cache_config_info":
-                num_blocks = int(labels.split('num_gpu_blocks="')[1].split('"')[0])
-                figures["num_pages"] = num_blocks - 1  # one is the null block
-    return figures
-
-
-async def follow_running(session: aiohttp.ClientSession, samples: list[float]) -> None:
-    """Sample how many sequences run, until cancelled."""
-    while True:
-        # Where the server is gone, the requests tell.
-        with suppress(aiohttp.ClientError, OSError, KeyError):
-            samples.append((await metrics(session))["num_requests_running"])
-        await asyncio.sleep(SAMPLE_INTERVAL_S)
-
-
 async def sustained_rate(
     client: Client, requests: Iterator[LoadRequest], num_clients: int, seconds: float
 ) -> float:
     """Requests a second with ``num_clients`` clients that each send one at a time.
 
     Clients start together, so each one's first request goes uncounted; the rest takes
-    ``seconds`` or longer, until there are enough to tell.
+    ``seconds`` or longer, until enough have ended.
 
     Raises:
         RuntimeError: a request failed, or too few ended.
@@ -223,7 +199,7 @@ async def send_all(
 ) -> float:
     """Send every request when its time comes, whatever became of those before it.
 
-    What is not through ``drain_s`` after the last one was sent is an error.
+    What has not ended ``drain_s`` after the last one was sent is an error.
 
     Returns:
         Seconds from the start to the end of the last request.
@@ -240,21 +216,32 @@ async def send_all(
     return time.monotonic() - start
 
 
-async def pages_leaked(
-    session: aiohttp.ClientSession, wait_s: float = 30.0
-) -> int | None:
+def pages(url: str) -> tuple[float, int]:
+    """Pages of the server in use, and all.
+
+    Raises:
+        ScrapeError: the server does not answer.
+        KeyError: its answer lacks a metric.
+    """
+    series = fetch(metrics_url(url), METRICS_WITHIN_S).series
+    (labels,) = series["vllm:cache_config_info"]
+    num_pages = int(dict(labels)["num_gpu_blocks"]) - 1  # one is the null page
+    (usage,) = series["vllm:kv_cache_usage_perc"].values()
+    return usage * num_pages, num_pages
+
+
+async def pages_leaked(client: Client, url: str, wait_s: float = 30.0) -> int | None:
     """Pages still in use with no request left; None where the server says nothing.
 
     The server updates its figures only with a step, so one token is asked for first.
     """
     deadline = time.monotonic() + wait_s
     while True:
-        probe = Client(session)
+        probe = Client(client.session)
         try:
             await probe.send(LoadRequest(0.0, [1], 1, abort_s=wait_s))
-            figures = await metrics(session)
-            used = figures["kv_cache_usage_perc"] * figures["num_pages"]
-        except (aiohttp.ClientError, OSError, KeyError):
+            used, _ = await asyncio.to_thread(pages, url)
+        except (ScrapeError, KeyError):
             return None
         if used == 0 or time.monotonic() > deadline:
             # Rounded up, so that a trace of a page is not rounded away.

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import IO, Any, NoReturn
@@ -23,6 +24,7 @@ def run_child(
     on_message: Callable[[dict[str, Any]], None],
     environment: Mapping[str, str],
     num_results: int = 1,
+    timeout: float | None = None,
 ) -> None:
     """Run a module with a task; the process is gone when this returns or raises.
 
@@ -32,9 +34,11 @@ def run_child(
         on_message: told every message as soon as it is there.
         environment: of the process.
         num_results: how many results it is to tell.
+        timeout: seconds after which the process is killed; None: never.
 
     Raises:
-        RuntimeError: the process failed; the message ends with its last lines.
+        RuntimeError: the process failed or was killed; the message ends with its last
+            lines.
     """
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -47,15 +51,24 @@ def run_child(
             text=True,
         ) as child,
     ):
+        timer = threading.Timer(timeout or 0, child.kill)
+        if timeout is not None:
+            timer.start()
         try:
             _send(child, task)
             num_told = _hear(child, log, on_message)
         except BaseException:
             child.kill()
             raise
-        if child.wait() != 0 or num_told != num_results:
+        finally:
+            is_late = timer.finished.is_set()
+            timer.cancel()
+        status = child.wait()
+        if status != 0 or num_told != num_results:
             log.seek(0)
-            raise RuntimeError(f"the engine failed:\n{log.read()[-4000:]}")
+            how = f"ran longer than {timeout:g} s" if is_late else "failed"
+            why = f"the engine {how}, exit status {status}"
+            raise RuntimeError(f"{why}:\n{log.read()[-4000:]}")
 
 
 def _send(child: "subprocess.Popen[str]", task: Mapping[str, Any]) -> None:
