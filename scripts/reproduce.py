@@ -59,53 +59,34 @@ class Step:
     result: Path
 
 
-def quality(
-    name: str, out: Path, text: Path, model: Path | None, options: list[str]
-) -> Step:
-    """Losses and needles of a model against the full cache."""
-    command = ["pyramid-vllm", "eval", "--text", str(text), *options]
-    command += ["--retrieval", "single_needle", "--samples", "1"]
-    command += ["--agreement-tokens", "32", "--seed", str(SEED)]
-    command += ["--kv-policy", "pyramid", "--kv-policy", NO_PROFILE]
-    if model is not None:
-        command += ["--model", str(model)]
+def step(name: str, kind: str, out: Path, options: str, *more: str) -> Step:
+    """A command of ours; ``more`` may hold spaces."""
     folder = out / name
-    return Step(name, [*command, "--out", str(folder)], folder / "results.json")
-
-
-def bench(name: str, out: Path, options: list[str]) -> Step:
-    """Speed against stock vLLM."""
-    command = ["pyramid-vllm", "bench", "--seed", str(SEED), *options, *NO_CACHING]
-    folder = out / name
-    return Step(name, [*command, "--out", str(folder)], folder / "results.json")
+    command = ["pyramid-vllm", kind, *options.split(), *more, "--out", str(folder)]
+    return Step(name, command, folder / "results.json")
 
 
 def steps(out: Path, text: Path, second: Path | None) -> list[Step]:
     """All steps but the peers, which need what the first one evaluates."""
-    lengths = ["--prompt-tokens", "2048", "--retrieval-tokens", "2048"]
-    lengths += ["--target-tokens", "128"]
-    small = [
-        *lengths,
-        "--windows",
-        "6",
-        "--depths",
-        "6",
-        "--kv-policy",
-        "pyramid-by-depth",
-    ]
-    for retention in (0.3, RETENTION, 0.6):
-        small += ["--retention", str(retention)]
-    found = [quality("quality", out, text, None, small)]
+    lengths = "--prompt-tokens 2048 --retrieval-tokens 2048 --target-tokens 128"
+    needles = "--retrieval single_needle --samples 1 --agreement-tokens 32"
+    ours = f"{needles} --seed {SEED} --kv-policy pyramid --kv-policy"
+    first = f"{lengths} --windows 6 --depths 6 --kv-policy "
+    first += f"pyramid-by-depth --retention 0.3 --retention {RETENTION} "
+    first += f"--retention 0.6 {ours}"
+    more = (NO_PROFILE, "--text", str(text))
+    found = [step("quality", "eval", out, first, *more)]
     if second is not None:
-        options = [*lengths, "--windows", "3", "--depths", "4"]
-        options += ["--retention", str(RETENTION)]
-        found.append(quality("quality-second", out, text, second, options))
-    one = ["--num-prompts", "1", "--prompt-tokens", "2048", "--output-tokens", "128"]
-    found.append(bench("one-prompt", out, [*one, "--kv-memory", "2x"]))
-    batch = ["--num-prompts", "8", "--prompt-tokens", "1024", "--output-tokens", "256"]
-    for memory in ("4x", "12x"):
-        batch += ["--kv-memory", memory]
-    found.append(bench("batch", out, [*batch, "--repeats", "2"]))
+        options = f"{lengths} --windows 3 --depths 4 --retention "
+        options += f"{RETENTION} {ours}"
+        more += ("--model", str(second))
+        found.append(step("quality-second", "eval", out, options, *more))
+    one = "--num-prompts 1 --prompt-tokens 2048 --output-tokens 128 --kv-memory 2x"
+    batch = "--num-prompts 8 --prompt-tokens 1024 --output-tokens 256 --kv-memory 4x "
+    batch += "--kv-memory 12x --repeats 2"
+    for name, options in (("one-prompt", one), ("batch", batch)):
+        options = f"--seed {SEED} {options}"
+        found.append(step(name, "bench", out, options, *NO_CACHING))
     return found
 
 

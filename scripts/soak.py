@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +24,11 @@ from checkout import commit
 from rich.console import Console
 from rich.table import Table
 from soak_load import (
+    BLOCK_SIZE,
     MAX_MODEL_LEN,
     Client,
     LoadRequest,
-    draw_requests,
+    Settings,
     pages,
     pages_leaked,
     send_all,
@@ -37,15 +37,10 @@ from soak_load import (
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import num_pages
-from pyramid_vllm.tools.bench.server import Sampler, as_flags, serve
+from pyramid_vllm.tools.bench.server import Sampler, serve
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.sizes import format_bytes
-
-BLOCK_SIZE = 32
-MAX_NUM_SEQS = 64
-#: Shorter than most prompts, so that these come in chunks.
-MAX_CHUNK = 256
 
 #: Bound of the wait for the last requests, and its part in the time of arrivals.
 DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
@@ -53,40 +48,6 @@ DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
 #: Shortest time in which stock's requests are counted, and the clients that keep it
 #: busy, for every stock sequence that the memory holds.
 CALIBRATION_S, CLIENTS_PER_SEQUENCE = 45.0, 3
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What both sides share."""
-
-    model: str
-    minutes: float
-    rate_factor: float
-    abort_share: float
-    stock_sequences: int
-    seed: int
-    vocab_size: int
-    kv_bytes: int
-
-    def arguments(self) -> list[str]:
-        """Options of ``vllm serve``."""
-        return as_flags(
-            {
-                "served_model_name": "model",
-                "dtype": "float32",
-                "enforce_eager": True,
-                "block_size": BLOCK_SIZE,
-                "max_model_len": MAX_MODEL_LEN,
-                "max_num_seqs": MAX_NUM_SEQS,
-                "max_num_batched_tokens": MAX_CHUNK,
-                "kv_cache_memory_bytes": self.kv_bytes,
-                "seed": self.seed,
-            }
-        )
-
-    def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
-        """Requests of this load."""
-        return draw_requests(seed, rate, seconds, self.vocab_size, self.abort_share)
 
 
 @dataclass
@@ -131,10 +92,11 @@ def session(url: str) -> aiohttp.ClientSession:
     )
 
 
-async def calibrate(
-    url: str, requests: Iterator[LoadRequest], num_clients: int, seconds: float
-) -> float:
+async def calibrate(url: str, settings: Settings) -> float:
     """Requests a second that the server sustains."""
+    requests = settings.requests(settings.seed + 1, 1.0, math.inf)
+    num_clients = CLIENTS_PER_SEQUENCE * settings.stock_sequences
+    seconds = max(CALIBRATION_S, settings.minutes * 60 / 4)
     async with session(url) as connection:
         return await sustained_rate(Client(connection), requests, num_clients, seconds)
 
@@ -143,11 +105,11 @@ async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures
     """Put the load on a server."""
     async with session(url) as connection:
         client = Client(connection)
-        await pages_leaked(client, url)  # what came before has ended
+        await pages_leaked(connection, url)  # what came before has ended
         _, num_pages = pages(url)
         with Sampler(url, lambda num_finished: None) as sampler:
             seconds = await send_all(client, requests, drain_s)
-        leaked = await pages_leaked(client, url)
+        leaked = await pages_leaked(connection, url)
         try:
             counts = {name: int(n) for name, n in sampler.figures().items()}
         except OSError:
@@ -185,14 +147,7 @@ def run_sides(
         log = logs / f"{name}.log"
         with serve(settings.model, settings.arguments() + extra, log) as url:
             if name == "stock":
-                sustained = asyncio.run(
-                    calibrate(
-                        url,
-                        settings.requests(settings.seed + 1, 1.0, math.inf),
-                        CLIENTS_PER_SEQUENCE * settings.stock_sequences,
-                        max(CALIBRATION_S, seconds / 4),
-                    )
-                )
+                sustained = asyncio.run(calibrate(url, settings))
                 rate = settings.rate_factor * sustained
                 console.print(f"stock sustains {sustained:.3f} requests/s")
                 requests = list(settings.requests(settings.seed, rate, seconds))
@@ -204,32 +159,29 @@ def run_sides(
     return sides, sustained
 
 
-def known(count: int | None) -> str:
-    """A count, where the server was there to give it."""
-    return "unknown" if count is None else str(count)
-
-
 def table(sides: dict[str, Figures], policy: str) -> Table:
     """Figures as people read them."""
-    made = Table()
-    made.add_column("")
+    made = Table("")
     for name in sides:
         made.add_column("stock vLLM" if name == "stock" else policy, justify="right")
-    rows: list[tuple[str, Callable[[Figures], str]]] = [
-        ("requests sent", lambda side: f"{side.num_sent}"),
-        ("finished", lambda side: f"{side.num_finished}"),
-        ("aborted by us", lambda side: f"{side.num_aborted}"),
-        ("errors", lambda side: f"{side.num_errors}"),
-        ("pages leaked", lambda side: known(side.num_pages_leaked)),
-        ("  of", lambda side: f"{side.num_pages}"),
-        ("most sequences at once", lambda side: known(side.max_num_running)),
-        ("preemptions", lambda side: known(side.num_preemptions)),
-        ("finished requests/s", lambda side: f"{side.requests_per_s:.3f}"),
-        ("their tokens/s, prompt and output", lambda side: f"{side.tokens_per_s:.1f}"),
-        ("seconds to the last end", lambda side: f"{side.seconds:.0f}"),
-    ]
-    for label, cell in rows:
-        made.add_row(label, *(cell(side) for side in sides.values()))
+    rows = {
+        "requests sent": "{0.num_sent}",
+        "finished": "{0.num_finished}",
+        "aborted by us": "{0.num_aborted}",
+        "errors": "{0.num_errors}",
+        "pages leaked": "{0.num_pages_leaked}",
+        "  of": "{0.num_pages}",
+        "most sequences at once": "{0.max_num_running}",
+        "preemptions": "{0.num_preemptions}",
+        "finished requests/s": "{0.requests_per_s:.3f}",
+        "their tokens/s, prompt and output": "{0.tokens_per_s:.1f}",
+        "seconds to the last end": "{0.seconds:.0f}",
+    }
+    for label, cell in rows.items():
+        cells = (
+            cell.format(side).replace("None", "unknown") for side in sides.values()
+        )
+        made.add_row(label, *cells)
     return made
 
 

@@ -17,11 +17,16 @@ from typing import Any
 
 import aiohttp
 
+from pyramid_vllm.tools.bench.server import as_flags
 from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
 
 PROMPT_TOKENS = (64, 400)
 OUTPUT_TOKENS = (16, 64)
 MAX_MODEL_LEN = PROMPT_TOKENS[1] + OUTPUT_TOKENS[1]
+BLOCK_SIZE = 32
+MAX_NUM_SEQS = 64
+#: Shorter than most prompts, so that these come in chunks.
+MAX_CHUNK = 256
 
 #: Share of requests that begin with one of a few common prefixes, and these.
 SHARED_SHARE, NUM_PREFIXES, PREFIX_TOKENS = 0.3, 4, 64
@@ -84,6 +89,40 @@ def draw_requests(
                 abort = {"abort_s": math.exp(rng.uniform(first, last))}
         yield LoadRequest(start_s, prompt, max_tokens, **abort)
         start_s += rng.expovariate(rate)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides share."""
+
+    model: str
+    minutes: float
+    rate_factor: float
+    abort_share: float
+    stock_sequences: int
+    seed: int
+    vocab_size: int
+    kv_bytes: int
+
+    def arguments(self) -> list[str]:
+        """Options of ``vllm serve``."""
+        return as_flags(
+            {
+                "served_model_name": "model",
+                "dtype": "float32",
+                "enforce_eager": True,
+                "block_size": BLOCK_SIZE,
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_seqs": MAX_NUM_SEQS,
+                "max_num_batched_tokens": MAX_CHUNK,
+                "kv_cache_memory_bytes": self.kv_bytes,
+                "seed": self.seed,
+            }
+        )
+
+    def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
+        """Requests of this load."""
+        return draw_requests(seed, rate, seconds, self.vocab_size, self.abort_share)
 
 
 @dataclass
@@ -230,14 +269,16 @@ def pages(url: str) -> tuple[float, int]:
     return usage * num_pages, num_pages
 
 
-async def pages_leaked(client: Client, url: str, wait_s: float = 30.0) -> int | None:
+async def pages_leaked(
+    session: aiohttp.ClientSession, url: str, wait_s: float = 30.0
+) -> int | None:
     """Pages still in use with no request left; None where the server says nothing.
 
     The server updates its figures only with a step, so one token is asked for first.
     """
     deadline = time.monotonic() + wait_s
     while True:
-        probe = Client(client.session)
+        probe = Client(session)
         try:
             await probe.send(LoadRequest(0.0, [1], 1, abort_s=wait_s))
             used, _ = await asyncio.to_thread(pages, url)

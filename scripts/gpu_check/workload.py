@@ -1,4 +1,7 @@
-"""What the policy does in a prefill step, with buffers that stay: to time it."""
+"""What the policy does in a prefill step, with buffers that stay: to time it.
+
+Imported after ``load_package``.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_check.loading import load_package
-
-load_package()
-
-from pyramid_vllm.kernels.compact_triton import compact_pages  # noqa: E402
-from pyramid_vllm.kernels.requests_triton import PagedLayers  # noqa: E402
-from pyramid_vllm.kernels.score_triton import pool_scores, score  # noqa: E402
-from pyramid_vllm.kernels.scratch import Scratch  # noqa: E402
-from pyramid_vllm.kernels.select_triton import select  # noqa: E402
-from tests.parity.paging import Cache, Request, Shape  # noqa: E402
+from pyramid_vllm.kernels.compact_triton import compact_pages
+from pyramid_vllm.kernels.requests_triton import PagedLayers
+from pyramid_vllm.kernels.score_triton import pool_scores, score
+from pyramid_vllm.kernels.scratch import Scratch
+from pyramid_vllm.kernels.select_triton import select
+from tests.parity.paging import Cache, Request, Shape
 
 
 @dataclass(frozen=True)
