@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,37 +50,15 @@ DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
 CALIBRATION_S, CLIENTS_PER_SEQUENCE = 45.0, 3
 
 
-@dataclass
-class Figures:
-    """What became of one side's requests."""
+#: What became of one side's requests, as JSON holds it.
+Figures = dict[str, Any]
 
-    num_sent: int
-    num_finished: int
-    num_aborted: int
-    """Connections closed by us."""
-    num_errors: int
-    num_pages_leaked: int | None
-    """Pages in use with no request left; None: the server did not say."""
-    max_num_running: int | None
-    """Most sequences in any sample; None: the server has ended."""
-    num_preemptions: int | None
-    num_pages: int
-    requests_per_s: float
-    """Finished ones, from the first arrival to the last end."""
-    tokens_per_s: float
-    """Prompt and output tokens of finished requests."""
-    seconds: float
-    errors: dict[str, int]
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether every request ended as it should and left nothing behind."""
-        ended = self.num_finished + self.num_aborted + self.num_errors
-        return (
-            self.num_sent == ended
-            and self.num_errors == 0
-            and self.num_pages_leaked == 0
-        )
+def is_sound(side: Figures) -> bool:
+    """Whether every request ended as it should and left nothing behind."""
+    ended = side["num_finished"] + side["num_aborted"] + side["num_errors"]
+    all_ended = side["num_sent"] == ended and side["num_errors"] == 0
+    return all_ended and side["num_pages_leaked"] == 0
 
 
 def session(url: str) -> aiohttp.ClientSession:
@@ -102,7 +80,14 @@ async def calibrate(url: str, settings: Settings) -> float:
 
 
 async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures:
-    """Put the load on a server."""
+    """Put the load on a server.
+
+    Returns:
+        Counts of requests, of which we aborted some by closing their connections; pages
+        in use with no request left, None if the server did not say; most sequences in
+        any sample and preemptions, None if it has ended; rates of finished requests and
+        of their prompt and output tokens, from the first arrival to the last end.
+    """
     async with session(url) as connection:
         client = Client(connection)
         await pages_leaked(connection, url)  # what came before has ended
@@ -114,20 +99,20 @@ async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures
             counts = {name: int(n) for name, n in sampler.figures().items()}
         except OSError:
             counts = {}
-    return Figures(
-        num_sent=client.num_sent,
-        num_finished=client.num_finished,
-        num_aborted=client.num_aborted,
-        num_errors=client.errors.total(),
-        num_pages_leaked=leaked,
-        max_num_running=counts.get("max_num_running"),
-        num_preemptions=counts.get("num_preemptions"),
-        num_pages=num_pages,
-        requests_per_s=client.num_finished / seconds,
-        tokens_per_s=client.num_tokens / seconds,
-        seconds=seconds,
-        errors=dict(client.errors),
-    )
+    return {
+        "num_sent": client.num_sent,
+        "num_finished": client.num_finished,
+        "num_aborted": client.num_aborted,
+        "num_errors": client.errors.total(),
+        "num_pages_leaked": leaked,
+        "max_num_running": counts.get("max_num_running"),
+        "num_preemptions": counts.get("num_preemptions"),
+        "num_pages": num_pages,
+        "requests_per_s": client.num_finished / seconds,
+        "tokens_per_s": client.num_tokens / seconds,
+        "seconds": seconds,
+        "errors": dict(client.errors),
+    }
 
 
 def run_sides(
@@ -165,21 +150,21 @@ def table(sides: dict[str, Figures], policy: str) -> Table:
     for name in sides:
         made.add_column("stock vLLM" if name == "stock" else policy, justify="right")
     rows = {
-        "requests sent": "{0.num_sent}",
-        "finished": "{0.num_finished}",
-        "aborted by us": "{0.num_aborted}",
-        "errors": "{0.num_errors}",
-        "pages leaked": "{0.num_pages_leaked}",
-        "  of": "{0.num_pages}",
-        "most sequences at once": "{0.max_num_running}",
-        "preemptions": "{0.num_preemptions}",
-        "finished requests/s": "{0.requests_per_s:.3f}",
-        "their tokens/s, prompt and output": "{0.tokens_per_s:.1f}",
-        "seconds to the last end": "{0.seconds:.0f}",
+        "requests sent": "{num_sent}",
+        "finished": "{num_finished}",
+        "aborted by us": "{num_aborted}",
+        "errors": "{num_errors}",
+        "pages leaked": "{num_pages_leaked}",
+        "  of": "{num_pages}",
+        "most sequences at once": "{max_num_running}",
+        "preemptions": "{num_preemptions}",
+        "finished requests/s": "{requests_per_s:.3f}",
+        "their tokens/s, prompt and output": "{tokens_per_s:.1f}",
+        "seconds to the last end": "{seconds:.0f}",
     }
     for label, cell in rows.items():
         cells = (
-            cell.format(side).replace("None", "unknown") for side in sides.values()
+            cell.format(**side).replace("None", "unknown") for side in sides.values()
         )
         made.add_row(label, *cells)
     return made
@@ -191,7 +176,7 @@ def report(
     """The result, as JSON can hold it: the policy's figures, stock's below them."""
     from vllm.platforms import current_platform
 
-    figures = asdict(sides["policy"]) | {"stock": asdict(sides["stock"])}
+    figures = sides["policy"] | {"stock": sides["stock"]}
     conditions = {
         "policy": policy,
         "settings": asdict(settings),
@@ -250,25 +235,25 @@ def main(
     )
     console, logs = Console(), Path(tempfile.mkdtemp(prefix="pyramid-soak-"))
     console.print(f"{format_bytes(settings.kv_bytes)} of KV memory")
-    is_sound = False
+    is_whole = False
     try:
         sides, sustained = run_sides(settings, policy, logs, console)
         console.print(table(sides, policy))
         if json_file is not None:
             result = report(settings, sides, policy, sustained)
             json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        is_sound = sides["policy"].is_sound
+        is_whole = is_sound(sides["policy"])
         for side in sides.values():
-            for error, count in side.errors.items():
+            for error, count in side["errors"].items():
                 console.print(f"{count} x {error}", markup=False)
     except RuntimeError as error:
         console.print(f"failed: {error}", markup=False)
     finally:
-        if is_sound:
+        if is_whole:
             shutil.rmtree(logs)
         else:
             console.print(f"the servers' logs: {logs}", soft_wrap=True)
-    raise typer.Exit(0 if is_sound else 1)
+    raise typer.Exit(0 if is_whole else 1)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ def test_a_few_cases_are_of_every_kernel() -> None:
     assert len(few) < len(CASES) / 4
 
 
+def test_a_gpu_runs_these_cases_and_more() -> None:
+    """They are listed, not run: that needs a GPU."""
+    native = {(case.kernel, case.variant) for case in all_cases("cuda")}
+    assert native > {(case.kernel, case.variant) for case in CASES}
+
+
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize("sizes", [(16, 16, 32), (32, 64, 64)])
 def test_scores_of_small_blocks(
@@ -87,7 +93,7 @@ def test_selection_in_small_blocks(block: int, monkeypatch: pytest.MonkeyPatch) 
         for held in (16, 33, 65, 100)
         for kept in (held // 2, held - 1)
     ]
-    assert compare_levels(requests, 3).is_same
+    assert compare_levels(requests, 3, 1).is_same
 
 
 VALUES = st.sampled_from(

@@ -27,7 +27,7 @@ _HALF = torch.bfloat16
 
 
 def levels_of(
-    cache: Cache, num_held: int, levels: int, num_layers: int = 2
+    cache: Cache, num_held: int, levels: int, num_layers: int
 ) -> torch.Tensor:
     """``[num_layers, 2, num_held]``: scores of so many values; 0: of any.
 
@@ -66,11 +66,15 @@ def compare_selection(cache: Cache, scores: list[torch.Tensor]) -> Compared:
 
 
 def compare_levels(
-    requests: list[Request], levels: int, device: str = "cpu", seed: int = 0
+    requests: list[Request],
+    levels: int,
+    num_layers: int,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Compared:
     """Select by random scores."""
     cache = Cache(Shape(), requests, seed, device)
-    scores = [levels_of(cache, request.num_held, levels) for request in requests]
+    scores = [levels_of(cache, one.num_held, levels, num_layers) for one in requests]
     return compare_selection(cache, scores)
 
 
@@ -148,22 +152,22 @@ def _selections(lengths: list[int]) -> list[Request]:
     ]
 
 
-def _selected(native: bool) -> Iterator[tuple[list[Request], int]]:
-    """Requests, and of how many values their scores are."""
+def _selected(native: bool) -> Iterator[tuple[list[Request], int, int]]:
+    """Requests, of how many values their scores are, and layers."""
     many = _selections([1, 2, 16, 17, 33, 1000])
     for levels in (0, 1, 3, 1000):
-        yield many, levels
+        yield many, levels, 1
         if native:
-            yield _selections(LENGTHS), levels
+            yield _selections(LENGTHS), levels, 2
     # In one block, and in several.
     for held, levels in product((4095, 4096, 4097, 8192), (0, 1, 3)):
-        yield [Request(held, held // 3, 4, 64), Request(100, 50, 4, 10)], levels
+        yield [Request(held, held // 3, 4, 64), Request(100, 50, 4, 10)], levels, 1
     # Scores of groups begin at the first token that has one.
     groups = [
         Request(60, 51, 20, 30, column=20, num_columns=10),
         Request(33, 28, 11, 12, column=11, num_columns=10),
     ]
-    yield groups, 4
+    yield groups, 4, 2
 
 
 def _moved(native: bool) -> Iterator[tuple[Shape, int, list[Request]]]:
@@ -195,10 +199,10 @@ def cases(device: str, seed: int) -> Iterator[Case]:
         return Case(kernel, variant, lambda: run(*arguments, device, seed))
 
     native = device != "cpu"
-    for requests, levels in _selected(native):
+    for requests, levels, layers in _selected(native):
         longest = max(request.num_held for request in requests)
         variant = f"scores of {levels or 'all'} values, {len(requests)} x {longest}"
-        yield case("select", variant, compare_levels, requests, levels)
+        yield case("select", variant, compare_levels, requests, levels, layers)
     for shape, groups, requests in _moved(native):
         how = "by head" if groups == 2 else "by layer"
         variant = f"{shape.label}, {how}, {len(requests)} requests"
