@@ -37,8 +37,7 @@ def run_child(
         timeout: seconds after which the process is killed; None: never.
 
     Raises:
-        RuntimeError: the process failed or was killed; the message ends with its last
-            lines.
+        RuntimeError: the process failed or was killed; it ends with its last lines.
     """
     with (
         tempfile.TemporaryFile("w+") as log,
