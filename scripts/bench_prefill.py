@@ -1,27 +1,26 @@
 """What pruned prefill gains: time to first token and prefill tokens/s against stock.
 
-One prompt at a time, in one chunk. One process a side; stock and a few settings at a
-time take turns, as many as fit into memory, and ratios are to stock within a round.
-Beside them stand the rows that layers computed, and the share of the gain that these
-rows promise.
+One prompt at a time, in one chunk. Stock and a few settings at a time take turns, as
+many as fit into memory, and ratios are to stock within a round. Beside them stand the
+rows that layers computed, and the share of the gain that these rows promise.
 """
 
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from sides import STOCK, make_engine, serve_rounds, take_turns
+from turns import SEED, STOCK, Side, ratios, spread, take_turns
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import provenance
 
-SEED = 0
 PRESET = "pyramidinfer"
 #: Beside stock; each holds the model's weights.
 SIDES_AT_ONCE = 4
@@ -29,9 +28,9 @@ SIDES_AT_ONCE = 4
 WORTH = 0.85
 
 
-def settings(num_layers: int, retentions: list[float]) -> dict[str, dict[str, Any]]:
-    """Policies by name, but stock's."""
-    policies: dict[str, dict[str, Any]] = {PRESET: {"kv_policy": PRESET}}
+def policies_of(num_layers: int, retentions: list[float]) -> dict[str, dict[str, Any]]:
+    """Settings of policies by name; none are stock's."""
+    policies: dict[str, dict[str, Any]] = {STOCK[1]: {}, PRESET: {"kv_policy": PRESET}}
     for retention in retentions:
         for layer in (0, num_layers // 3, num_layers // 2):
             policies[f"retention {retention:g} from {layer}"] = {
@@ -70,25 +69,25 @@ def time_prompt(engine: Any, num_tokens: int) -> dict[str, float]:
     }
 
 
-def serve_side(model: str, lengths: list[int], policy: dict[str, Any] | None) -> None:
-    """Be a side of the comparison."""
+def time_round(lengths: list[int], engine: Any) -> dict[str, dict[str, float]]:
+    """A prompt of each length."""
+    return {str(length): time_prompt(engine, length) for length in lengths}
+
+
+def make_side(model: str, lengths: list[int], policy: dict[str, Any]) -> Side:
+    """An engine that takes any of the prompts in one chunk."""
     longest = max(lengths)
-    engine = make_engine(
-        model,
-        policy,
-        SEED,
-        block_size=32,
-        max_model_len=longest + 1,
-        max_num_seqs=1,
-        max_num_batched_tokens=longest,
-    )
-    serve_rounds(
-        lambda: {str(length): time_prompt(engine, length) for length in lengths},
-        lambda: time_prompt(engine, min(lengths)),
-    )
+    settings = {
+        "model": model,
+        "max_model_len": longest + 1,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": longest,
+    }
+    warm_up = partial(time_prompt, num_tokens=min(lengths))
+    return Side(settings | policy, partial(time_round, lengths), warm_up)
 
 
-Report = dict[str, dict[str, float | list[float]]]
+Report = dict[str, dict[str, Any]]
 
 
 def figures(results: dict[str, list[Any]], length: int) -> Report:
@@ -97,31 +96,25 @@ def figures(results: dict[str, list[Any]], length: int) -> Report:
         name: [figure[str(length)] for figure in rounds]
         for name, rounds in results.items()
     }
-    stock = sides["stock"]
     report: Report = {}
     for name, rounds in sides.items():
-        faster = [
-            a["prefill_tokens_per_s"] / b["prefill_tokens_per_s"]
-            for a, b in zip(rounds, stock, strict=True)
-        ]
-        sooner = [a["ttft_s"] / b["ttft_s"] for a, b in zip(rounds, stock, strict=True)]
-        rows = statistics.median(figure["row_retention"] for figure in rounds)
-        report[name] = {
-            "row_retention": rows,
+        medians = {
+            key: statistics.median(figure[key] for figure in rounds)
+            for key in ("row_retention", "prefill_tokens_per_s", "ttft_s")
+        }
+        faster = ratios(rounds, sides["stock"], "prefill_tokens_per_s")
+        sooner = ratios(rounds, sides["stock"], "ttft_s")
+        report[name] = medians | {
             "prefill_ratio": statistics.median(faster),
             "prefill_ratio_range": [min(faster), max(faster)],
             "ttft_ratio": statistics.median(sooner),
             "ttft_ratio_range": [min(sooner), max(sooner)],
-            "gain_of_promise": statistics.median(faster) * rows,
-            "prefill_tokens_per_s": statistics.median(
-                figure["prefill_tokens_per_s"] for figure in rounds
-            ),
-            "ttft_s": statistics.median(figure["ttft_s"] for figure in rounds),
+            "gain_of_promise": statistics.median(faster) * medians["row_retention"],
         }
     return report
 
 
-def table(report: dict[str, dict[str, Any]], length: int) -> Table:
+def table(report: Report, length: int) -> Table:
     """Figures as people read them."""
     made = Table(
         title=f"Prompt of {length} tokens; ratios to stock: median (lowest-highest)",
@@ -130,12 +123,11 @@ def table(report: dict[str, dict[str, Any]], length: int) -> Table:
     for column in ("", "rows", "tokens/s", "ratio", "TTFT ratio", "of the promise"):
         made.add_column(column, justify="right")
     for name, side in report.items():
-        low, high = side["prefill_ratio_range"]
         made.add_row(
             name,
             f"{side['row_retention']:.1%}",
             f"{side['prefill_tokens_per_s']:.0f}",
-            f"{side['prefill_ratio']:.2f} ({low:.2f}-{high:.2f})",
+            spread([side["prefill_ratio"], *side["prefill_ratio_range"]], 2),
             f"{side['ttft_ratio']:.2f}",
             f"{side['gain_of_promise']:.0%}"
             + (" !" if side["gain_of_promise"] < WORTH else ""),
@@ -149,7 +141,6 @@ def main(
     retentions: Annotated[str, typer.Option()] = "0.7,0.5,0.3",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    side: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Print time to first token and prefill tokens/s of pruned prefill, and rows."""
     from transformers import AutoConfig
@@ -157,32 +148,17 @@ def main(
     folder = model or str(make_model())
     lengths = [int(length) for length in prompt_tokens.split(",")]
     num_layers = ModelShape.of(AutoConfig.from_pretrained(folder)).num_layers
-    policies = settings(num_layers, [float(r) for r in retentions.split(",") if r])
-    if side is not None:
-        serve_side(folder, lengths, None if side in STOCK else policies[side])
-        return
-    common = [
-        __file__,
-        *("--model", folder, "--prompt-tokens", prompt_tokens),
-        *("--retentions", retentions, "--side"),
-    ]
-    names = [*STOCK[1:], *policies]
-    results = [
-        take_turns(
-            {
-                name: [*common, name]
-                for name in ("stock", *names[i : i + SIDES_AT_ONCE])
-            },
-            rounds,
-        )
-        for i in range(0, len(names), SIDES_AT_ONCE)
-    ]
+    policies = policies_of(num_layers, [float(r) for r in retentions.split(",") if r])
+    sides = {name: make_side(folder, lengths, args) for name, args in policies.items()}
+    stock, names, results = make_side(folder, lengths, {}), list(sides), []
+    for i in range(0, len(names), SIDES_AT_ONCE):
+        others = {name: sides[name] for name in names[i : i + SIDES_AT_ONCE]}
+        results.append(take_turns({"stock": stock} | others, rounds))
     reports: dict[int, Report] = {length: {} for length in lengths}
     for length, report in reports.items():
         for group in results:
-            found = figures(group, length)
-            report.update({k: v for k, v in found.items() if k not in report})
-    for length, report in reports.items():
+            for name, side in figures(group, length).items():
+                report.setdefault(name, side)
         Console().print(table(report, length))
     if json_file is not None:
         content = {"prompt_tokens": reports, "rounds": results} | provenance(SEED)

@@ -25,15 +25,16 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 # Before vLLM is imported: its own notes would cut through the progress bar.
@@ -49,8 +50,8 @@ MODEL = "Llama-3-8B"
 POLICY = "pyramid"
 RUNNING = (64, 256, 512, 1024)
 TIERS = (1, 6, 32)
-LOADS = ("decode", "prefill")
-CACHING = ("on", "off")
+Load = StrEnum("Load", {"DECODE": "decode", "PREFILL": "prefill"})
+Caching = StrEnum("Caching", {"ON": "on", "OFF": "off"})
 ROUNDS = 5
 BLOCK_SIZE = 16
 #: One sequence in this many is in its prompt in load ``prefill``.
@@ -233,8 +234,8 @@ def measure(case: Case, num_rounds: int) -> dict[str, Any]:
 def cases(
     running: Sequence[int],
     tiers: Sequence[int],
-    caching: Sequence[str],
-    loads: Sequence[str],
+    caching: Iterable[str],
+    loads: Iterable[str],
     rounds: int,
 ) -> list[Case]:
     """The cases of a matrix that is to be measured in ``rounds`` rounds.
@@ -243,22 +244,15 @@ def cases(
         ValueError: a value is not valid; names the option, the value and what is.
     """
     num_layers = load_model(MODEL, None, 1).num_layers
-    checks: list[tuple[str, Sequence[Any], Callable[[Any], bool], str]] = [
-        (
-            "--running",
-            running,
-            lambda n: n > 0 and n % PROMPT_SHARE == 0,
-            f"positive multiples of {PROMPT_SHARE}",
-        ),
-        ("--tiers", tiers, lambda n: 1 <= n <= num_layers, f"1 to {num_layers}"),
-        ("--caching", caching, lambda v: v in CACHING, "one of " + ", ".join(CACHING)),
-        ("--load", loads, lambda v: v in LOADS, "one of " + ", ".join(LOADS)),
-        ("--rounds", (rounds,), lambda n: n > 0, "1 or more"),
-    ]
-    for option, values, is_valid, valid in checks:
-        for value in values:
-            if not is_valid(value):
-                raise ValueError(f"{option} is '{value}': valid is {valid}")
+    for num in running:
+        if num < 1 or num % PROMPT_SHARE:
+            valid = f"positive multiples of {PROMPT_SHARE}"
+            raise ValueError(f"--running is '{num}': valid is {valid}")
+    for num in tiers:
+        if not 1 <= num <= num_layers:
+            raise ValueError(f"--tiers is '{num}': valid is 1 to {num_layers}")
+    if rounds < 1:
+        raise ValueError(f"--rounds is '{rounds}': valid is 1 or more")
     return [
         Case(num_running, num_tiers, cached == "on", load)
         for load, cached, num_running, num_tiers in product(
@@ -291,19 +285,6 @@ def table(rows: list[dict[str, Any]], num_rounds: int) -> Table:
     return made
 
 
-def run(matrix: list[Case], num_rounds: int) -> list[dict[str, Any]]:
-    """Measure the rows, one after the other."""
-    rows = []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(matrix))
-        for case in matrix:
-            words = f"{case.load}, {case.running:,} running, {case.tiers} tiers"
-            progress.update(task, description=words)
-            rows.append(measure(case, num_rounds))
-            progress.advance(task)
-    return rows
-
-
 def listed(what: str, values: Sequence[Any]) -> Any:
     """An option that can be given several times."""
     default = ", ".join(map(str, values))
@@ -313,15 +294,19 @@ def listed(what: str, values: Sequence[Any]) -> Any:
 def main(
     running: Annotated[list[int] | None, listed("Sequences", RUNNING)] = None,
     tiers: Annotated[list[int] | None, listed("Numbers of tiers", TIERS)] = None,
-    caching: Annotated[list[str] | None, listed("Prefix caching", CACHING)] = None,
-    load: Annotated[list[str] | None, listed("Load", LOADS)] = None,
+    caching: Annotated[
+        list[Caching] | None, listed("Prefix caching", list(Caching))
+    ] = None,
+    load: Annotated[list[Load] | None, listed("Load", list(Load))] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of each side.")] = ROUNDS,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Print the scheduler's milliseconds a step, ours and stock vLLM's."""
-    chosen = (running or RUNNING, tiers or TIERS, caching or CACHING, load or LOADS)
+    chosen = (running or RUNNING, tiers or TIERS, caching or Caching, load or Load)
     matrix = or_fail(lambda: cases(*chosen, rounds))
-    rows = run(matrix, rounds)
+    rows = [
+        measure(case, rounds) for case in track(matrix, console=Console(stderr=True))
+    ]
     # At least as wide as the table, also where there is no terminal.
     console = Console()
     console.print(table(rows, rounds), width=max(80, console.width))

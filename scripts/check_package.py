@@ -98,7 +98,7 @@ def _same(found: set[str], expected: set[str], archive: Path) -> None:
 def install_alone(wheel: Path, folder: Path) -> Path:
     """The wheel in an environment that finds all else in ours; its programs' folder.
 
-    A line of a .pth file adds our site-packages behind its own, without the .pth files
+    A line of a .pth file adds our site-packages after its own, without the .pth files
     there: an editable install of ours is not seen.
     """
     venv.create(folder)

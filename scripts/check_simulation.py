@@ -33,41 +33,31 @@ class Bench:
 
     name: str
     label: str
-    options: tuple[str, ...]
+    options: str
 
 
 FIT = Bench(
     "fit",
     "the fit: 12 x (640 + 96), memory of 3 and of 12 sequences",
-    (
-        *("--num-prompts", "12", "--prompt-tokens", "640", "--output-tokens", "96"),
-        *("--kv-memory", "3x", "--kv-memory", "12x"),
-    ),
+    "--num-prompts 12 --prompt-tokens 640 --output-tokens 96 --kv-memory 3x "
+    "--kv-memory 12x",
 )
 UNSEEN = (
     Bench(
         "binds",
         "unshared, memory binds: 24 x (1,024 + 128), 4 sequences",
-        (
-            *("--num-prompts", "24", "--prompt-tokens", "1024"),
-            *("--output-tokens", "128", "--kv-memory", "4x"),
-        ),
+        "--num-prompts 24 --prompt-tokens 1024 --output-tokens 128 --kv-memory 4x",
     ),
     Bench(
         "free",
         "unshared, memory does not bind: 8 x (768 + 128), 16 sequences",
-        (
-            *("--num-prompts", "8", "--prompt-tokens", "768"),
-            *("--output-tokens", "128", "--kv-memory", "16x"),
-        ),
+        "--num-prompts 8 --prompt-tokens 768 --output-tokens 128 --kv-memory 16x",
     ),
     Bench(
         "shared",
         "one shared prefix: 12 x (1,024 shared + 96 + 64), 3 sequences",
-        (
-            *("--num-prompts", "12", "--shared-prefix", "1024"),
-            *("--prompt-tokens", "96", "--output-tokens", "64", "--kv-memory", "3x"),
-        ),
+        "--num-prompts 12 --shared-prefix 1024 --prompt-tokens 96 --output-tokens 64 "
+        "--kv-memory 3x",
     ),
 )
 
@@ -77,7 +67,7 @@ def run_bench(bench: Bench, model: str, out: Path, repeats: int) -> Path:
     folder = out / bench.name
     command = [str(Path(sys.executable).with_name("pyramid-vllm")), "bench"]
     command += ["--model", model, "--kv-policy", POLICY, "--repeats", str(repeats)]
-    subprocess.run([*command, *bench.options, "--out", str(folder)], check=True)
+    subprocess.run([*command, *bench.options.split(), "--out", str(folder)], check=True)
     return folder
 
 

@@ -1,9 +1,9 @@
-"""From the steps' results to goals, JSON and Markdown."""
+"""From the steps' results to goals and tables."""
 
 import json
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,31 @@ DEFAULT = "pyramid"
 RETENTION = 0.4
 Goal = dict[str, Any]
 Results = dict[str, Any]
+#: What a goal asks of a value, and a value as people read it.
+Aim = tuple[str, float, str]
+_MEETS: dict[str, Callable[[float, float], bool]] = {
+    "at most": lambda value, limit: value <= limit,
+    "at least": lambda value, limit: value >= limit,
+    "below": lambda value, limit: value < limit,
+    "above": lambda value, limit: value > limit,
+}
 
 
 def goal(
     name: str,
-    aim: str,
+    aim: Aim,
     value: float,
-    interval: Sequence[float] | None,
-    met: bool,
+    interval: tuple[float, float] | None,
     command: str,
 ) -> Goal:
     """One goal, as JSON holds it."""
+    how, limit, text = aim
     return {
         "name": name,
-        "goal": aim,
+        "goal": f"{how} {text}",
         "value": value,
         "interval": None if interval is None else list(interval),
-        "met": bool(met),
+        "met": bool(_MEETS[how](value, limit)),
         "command": command,
     }
 
@@ -60,31 +68,16 @@ def needles(tasks: Results) -> list[float]:
 
 def quality_goals(results: Results, model: str, command: str) -> list[Goal]:
     """Loss and retrieval of one model."""
-    ours, full = side(results), side(results, "full cache")
+    ours, theirs = side(results), needles(side(results, "full cache"))
     share = ours["continuation"]["summary"]["loss_difference_share"]
-    goals = [
-        goal(
-            f"continuation loss above the full cache's, {model}",
-            "at most 1%",
-            share["value"],
-            (share["low"], share["high"]),
-            share["value"] <= 0.01,
-            command,
-        )
-    ]
-    theirs = needles(full)
+    name = f"continuation loss above the full cache's, {model}"
+    interval = share["low"], share["high"]
+    goals = [goal(name, ("at most", 0.01, "1%"), share["value"], interval, command)]
     if statistics.mean(theirs) >= 0.9:
         ratio = ratio_interval(needles(ours), theirs, 0)
-        goals.append(
-            goal(
-                f"needles found, of the full cache's, {model}",
-                "at least 0.95",
-                ratio.value,
-                (ratio.low, ratio.high),
-                ratio.value >= 0.95,
-                command,
-            )
-        )
+        name = f"needles found, of the full cache's, {model}"
+        aim, interval = ("at least", 0.95, "0.95"), (ratio.low, ratio.high)
+        goals.append(goal(name, aim, ratio.value, interval, command))
     return goals
 
 
@@ -107,92 +100,59 @@ def peer_figures(peers: Results, retrieval: Task) -> Results:
 
 def peer_goals(results: Results, figures: Results, command: str) -> list[Goal]:
     """Ours against the best press, in loss and in retrieval."""
-    ours = side(results)
-    theirs = side(results, "full cache")["continuation"]["samples"]["loss"]
-    losses = ours["continuation"]["samples"]["loss"]
-    rises = [a - b for a, b in zip(losses, theirs, strict=True)]
-    best = min(figures.values(), key=lambda f: statistics.mean(f["rises"]))
-    pairs = zip(rises, best["rises"], strict=True)
-    difference = mean_interval([a - b for a, b in pairs], 0)
-    most = max(statistics.mean(f["scores"]) for f in figures.values())
+    ours, full = side(results), side(results, "full cache")
+    losses, theirs = (s["continuation"]["samples"]["loss"] for s in (ours, full))
+    best = min(figures.values(), key=lambda f: statistics.mean(f["rises"]))["rises"]
+    triples = zip(losses, theirs, best, strict=True)
+    less = mean_interval([a - b - c for a, b, c in triples], 0)
     found = statistics.mean(needles(ours))
-    return [
-        goal(
-            "rise of the loss less that of kvpress's best, nats a token",
-            "below 0",
-            difference.value,
-            (difference.low, difference.high),
-            difference.value < 0,
-            command,
-        ),
-        goal(
-            "needles found less those of kvpress's best",
-            "above 0",
-            found - most,
-            None,
-            found > most,
-            command,
-        ),
-    ]
+    found -= max(statistics.mean(f["scores"]) for f in figures.values())
+    name = "rise of the loss less that of kvpress's best, nats a token"
+    loss = goal(name, ("below", 0, "0"), less.value, (less.low, less.high), command)
+    name = "needles found less those of kvpress's best"
+    return [loss, goal(name, ("above", 0, "0"), found, None, command)]
 
 
-def _ratio_goal(name: str, aim: str, ratio: Results, met: bool, command: str) -> Goal:
-    return goal(name, aim, ratio["median"], (ratio["min"], ratio["max"]), met, command)
+def _ratio_goal(name: str, aim: Aim, ratio: Results, command: str) -> Goal:
+    return goal(name, aim, ratio["median"], (ratio["min"], ratio["max"]), command)
 
 
 def one_prompt_goals(results: Results, command: str) -> list[Goal]:
     """Memory of a request and time to first token."""
     figures = results["points"][0]["sides"][DEFAULT]
-    memory = figures["kv_bytes_per_request"]["ratio"]
-    sooner = figures["ttft_p50_s"]["ratio"]
-    return [
-        _ratio_goal(
-            "KV bytes a request, 2,048-token prompts, 128 output tokens, of stock's",
-            "at most 46%",
-            memory,
-            memory["median"] <= 0.46,
-            command,
-        ),
-        _ratio_goal(
-            "TTFT p50, 2,048-token prompts, of stock's",
-            "at most 0.75",
-            sooner,
-            sooner["median"] <= 0.75,
-            command,
-        ),
+    memory = "KV bytes a request, 2,048-token prompts, 128 output tokens, of stock's"
+    sooner = "TTFT p50, 2,048-token prompts, of stock's"
+    found: list[tuple[str, Aim, str]] = [
+        (memory, ("at most", 0.46, "46%"), "kv_bytes_per_request"),
+        (sooner, ("at most", 0.75, "0.75"), "ttft_p50_s"),
     ]
+    return [_ratio_goal(n, a, figures[key]["ratio"], command) for n, a, key in found]
 
 
 def batch_goals(results: Results, command: str) -> list[Goal]:
     """Throughput on both sides of the crossover."""
-    bound = [
-        point["sides"][DEFAULT]["total_tokens_per_s"]["ratio"] | {"at": point["label"]}
-        for point in results["points"]
-        if point["memory_binds"]
-    ]
-    free = [
-        point["sides"][DEFAULT]["total_tokens_per_s"]["ratio"] | {"at": point["label"]}
-        for point in results["points"]
-        if not point["memory_binds"]
-    ]
-    best = max(bound, key=lambda ratio: ratio["median"])
-    worst = min(free, key=lambda ratio: ratio["median"])
+    ratios: dict[bool, list[Results]] = {True: [], False: []}
+    for point in results["points"]:
+        ratio = point["sides"][DEFAULT]["total_tokens_per_s"]["ratio"]
+        ratios[point["memory_binds"]].append(ratio | {"at": point["label"]})
+    best = max(ratios[True], key=lambda ratio: ratio["median"])
+    worst = min(ratios[False], key=lambda ratio: ratio["median"])
+    bound = f"total tokens/s of stock's, KV-bound batch (memory {best['at']})"
+    free = f"total tokens/s of stock's, unbound batch (memory {worst['at']})"
     return [
-        _ratio_goal(
-            f"total tokens/s of stock's, KV-bound batch (memory {best['at']})",
-            "at least 2.2",
-            best,
-            best["median"] >= 2.2,
-            command,
-        ),
-        _ratio_goal(
-            f"total tokens/s of stock's, unbound batch (memory {worst['at']})",
-            "at least 0.97",
-            worst,
-            worst["median"] >= 0.97,
-            command,
-        ),
+        _ratio_goal(bound, ("at least", 2.2, "2.2"), best, command),
+        _ratio_goal(free, ("at least", 0.97, "0.97"), worst, command),
     ]
+
+
+def ceiling_of(points: list[Results]) -> float | None:
+    """What memory without end would gain; None: not both kinds of points are there."""
+    speeds: dict[bool, float] = {}
+    for point in points:
+        speed = point["sides"]["none"]["total_tokens_per_s"]["median"]
+        binds = point["memory_binds"]
+        speeds[binds] = max(speed, speeds.get(binds, 0.0))
+    return speeds[False] / speeds[True] if len(speeds) == 2 else None
 
 
 def load(step: Any) -> Results:
@@ -205,40 +165,40 @@ def collect(done: dict[str, Any]) -> dict[str, Any]:
     """Goals and tables of the steps that are done."""
     goals: list[Goal] = []
     extra: dict[str, Any] = {}
+    results = {name: load(step) for name, step in done.items()}
     commands = {name: shlex.join(step.command) for name, step in done.items()}
-    for name, model in (("quality", "SmolLM2-135M"), ("quality-second", "second")):
-        if name in done:
-            results = load(done[name])
-            label = (
-                model if name == "quality" else Path(results["settings"]["model"]).name
-            )
-            goals += quality_goals(results, label, commands[name])
-    if "peers" in done:
-        results = load(done["quality"])
-        figures = _peers(done, results)
-        goals += peer_goals(results, figures, commands["peers"])
-        extra["peers"] = figures
-    if "one-prompt" in done:
-        goals += one_prompt_goals(load(done["one-prompt"]), commands["one-prompt"])
-    if "batch" in done:
-        goals += batch_goals(load(done["batch"]), commands["batch"])
+    for name in ("quality", "quality-second", "peers", "one-prompt", "batch"):
+        if name not in results:
+            continue
+        found, command = results[name], commands[name]
+        if name == "quality":
+            goals += quality_goals(found, "SmolLM2-135M", command)
+        elif name == "quality-second":
+            model = Path(found["settings"]["model"]).name
+            goals += quality_goals(found, model, command)
+        elif name == "one-prompt":
+            goals += one_prompt_goals(found, command)
+        elif name == "batch":
+            goals += batch_goals(found, command)
+        elif name == "peers":
+            tasks, _ = tasks_of(results["quality"])
+            extra["peers"] = peer_figures(found, tasks["retrieval"])
+            goals += peer_goals(results["quality"], extra["peers"], command)
     return {"goals": goals, "commands": commands} | extra
 
 
-def _peers(done: dict[str, Any], results: Results) -> Results:
+def tasks_of(results: Results) -> tuple[dict[str, Task], EvalSettings]:
+    """The tasks of an evaluation by kind, and its settings; JSON has no tuples."""
     from transformers import AutoTokenizer
 
-    settings = eval_settings(results)
-    tasks = make_tasks(settings, AutoTokenizer.from_pretrained(settings.model), [])
-    (retrieval,) = [task for task in tasks if task.kind == "retrieval"]
-    return peer_figures(load(done["peers"]), retrieval)
+    from pyramid_vllm.tools.stop_ids import stop_ids
 
-
-def eval_settings(results: Results) -> EvalSettings:
-    """The settings of an evaluation; JSON has no tuples."""
-    return EvalSettings(
+    settings = EvalSettings(
         **{
             name: tuple(value) if isinstance(value, list) else value
             for name, value in results["settings"].items()
         }
     )
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
+    return {task.kind: task for task in tasks}, settings

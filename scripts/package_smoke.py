@@ -25,7 +25,7 @@ ENTRY_POINTS = {
 
 
 def check_install(version: str) -> None:
-    """What is imported, and what metadata tells, are of this environment."""
+    """What is imported, and what metadata says, are of this environment."""
     place = Path(pyramid_vllm.__file__).parent
     assert place.is_relative_to(sys.prefix), f"{place} is not below {sys.prefix}"
     installed = distribution("pyramid-vllm")

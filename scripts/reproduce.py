@@ -7,27 +7,47 @@ so that a restart goes on where it stopped.
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jinja2
 import typer
-from goals import RETENTION, collect, eval_settings, load, side
-from results import write_results
+from checkout import ROOT, commit
+from goals import (
+    DEFAULT,
+    RETENTION,
+    Results,
+    ceiling_of,
+    collect,
+    load,
+    needles,
+    side,
+    tasks_of,
+)
 from rich.console import Console
 
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
 #: The default as it is for a model without a profile.
 NO_PROFILE = '{"name": "pyramid-no-profile", "layer_weights": null}'
 #: Speeds are those without a prefix cache, whatever prompts have in common.
 NO_CACHING = ["--engine-args", '{"enable_prefix_caching": false}']
 PRESSES = ("snapkv", "pyramidkv", "streaming_llm")
+#: Figures of speed in the tables.
+SPEEDS = {
+    "total_tokens_per_s": "tokens/s",
+    "ttft_p50_s": "TTFT p50, s",
+    "tpot_p50_s": "TPOT p50, s",
+    "max_num_running": "most at once",
+    "num_preemptions": "preemptions",
+    "kv_bytes_per_request": "KV bytes a request",
+}
 
 
 @dataclass(frozen=True)
@@ -39,79 +59,52 @@ class Step:
     result: Path
 
 
-def quality(
-    name: str, out: Path, text: Path, model: Path | None, options: list[str]
-) -> Step:
-    """Losses and needles of a model against the full cache."""
-    command = ["pyramid-vllm", "eval", "--text", str(text), *options]
-    command += ["--retrieval", "single_needle", "--samples", "1"]
-    command += ["--agreement-tokens", "32", "--seed", str(SEED)]
-    command += ["--kv-policy", "pyramid", "--kv-policy", NO_PROFILE]
-    if model is not None:
-        command += ["--model", str(model)]
+def step(name: str, kind: str, out: Path, options: str, *more: str) -> Step:
+    """A command of ours; ``more`` may hold spaces."""
     folder = out / name
-    return Step(name, [*command, "--out", str(folder)], folder / "results.json")
-
-
-def bench(name: str, out: Path, options: list[str]) -> Step:
-    """Speed against stock vLLM."""
-    command = ["pyramid-vllm", "bench", "--seed", str(SEED), *options, *NO_CACHING]
-    folder = out / name
-    return Step(name, [*command, "--out", str(folder)], folder / "results.json")
+    command = ["pyramid-vllm", kind, *options.split(), *more, "--out", str(folder)]
+    return Step(name, command, folder / "results.json")
 
 
 def steps(out: Path, text: Path, second: Path | None) -> list[Step]:
     """All steps but the peers, which need what the first one evaluates."""
-    lengths = ["--prompt-tokens", "2048", "--retrieval-tokens", "2048"]
-    lengths += ["--target-tokens", "128"]
-    small = [
-        *lengths,
-        "--windows",
-        "6",
-        "--depths",
-        "6",
-        "--kv-policy",
-        "pyramid-by-depth",
-    ]
-    for retention in (0.3, RETENTION, 0.6):
-        small += ["--retention", str(retention)]
-    found = [quality("quality", out, text, None, small)]
+    lengths = "--prompt-tokens 2048 --retrieval-tokens 2048 --target-tokens 128"
+    needles = "--retrieval single_needle --samples 1 --agreement-tokens 32"
+    ours = f"{needles} --seed {SEED} --kv-policy pyramid --kv-policy"
+    first = f"{lengths} --windows 6 --depths 6 --kv-policy "
+    first += f"pyramid-by-depth --retention 0.3 --retention {RETENTION} "
+    first += f"--retention 0.6 {ours}"
+    more = (NO_PROFILE, "--text", str(text))
+    found = [step("quality", "eval", out, first, *more)]
     if second is not None:
-        options = [*lengths, "--windows", "3", "--depths", "4"]
-        options += ["--retention", str(RETENTION)]
-        found.append(quality("quality-second", out, text, second, options))
-    one = ["--num-prompts", "1", "--prompt-tokens", "2048", "--output-tokens", "128"]
-    found.append(bench("one-prompt", out, [*one, "--kv-memory", "2x"]))
-    batch = ["--num-prompts", "8", "--prompt-tokens", "1024", "--output-tokens", "256"]
-    for memory in ("4x", "12x"):
-        batch += ["--kv-memory", memory]
-    found.append(bench("batch", out, [*batch, "--repeats", "2"]))
+        options = f"{lengths} --windows 3 --depths 4 --retention "
+        options += f"{RETENTION} {ours}"
+        more += ("--model", str(second))
+        found.append(step("quality-second", "eval", out, options, *more))
+    one = "--num-prompts 1 --prompt-tokens 2048 --output-tokens 128 --kv-memory 2x"
+    batch = "--num-prompts 8 --prompt-tokens 1024 --output-tokens 256 --kv-memory 4x "
+    batch += "--kv-memory 12x --repeats 2"
+    for name, options in (("one-prompt", one), ("batch", batch)):
+        options = f"--seed {SEED} {options}"
+        found.append(step(name, "bench", out, options, *NO_CACHING))
     return found
 
 
 def peers(out: Path, first: Step) -> Step:
     """kvpress on the windows and needles of the first step, at the same share kept."""
-    from transformers import AutoTokenizer
-
-    from pyramid_vllm.tools.quality.settings import make_tasks
-    from pyramid_vllm.tools.stop_ids import stop_ids
-
     found = load(first)
-    settings = eval_settings(found)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
-    by_kind = {task.kind: task for task in tasks}
+    tasks, settings = tasks_of(found)
     ours = side(found)["continuation"]["summary"]["kept_share"]
     task = {
         "model": settings.model,
         "presses": dict.fromkeys(PRESSES, round(ours, 4)),
         "windows": [
             {"prompt": request.prompt_ids, "target": request.forced}
-            for request in by_kind["continuation"].requests
+            for request in tasks["continuation"].requests
         ],
         "samples": [
             {"prompt": request.prompt_ids, "max_tokens": request.max_tokens}
-            for request in by_kind["retrieval"].requests
+            for request in tasks["retrieval"].requests
         ],
         "seed": SEED,
     }
@@ -143,10 +136,34 @@ def run(step: Step, console: Console) -> None:
         raise RuntimeError(f"step {step.name} failed")
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+def write_results(
+    docs: Path, found: Results, done: dict[str, Step], origin: Results
+) -> None:
+    """Write results.json and results.md.
+
+    Args:
+        docs: the folder.
+        found: from ``collect``.
+        done: steps by name.
+        origin: where the figures come from.
+    """
+    text = json.dumps(found | {"provenance": origin}, indent=2)
+    (docs / "results.json").write_text(text + "\n", encoding="utf-8")
+    file = ROOT / "scripts" / "results.md.jinja"
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(
+        file.read_text(encoding="utf-8")
+    )
+    page = template.render(
+        {"peers": None} | found,
+        done={name: load(step) for name, step in done.items()},
+        origin=origin,
+        default=DEFAULT,
+        figures=SPEEDS,
+        mean=statistics.mean,
+        needles=needles,
+        ceiling_of=ceiling_of,
+    )
+    (docs / "results.md").write_text(page, encoding="utf-8")
 
 
 def main(
@@ -170,7 +187,7 @@ def main(
     found.append(peers(out, found[0]))
     if not only or "peers" in only:
         run(found[-1], console)
-    origin = provenance(SEED) | {"commit": _commit(), "text": text.name}
+    origin = provenance(SEED) | {"commit": commit() or "unknown", "text": text.name}
     done = {step.name: step for step in found if step.result.is_file()}
     write_results(docs, collect(done), done, origin)
     console.print(f"written: {docs / 'results.json'}, {docs / 'results.md'}")

@@ -12,33 +12,32 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
 import typer
+from checkout import commit
 from rich.console import Console
 from rich.table import Table
 from soak_load import (
+    BLOCK_SIZE,
     MAX_MODEL_LEN,
     Client,
     LoadRequest,
-    follow_running,
-    metrics,
+    Settings,
+    pages,
     pages_leaked,
     send_all,
     sustained_rate,
 )
-from soak_server import BLOCK_SIZE, Settings
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import num_pages
-from pyramid_vllm.tools.bench.server import serve
+from pyramid_vllm.tools.bench.server import Sampler, serve
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.sizes import format_bytes
@@ -51,37 +50,15 @@ DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
 CALIBRATION_S, CLIENTS_PER_SEQUENCE = 45.0, 3
 
 
-@dataclass
-class Figures:
-    """What became of one side's requests."""
+#: What became of one side's requests, as JSON holds it.
+Figures = dict[str, Any]
 
-    num_sent: int
-    num_finished: int
-    num_aborted: int
-    """Connections closed by us."""
-    num_errors: int
-    num_pages_leaked: int | None
-    """Pages in use with no request left; None: the server did not say."""
-    max_num_running: int
-    """Most sequences in any sample."""
-    num_preemptions: int | None
-    num_pages: int
-    requests_per_s: float
-    """Finished ones, from the first arrival to the last end."""
-    tokens_per_s: float
-    """Prompt and output tokens of finished requests."""
-    seconds: float
-    errors: dict[str, int]
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether every request ended as it should and left nothing behind."""
-        ended = self.num_finished + self.num_aborted + self.num_errors
-        return (
-            self.num_sent == ended
-            and self.num_errors == 0
-            and self.num_pages_leaked == 0
-        )
+def is_sound(side: Figures) -> bool:
+    """Whether every request ended as it should and left nothing behind."""
+    ended = side["num_finished"] + side["num_aborted"] + side["num_errors"]
+    all_ended = side["num_sent"] == ended and side["num_errors"] == 0
+    return all_ended and side["num_pages_leaked"] == 0
 
 
 def session(url: str) -> aiohttp.ClientSession:
@@ -93,44 +70,49 @@ def session(url: str) -> aiohttp.ClientSession:
     )
 
 
-async def calibrate(
-    url: str, requests: Iterator[LoadRequest], num_clients: int, seconds: float
-) -> float:
+async def calibrate(url: str, settings: Settings) -> float:
     """Requests a second that the server sustains."""
+    requests = settings.requests(settings.seed + 1, 1.0, math.inf)
+    num_clients = CLIENTS_PER_SEQUENCE * settings.stock_sequences
+    seconds = max(CALIBRATION_S, settings.minutes * 60 / 4)
     async with session(url) as connection:
         return await sustained_rate(Client(connection), requests, num_clients, seconds)
 
 
 async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures:
-    """Put the load on a server."""
+    """Put the load on a server.
+
+    Returns:
+        Counts of requests, of which we aborted some by closing their connections; pages
+        in use with no request left, None if the server did not say; most sequences in
+        any sample and preemptions, None if it has ended; rates of finished requests and
+        of their prompt and output tokens, from the first arrival to the last end.
+    """
     async with session(url) as connection:
-        await pages_leaked(connection)  # what came before has ended
-        before = await metrics(connection)
-        client, samples = Client(connection), [0.0]
-        sampler = asyncio.create_task(follow_running(connection, samples))
-        seconds = await send_all(client, requests, drain_s)
-        sampler.cancel()
-        leaked = await pages_leaked(connection)
+        client = Client(connection)
+        await pages_leaked(connection, url)  # what came before has ended
+        _, num_pages = pages(url)
+        with Sampler(url, lambda num_finished: None) as sampler:
+            seconds = await send_all(client, requests, drain_s)
+        leaked = await pages_leaked(connection, url)
         try:
-            after = await metrics(connection)
-            preemptions = after["num_preemptions_total"]
-            num_preemptions = int(preemptions - before["num_preemptions_total"])
-        except (aiohttp.ClientError, OSError, KeyError):
-            num_preemptions = None
-    return Figures(
-        num_sent=client.num_sent,
-        num_finished=client.num_finished,
-        num_aborted=client.num_aborted,
-        num_errors=client.errors.total(),
-        num_pages_leaked=leaked,
-        max_num_running=int(max(samples)),
-        num_preemptions=num_preemptions,
-        num_pages=int(before["num_pages"]),
-        requests_per_s=client.num_finished / seconds,
-        tokens_per_s=client.num_tokens / seconds,
-        seconds=seconds,
-        errors=dict(client.errors),
-    )
+            counts = {name: int(n) for name, n in sampler.figures().items()}
+        except OSError:
+            counts = {}
+    return {
+        "num_sent": client.num_sent,
+        "num_finished": client.num_finished,
+        "num_aborted": client.num_aborted,
+        "num_errors": client.errors.total(),
+        "num_pages_leaked": leaked,
+        "max_num_running": counts.get("max_num_running"),
+        "num_preemptions": counts.get("num_preemptions"),
+        "num_pages": num_pages,
+        "requests_per_s": client.num_finished / seconds,
+        "tokens_per_s": client.num_tokens / seconds,
+        "seconds": seconds,
+        "errors": dict(client.errors),
+    }
 
 
 def run_sides(
@@ -150,14 +132,7 @@ def run_sides(
         log = logs / f"{name}.log"
         with serve(settings.model, settings.arguments() + extra, log) as url:
             if name == "stock":
-                sustained = asyncio.run(
-                    calibrate(
-                        url,
-                        settings.requests(settings.seed + 1, 1.0, math.inf),
-                        CLIENTS_PER_SEQUENCE * settings.stock_sequences,
-                        max(CALIBRATION_S, seconds / 4),
-                    )
-                )
+                sustained = asyncio.run(calibrate(url, settings))
                 rate = settings.rate_factor * sustained
                 console.print(f"stock sustains {sustained:.3f} requests/s")
                 requests = list(settings.requests(settings.seed, rate, seconds))
@@ -169,32 +144,29 @@ def run_sides(
     return sides, sustained
 
 
-def known(count: int | None) -> str:
-    """A count, where the server was there to give it."""
-    return "unknown" if count is None else str(count)
-
-
 def table(sides: dict[str, Figures], policy: str) -> Table:
     """Figures as people read them."""
-    made = Table()
-    made.add_column("")
+    made = Table("")
     for name in sides:
         made.add_column("stock vLLM" if name == "stock" else policy, justify="right")
-    rows: list[tuple[str, Callable[[Figures], str]]] = [
-        ("requests sent", lambda side: f"{side.num_sent}"),
-        ("finished", lambda side: f"{side.num_finished}"),
-        ("aborted by us", lambda side: f"{side.num_aborted}"),
-        ("errors", lambda side: f"{side.num_errors}"),
-        ("pages leaked", lambda side: known(side.num_pages_leaked)),
-        ("  of", lambda side: f"{side.num_pages}"),
-        ("most sequences at once", lambda side: f"{side.max_num_running}"),
-        ("preemptions", lambda side: known(side.num_preemptions)),
-        ("finished requests/s", lambda side: f"{side.requests_per_s:.3f}"),
-        ("their tokens/s, prompt and output", lambda side: f"{side.tokens_per_s:.1f}"),
-        ("seconds to the last end", lambda side: f"{side.seconds:.0f}"),
-    ]
-    for label, cell in rows:
-        made.add_row(label, *(cell(side) for side in sides.values()))
+    rows = {
+        "requests sent": "{num_sent}",
+        "finished": "{num_finished}",
+        "aborted by us": "{num_aborted}",
+        "errors": "{num_errors}",
+        "pages leaked": "{num_pages_leaked}",
+        "  of": "{num_pages}",
+        "most sequences at once": "{max_num_running}",
+        "preemptions": "{num_preemptions}",
+        "finished requests/s": "{requests_per_s:.3f}",
+        "their tokens/s, prompt and output": "{tokens_per_s:.1f}",
+        "seconds to the last end": "{seconds:.0f}",
+    }
+    for label, cell in rows.items():
+        cells = (
+            cell.format(**side).replace("None", "unknown") for side in sides.values()
+        )
+        made.add_row(label, *cells)
     return made
 
 
@@ -204,17 +176,14 @@ def report(
     """The result, as JSON can hold it: the policy's figures, stock's below them."""
     from vllm.platforms import current_platform
 
-    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    root = Path(__file__).parent
-    commit = subprocess.run(describe, cwd=root, capture_output=True, text=True)
-    figures = asdict(sides["policy"]) | {"stock": asdict(sides["stock"])}
+    figures = sides["policy"] | {"stock": sides["stock"]}
     conditions = {
         "policy": policy,
         "settings": asdict(settings),
         "order": "one after the other, stock first",
         "stock_sustained_requests_per_s": sustained,
         "sent_requests_per_s": settings.rate_factor * sustained,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "device": current_platform.get_device_name(),
     }
     return figures | conditions | provenance(settings.seed)
@@ -266,25 +235,25 @@ def main(
     )
     console, logs = Console(), Path(tempfile.mkdtemp(prefix="pyramid-soak-"))
     console.print(f"{format_bytes(settings.kv_bytes)} of KV memory")
-    is_sound = False
+    is_whole = False
     try:
         sides, sustained = run_sides(settings, policy, logs, console)
         console.print(table(sides, policy))
         if json_file is not None:
             result = report(settings, sides, policy, sustained)
             json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        is_sound = sides["policy"].is_sound
+        is_whole = is_sound(sides["policy"])
         for side in sides.values():
-            for error, count in side.errors.items():
+            for error, count in side["errors"].items():
                 console.print(f"{count} x {error}", markup=False)
     except RuntimeError as error:
         console.print(f"failed: {error}", markup=False)
     finally:
-        if is_sound:
+        if is_whole:
             shutil.rmtree(logs)
         else:
             console.print(f"the servers' logs: {logs}", soft_wrap=True)
-    raise typer.Exit(0 if is_sound else 1)
+    raise typer.Exit(0 if is_whole else 1)
 
 
 if __name__ == "__main__":

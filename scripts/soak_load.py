@@ -12,15 +12,21 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
+from pyramid_vllm.tools.bench.server import as_flags
+from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
+
 PROMPT_TOKENS = (64, 400)
 OUTPUT_TOKENS = (16, 64)
 MAX_MODEL_LEN = PROMPT_TOKENS[1] + OUTPUT_TOKENS[1]
+BLOCK_SIZE = 32
+MAX_NUM_SEQS = 64
+#: Shorter than most prompts, so that these come in chunks.
+MAX_CHUNK = 256
 
 #: Share of requests that begin with one of a few common prefixes, and these.
 SHARED_SHARE, NUM_PREFIXES, PREFIX_TOKENS = 0.3, 4, 64
@@ -29,7 +35,7 @@ SHARED_SHARE, NUM_PREFIXES, PREFIX_TOKENS = 0.3, 4, 64
 #: fast and slow servers both meet some at every stage of a request.
 ABORT_S = (0.05, 20.0)
 
-SAMPLE_INTERVAL_S, METRICS_WITHIN_S = 0.5, 30.0
+METRICS_WITHIN_S = 30.0
 
 
 class RequestFailed(Exception):
@@ -83,6 +89,40 @@ def draw_requests(
                 abort = {"abort_s": math.exp(rng.uniform(first, last))}
         yield LoadRequest(start_s, prompt, max_tokens, **abort)
         start_s += rng.expovariate(rate)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides share."""
+
+    model: str
+    minutes: float
+    rate_factor: float
+    abort_share: float
+    stock_sequences: int
+    seed: int
+    vocab_size: int
+    kv_bytes: int
+
+    def arguments(self) -> list[str]:
+        """Options of ``vllm serve``."""
+        return as_flags(
+            {
+                "served_model_name": "model",
+                "dtype": "float32",
+                "enforce_eager": True,
+                "block_size": BLOCK_SIZE,
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_seqs": MAX_NUM_SEQS,
+                "max_num_batched_tokens": MAX_CHUNK,
+                "kv_cache_memory_bytes": self.kv_bytes,
+                "seed": self.seed,
+            }
+        )
+
+    def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
+        """Requests of this load."""
+        return draw_requests(seed, rate, seconds, self.vocab_size, self.abort_share)
 
 
 @dataclass
@@ -161,38 +201,13 @@ class Client:
         return True
 
 
-async def metrics(session: aiohttp.ClientSession) -> dict[str, float]:
-    """The server's own figures, by name without ``vllm:``; also ``num_pages``."""
-    figures = {}
-    limit = aiohttp.ClientTimeout(total=METRICS_WITHIN_S)
-    async with session.get("/metrics", timeout=limit) as response:
-        for line in (await response.text()).splitlines():
-            if not line.startswith("vllm:"):
-                continue
-            name, _, labels = line.removeprefix("vllm:").partition("{")
-            figures[name] = float(line.rpartition(" ")[2])
-            if name == "cache_config_info":
-                num_blocks = int(labels.split('num_gpu_blocks="')[1].split('"')[0])
-                figures["num_pages"] = num_blocks - 1  # one is the null block
-    return figures
-
-
-async def follow_running(session: aiohttp.ClientSession, samples: list[float]) -> None:
-    """Sample how many sequences run, until cancelled."""
-    while True:
-        # Where the server is gone, the requests tell.
-        with suppress(aiohttp.ClientError, OSError, KeyError):
-            samples.append((await metrics(session))["num_requests_running"])
-        await asyncio.sleep(SAMPLE_INTERVAL_S)
-
-
 async def sustained_rate(
     client: Client, requests: Iterator[LoadRequest], num_clients: int, seconds: float
 ) -> float:
     """Requests a second with ``num_clients`` clients that each send one at a time.
 
     Clients start together, so each one's first request goes uncounted; the rest takes
-    ``seconds`` or longer, until there are enough to tell.
+    ``seconds`` or longer, until enough have ended.
 
     Raises:
         RuntimeError: a request failed, or too few ended.
@@ -223,7 +238,7 @@ async def send_all(
 ) -> float:
     """Send every request when its time comes, whatever became of those before it.
 
-    What is not through ``drain_s`` after the last one was sent is an error.
+    What has not ended ``drain_s`` after the last one was sent is an error.
 
     Returns:
         Seconds from the start to the end of the last request.
@@ -240,8 +255,22 @@ async def send_all(
     return time.monotonic() - start
 
 
+def pages(url: str) -> tuple[float, int]:
+    """Pages of the server in use, and all.
+
+    Raises:
+        ScrapeError: the server does not answer.
+        KeyError: its answer lacks a metric.
+    """
+    series = fetch(metrics_url(url), METRICS_WITHIN_S).series
+    (labels,) = series["vllm:cache_config_info"]
+    num_pages = int(dict(labels)["num_gpu_blocks"]) - 1  # one is the null page
+    (usage,) = series["vllm:kv_cache_usage_perc"].values()
+    return usage * num_pages, num_pages
+
+
 async def pages_leaked(
-    session: aiohttp.ClientSession, wait_s: float = 30.0
+    session: aiohttp.ClientSession, url: str, wait_s: float = 30.0
 ) -> int | None:
     """Pages still in use with no request left; None where the server says nothing.
 
@@ -252,9 +281,8 @@ async def pages_leaked(
         probe = Client(session)
         try:
             await probe.send(LoadRequest(0.0, [1], 1, abort_s=wait_s))
-            figures = await metrics(session)
-            used = figures["kv_cache_usage_perc"] * figures["num_pages"]
-        except (aiohttp.ClientError, OSError, KeyError):
+            used, _ = await asyncio.to_thread(pages, url)
+        except (ScrapeError, KeyError):
             return None
         if used == 0 or time.monotonic() > deadline:
             # Rounded up, so that a trace of a page is not rounded away.

@@ -2,7 +2,7 @@
 
 Coordinate search: all values of each setting are tried beside the best policy so far,
 on the same prefills, the best change is taken, and so on while it gains. Costs are the
-KL of the next-token distribution from the full cache's behind a compressed prompt, and
+KL of the next-token distribution from the full cache's after a compressed prompt, and
 needles that the full cache finds and the policy loses.
 """
 
@@ -98,7 +98,7 @@ Prompt = tuple[str, list[int], list[int]]
 def prompts(
     tokenizer: Any, texts: list[str], num_tokens: int, num_windows: int, needles: int
 ) -> list[Prompt]:
-    """What policies are tried on: kind, prompt and the tokens behind it."""
+    """What policies are tried on: kind, prompt and the tokens after it."""
     found: list[Prompt] = []
     for text in texts:
         for part in windows(tokenizer.encode(text), num_tokens, 128, num_windows):
@@ -197,21 +197,15 @@ def main(
     if policy is None:
         raise typer.BadParameter("kv_policy 'none' has no settings")
     names = setting or [*SPACE, "prune_from"]
-    for name in names:
-        if name not in (*SPACE, "prune_from"):
-            valid = ", ".join([*SPACE, "prune_from"])
-            raise typer.BadParameter(f"setting is '{name}': valid are {valid}")
+    for name in set(names) - {*SPACE, "prune_from"}:
+        valid = ", ".join([*SPACE, "prune_from"])
+        raise typer.BadParameter(f"setting is '{name}': valid are {valid}")
     folder = model or str(make_model())
     config = AutoConfig.from_pretrained(folder).get_text_config()
     policy = fitted(policy, profile_weights(config))
     texts = [read_part(path, text_from, text_to) for path in text]
-    on = prompts(
-        AutoTokenizer.from_pretrained(folder),
-        texts,
-        prompt_tokens,
-        num_windows,
-        needles,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    on = prompts(tokenizer, texts, prompt_tokens, num_windows, needles)
     best, history = search(DenseModel(folder), policy, on, names, rounds)
     Console().print(best.model_dump(exclude_defaults=True))
     if json_file is not None:

@@ -30,7 +30,7 @@ from pyramid_vllm.kernels import (
     score_triton,
     select_triton,
 )
-from tests.paging import FP8, LAYOUTS, Cache, Request, Shape, ones, queries_of
+from tests.parity.paging import FP8, LAYOUTS, Cache, Request, Shape, ones, queries_of
 
 
 class _Driver:

@@ -59,8 +59,8 @@ def test_without_a_prefix_cache_nothing_is_hashed() -> None:
         ("--running", "9", "multiples of 8"),
         ("--running", "0", "multiples of 8"),
         ("--tiers", "33", "1 to 32"),
-        ("--load", "idle", "decode, prefill"),
-        ("--caching", "yes", "on, off"),
+        ("--load", "idle", "'prefill'"),
+        ("--caching", "yes", "'on', 'off'"),
         ("--rounds", "0", "1 or more"),
     ],
 )

@@ -28,8 +28,14 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_child_that_reads_no_task_says_why(script: Path) -> None:
     script.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="failed, exit status 3:\nout of luck"):
         run_child("any", LONG, print, os.environ)
+
+
+def test_a_child_that_takes_too_long_is_killed(script: Path) -> None:
+    script.write_text("#!/bin/sh\ncat >/dev/null\necho working >&2\nexec sleep 300\n")
+    with pytest.raises(RuntimeError, match=r"longer than 0\.5 s.*-9:\nworking"):
+        run_child("any", LONG, print, os.environ, timeout=0.5)
 
 
 def test_a_child_that_tells_less_than_asked_has_failed(script: Path) -> None:

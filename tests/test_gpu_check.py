@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from gpu_check import bandwidth, bench, engine, pieces
 from gpu_check.pieces import FAILED, MET, MISSED, OK, Options
-from gpu_check.prefill import PrefillLayer
 from gpu_check.timing import Timed
-from gpu_check.workload import Sizes, Step
+from gpu_check.workload import PrefillLayer, Sizes, Step
 
 from pyramid_vllm.kernels import pooled, select_tokens, window_scores
 
@@ -29,7 +28,7 @@ KERNELS = {
     "pool_scores",
     "select",
     "compact_pages",
-    "gather_into_pages",
+    "compact_requests",
     "tier_lengths",
     "row_indices",
     "gather_rows",
@@ -131,9 +130,10 @@ def pool_scores(*args, **kwargs):
 
 def test_broken_kernels_fail_the_check(tmp_path: Path) -> None:
     """A wrong one and one that raises; the others still run."""
-    for part in ("scripts/gpu_check", "pyramid_vllm/kernels"):
+    for part in ("scripts/gpu_check", "pyramid_vllm", "tests/parity"):
         shutil.copytree(ROOT / part, tmp_path / part)
-    shutil.copy(ROOT / "scripts" / "gpu-check", tmp_path / "scripts")
+    for file in ("scripts/gpu-check", "tests/__init__.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
     package = tmp_path / "pyramid_vllm"
     (package / "__init__.py").write_text("import no_such_package\n")
     for name, code in (("select_triton", OFF_BY_ONE), ("score_triton", RAISES)):
@@ -155,17 +155,31 @@ def test_broken_kernels_fail_the_check(tmp_path: Path) -> None:
     assert found["row_indices"]["status"] == OK
 
 
+DIES = """
+import os
+from gpu_check.pieces import OK, Check
+def run(options):
+    yield Check("first", OK)
+    print("last words")
+    os._exit(3)
+"""
+
+
 def test_a_piece_that_ends_its_process_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import os, sys\nprint('last words', file=sys.stderr)\n"
-    (tmp_path / "dies.py").write_text(f"{code}sys.stderr.flush()\nos._exit(3)\n")
-    (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="dies ended with 3:\nlast words"):
-        pieces.call_child("dies", {}, 30)
-    with pytest.raises(RuntimeError, match="sleeps ran longer than 1 s"):
-        pieces.call_child("sleeps", {}, 1)
+    """What it had found before is kept."""
+    package = tmp_path / "gpu_check"
+    package.mkdir()
+    path = [str(package), str(ROOT / "scripts" / "gpu_check")]
+    (package / "__init__.py").write_text(f"__path__ = {path}\n")
+    (package / "dies.py").write_text(DIES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    piece = pieces.run_piece("dies", Options(), 60, {})
+    assert piece.status == FAILED
+    assert [check.name for check in piece.checks] == ["first"]
+    assert "exit status 3" in piece.why
+    assert "last words" in piece.traceback
 
 
 TINY = Sizes(
@@ -179,6 +193,8 @@ TINY = Sizes(
     head_size=32,
     dtype=torch.float32,
     recent=8,
+    hidden=64,
+    intermediate=96,
 )
 
 
@@ -255,7 +271,7 @@ def test_bandwidths_are_shares_of_a_copys() -> None:
 
 
 def test_the_prefills_stand_in_runs() -> None:
-    layer = PrefillLayer(TINY, "cpu", hidden=64, intermediate=96)
+    layer = PrefillLayer(TINY, "cpu")
     assert layer.run().shape == (TINY.num_tokens, 64)
     assert layer.run().isfinite().all()
 
@@ -269,7 +285,7 @@ def test_engines_are_compared_until_tokens_differ() -> None:
     close = side([1, 2, 9], [-1.0, -2.0, -3.001])
     assert engine.alike("x", ours, close, 0.01).status == OK
     assert engine.alike("x", ours, close, 0.0001).status == FAILED
-    # Behind the first difference they have read other tokens.
+    # After the first difference they have read other tokens.
     later = side([1, 9, 3], [-1.0, -2.0, -7.0])
     assert engine.alike("x", ours, later, 0.01).status == OK
     sooner = side([1, 9, 3], [-1.0, -2.5, -3.0])

@@ -12,7 +12,7 @@ from pyramid_vllm.kernels.compact import compact_requests
 from pyramid_vllm.kernels.requests_triton import INTERPRETED
 from pyramid_vllm.kernels.spans import Attention, BlockTables, Spans
 from pyramid_vllm.policy import SCORERS, PolicyConfig, resolve_policy
-from tests.paging import Cache, Request, Shape, ones, queries_of
+from tests.parity.paging import Cache, Request, Shape, ones, queries_of
 
 if not INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)

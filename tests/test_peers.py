@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,24 +157,26 @@ def changed(content: dict[str, Any], path: str, value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("model", "/no/such/model", "model is '/no/such/model': valid is the folder"),
-        ("seed", None, "input lacks the key 'seed': valid are just model, presses"),
-        ("colour", 1, "input has a key 'colour'"),
-        ("presses.snap", 0.5, "a key of presses is 'snap': valid is one of snapkv"),
-        ("presses.snapkv", 1.0, "presses.snapkv is 1.0: valid is a share between"),
-        ("windows.0.target", [], r"length of windows\[0\].target is 0: valid is 1"),
-        ("windows.0.prompt", [1] * 64, r"windows\[0\].prompt is 64: valid is 65"),
-        ("windows.0.prompt", "text", r"windows\[0\].prompt is 'text': valid is a list"),
-        ("windows.0.target", [1, True], "valid is a list of token ids"),
-        ("samples.0.max_tokens", 0, r"samples\[0\].max_tokens is 0: valid is 1"),
-        ("samples.0.prompt", None, r"samples\[0\] lacks the key 'prompt'"),
+        ("model", "/no/such/model", ["valid is the folder of a model", "/no/such"]),
+        ("seed", None, ["Field required"]),
+        ("colour", 1, ["Unexpected"]),
+        ("presses.snap", 0.5, ["'snapkv', 'pyramidkv', 'streaming_llm'"]),
+        ("presses.snapkv", 1.0, ["less than 1", "input_value=1.0"]),
+        ("windows.0.target", [], ["at least 1 item", "not 0"]),
+        ("windows.0.prompt", [1] * 64, ["at least 65 items", "not 64"]),
+        ("windows.0.prompt", "text", ["valid array", "'text'"]),
+        ("windows.0.target", [1, True], ["valid integer", "True"]),
+        ("samples.0.max_tokens", 0, ["greater than 0", "input_value=0"]),
+        ("samples.0.prompt", None, ["Field required"]),
     ],
 )
 def test_what_is_wrong_with_the_input_is_named(
-    peer: Any, content: dict[str, Any], path: str, value: Any, words: str
+    peer: Any, content: dict[str, Any], path: str, value: Any, words: list[str]
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=re.escape(path)) as error:
         peer.read_task(changed(content, path, value))
+    for part in words:
+        assert part in str(error.value)
 
 
 def test_a_valid_input_is_taken(peer: Any, content: dict[str, Any]) -> None:
@@ -192,7 +195,7 @@ def test_peers_run_without_us(file: Path) -> None:
         elif isinstance(node, ast.ImportFrom):
             names.add(str(node.module).partition(".")[0])
     own = {other.stem for other in PEERS.glob("*.py")}
-    peers = {"torch", "transformers", "kvpress"}
+    peers = {"torch", "transformers", "kvpress", "pydantic", "annotated_types"}
     assert names <= set(sys.stdlib_module_names) | own | peers
 
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -69,9 +70,14 @@ def run_child(
     environment: Mapping[str, str],
     num_results: int = 1,
     arguments: tuple[str, ...] = (),
+    timeout: float | None = None,
 ) -> None:
     """Run ``python -m module arguments``, and pass on each message as it comes; the
-    other arguments and errors are those of ``run_job``."""
+    other arguments and errors are those of ``run_job``.
+
+    Args:
+        timeout: seconds after which the process is killed; None: never.
+    """
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
@@ -83,6 +89,9 @@ def run_child(
             text=True,
         ) as child,
     ):
+        timer = threading.Timer(timeout or 0, child.kill)
+        if timeout is not None:
+            timer.start()
         try:
             assert child.stdin is not None
             # A child that has ended already says why in its log.
@@ -92,9 +101,15 @@ def run_child(
         except BaseException:
             child.kill()
             raise
-        if child.wait() != 0 or found != num_results:
+        finally:
+            is_late = timer.finished.is_set()
+            timer.cancel()
+        status = child.wait()
+        if status != 0 or found != num_results:
             log.seek(0)
-            raise RuntimeError(f"the engine failed:\n{log.read()[-4000:]}")
+            how = f"ran longer than {timeout:g} s" if is_late else "failed"
+            why = f"the engine {how}, exit status {status}"
+            raise RuntimeError(f"{why}:\n{log.read()[-4000:]}")
 
 
 def _receive(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_check.loading import KNOWN, has_gpu
-from gpu_check.pieces import FAILED, SKIPPED, Options, Piece, run_child
+from gpu_check.pieces import FAILED, SKIPPED, Options, Piece, run_piece
 
 #: Pieces in their order, and after how many seconds each is ended.
 PIECES = {
@@ -23,7 +23,7 @@ _WIDTH = 40
 
 
 def options_of(arguments: list[str]) -> tuple[list[str], Path | None, Options]:
-    """Names of pieces, the JSON's file, and what the pieces are told."""
+    """Names of pieces, the JSON's file, and the options of the pieces."""
     parser = argparse.ArgumentParser(
         prog="scripts/gpu-check",
         description="Check and measure the plugin on a machine with an NVIDIA GPU. "
@@ -90,7 +90,7 @@ def main() -> None:
     pieces = []
     for name in names:
         print(f"running {name} ...", file=sys.stderr, flush=True)
-        pieces.append(run_child(name, options, PIECES[name], environment))
+        pieces.append(run_piece(name, options, PIECES[name], environment))
         print(*lines_of(pieces[-1]), sep="\n", flush=True)
     for line in skipped(pieces):
         print(f"skipped: {line['what']}: {line['why']}")
@@ -106,7 +106,7 @@ def main() -> None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"written: {json_file}")
     sys.stdout.flush()
-    # The drivers' threads need no farewell.
+    # The drivers' threads need no end of their own.
     os._exit(failed)
 
 

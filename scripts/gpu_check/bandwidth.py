@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gpu_check.loading import load_kernels, need_gpu
+from gpu_check.loading import Skip, load_package, need, need_gpu
 from gpu_check.pieces import (
     MEASURED,
     MET,
@@ -14,7 +14,6 @@ from gpu_check.pieces import (
     SKIPPED,
     Check,
     Options,
-    Skip,
     guarded,
 )
 
@@ -31,11 +30,12 @@ _QUERIES = (16, 64, 256)
 def run(options: Options) -> Iterator[Check]:
     """Only on a GPU: interpreted kernels say nothing about time."""
     need_gpu()
-    load_kernels()
+    need("torch", "triton")
+    load_package()
     from gpu_check.timing import Timer, copy_bandwidth, matmul_rate
     from gpu_check.workload import Sizes
 
-    timer = Timer(7 if options.quick else 25)
+    timer = Timer(100 if options.quick else 500)
     copied, multiplied = copy_bandwidth(timer), matmul_rate(timer)
     peaks = {"copy_bytes_per_s": copied, "matmul_flop_per_s": multiplied}
     detail = f"{copied / 1e9:.0f} GB/s read and written"
@@ -49,19 +49,24 @@ def run(options: Options) -> Iterator[Check]:
     yield guarded("share of a prefill step", lambda: _share(timer, options))
 
 
+def _lacks(num_bytes: float) -> str:
+    """Why so much memory cannot be had; empty: it can."""
+    import torch
+
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    needed = f"needs {num_bytes / 2**30:.0f} GiB of free GPU memory"
+    return needed if free < num_bytes else ""
+
+
 def _requests(
     sizes: Sizes, timer: Timer, peaks: dict[str, float], options: Options
 ) -> Iterator[Check]:
     """All that is measured of as many requests; their memory goes with the step."""
-    import torch
-
     from gpu_check.workload import Step
 
     label = f"{sizes.num_requests} x {sizes.num_tokens}, {sizes.layout}"
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    if free < 1.5 * sizes.cache_bytes:
-        why = f"needs {1.5 * sizes.cache_bytes / 2**30:.0f} GiB of free GPU memory"
+    if why := _lacks(1.5 * sizes.cache_bytes):
         yield Check(f"kernels, {label}", SKIPPED, why)
         return
     step = Step(sizes, "cuda", options.seed)
@@ -80,22 +85,24 @@ def _requests(
         yield guarded(name, lambda n=name, s=other: _score(n, s, timer, peaks))
 
 
-def _figures(timed: Timed) -> dict[str, Any]:
-    return {"launched_ms": timed.launched, "replayed_ms": timed.replayed}
+def _figures(timed: Timed, **more: Any) -> dict[str, Any]:
+    return {"launched_ms": timed.launched, "replayed_ms": timed.replayed} | more
 
 
 def _compact(
     name: str, step: Step, layers: int, timer: Timer, peaks: dict[str, float]
 ) -> Check:
     timed = timer.time(lambda: step.compact(slice(0, layers)))
-    rate = step.sizes.moved_bytes(layers) / timed.best * 1e3
+    num_bytes = step.sizes.moved_bytes(layers)
+    rate = num_bytes / timed.best * 1e3
     share = rate / peaks["copy_bytes_per_s"]
-    figures = _figures(timed) | {
-        "bytes": step.sizes.moved_bytes(layers),
-        "bytes_per_s": rate,
-        "share_of_copy": share,
-        "goal": COMPACT_GOAL,
-    }
+    figures = _figures(
+        timed,
+        bytes=num_bytes,
+        bytes_per_s=rate,
+        share_of_copy=share,
+        goal=COMPACT_GOAL,
+    )
     detail = (
         f"{timed.best:.3f} ms (launched {timed.launched:.3f}), {rate / 1e9:.0f} GB/s, "
         f"{share:.0%} of a copy; goal: at least {COMPACT_GOAL:.0%}"
@@ -122,21 +129,22 @@ def _score(name: str, step: Step, timer: Timer, peaks: dict[str, float]) -> Chec
     """Layer by layer; keys count once, though two passes read them."""
     sizes, layers = step.sizes, step.sizes.num_layers
     timed = timer.time(step.score_layers)
-    seconds = timed.best / 1e3
-    rate, flops = sizes.key_bytes(layers) / seconds, sizes.score_flop(layers) / seconds
+    seconds, copied = timed.best / 1e3, peaks["copy_bytes_per_s"]
+    num_bytes, flops = sizes.key_bytes(layers), sizes.score_flop(layers) / seconds
     bound, least = regime(sizes, layers, peaks)
-    share = rate / peaks["copy_bytes_per_s"]
-    possible = sizes.key_bytes(layers) / least / peaks["copy_bytes_per_s"]
-    figures = _figures(timed) | {
-        "key_bytes": sizes.key_bytes(layers),
-        "bytes_per_s": rate,
-        "flop_per_s": flops,
-        "share_of_copy": share,
-        "possible_share_of_copy": possible,
-        "bound": bound,
-        "share_of_bound": least / seconds,
-        "goal": SCORE_GOAL,
-    }
+    rate = num_bytes / seconds
+    share, possible = rate / copied, num_bytes / least / copied
+    figures = _figures(
+        timed,
+        key_bytes=num_bytes,
+        bytes_per_s=rate,
+        flop_per_s=flops,
+        share_of_copy=share,
+        possible_share_of_copy=possible,
+        bound=bound,
+        share_of_bound=least / seconds,
+        goal=SCORE_GOAL,
+    )
     detail = (
         f"{timed.best:.3f} ms for {layers} layers (launched {timed.launched:.3f}), "
         f"{rate / 1e9:.0f} GB/s of keys, {share:.0%} of a copy; goal: at least "
@@ -148,30 +156,26 @@ def _score(name: str, step: Step, timer: Timer, peaks: dict[str, float]) -> Chec
 
 def _share(timer: Timer, options: Options) -> Check:
     """Of one prompt: scoring, selection and compaction of all layers."""
-    import torch
+    from gpu_check.workload import PrefillLayer, Sizes, Step
 
-    from gpu_check.prefill import PrefillLayer
-    from gpu_check.workload import Sizes, Step
-
-    sizes, name = Sizes(), "share of a prefill step"
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    if free < 4 * 2**30:
-        raise Skip("needs 4 GiB of free GPU memory")
-    layer = timer.median_ms(PrefillLayer(sizes, "cuda").run)
-    whole = layer * sizes.num_layers
+    sizes = Sizes()
+    if why := _lacks(4 * 2**30):
+        raise Skip(why)
+    whole = timer.median_ms(PrefillLayer(sizes, "cuda").run) * sizes.num_layers
     timed = timer.time(Step(sizes, "cuda", options.seed).prefill)
     share = timed.best / whole
-    figures = _figures(timed) | {
-        "prefill_ms": whole,
-        "share": share,
-        "launched_share": timed.launched / whole,
-        "goal": SHARE_GOAL,
-        "sizes": {k: str(v) for k, v in asdict(sizes).items()},
-    }
+    figures = _figures(
+        timed,
+        prefill_ms=whole,
+        share=share,
+        launched_share=timed.launched / whole,
+        goal=SHARE_GOAL,
+        sizes={k: str(v) for k, v in asdict(sizes).items()},
+    )
     detail = (
         f"{timed.best:.2f} ms of {whole:.1f} ms: {share:.1%} (launched one by one, "
         f"{timed.launched:.2f} ms: {timed.launched / whole:.1%}); goal: at most "
         f"{SHARE_GOAL:.0%}"
     )
-    return Check(name, MET if share <= SHARE_GOAL else MISSED, detail, figures)
+    status = MET if share <= SHARE_GOAL else MISSED
+    return Check("share of a prefill step", status, detail, figures)

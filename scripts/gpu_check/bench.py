@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_check.loading import has_gpu
-from gpu_check.pieces import MEASURED, Check, Options, Skip
+from gpu_check.loading import ROOT, Skip, has_gpu, need
+from gpu_check.pieces import MEASURED, Check, Options
 
 _TIMEOUT = 5 * 3600
 _TAIL_CHARS = 4000
@@ -25,7 +24,8 @@ class Shape:
     """A model, and what is asked of it."""
 
     name: str
-    config: dict[str, Any]
+    changes: dict[str, Any]
+    """Of Llama-3-8B's configuration."""
     least_gib: float
     """GPU memory below which it is not tried."""
     dtype: str = "bfloat16"
@@ -36,73 +36,39 @@ class Shape:
     """What binds, and what does not; in stock sequences."""
     repeats: int = 3
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the model, as transformers reads it."""
+        file = ROOT / "configs" / "shapes" / "Llama-3-8B" / "config.json"
+        base: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return base | self.changes
 
-_LLAMA_3 = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "torch_dtype": "bfloat16",
+
+LARGE = Shape("Llama-3-8B-shaped", {}, 40)
+_SMALL = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
 }
-LARGE = Shape(
-    "Llama-3-8B-shaped",
-    _LLAMA_3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "tie_word_embeddings": False,
-    },
-    40,
-)
-SMALL = Shape(
-    "Llama-3.2-1B-shaped",
-    _LLAMA_3
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    10,
-)
-TINY = Shape(
-    "tiny",
-    SMALL.config
-    | {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    0,
-    dtype="float32",
-    num_prompts=4,
-    prompt_tokens=256,
-    output_tokens=8,
-    kv_memory=("2x", "6x"),
-    repeats=1,
-)
+SMALL = Shape("Llama-3.2-1B-shaped", _SMALL, 10)
+_TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
+TINY = Shape("tiny", _TINY, 0, "float32", 4, 256, 8, ("2x", "6x"), 1)
 
 
 def run(options: Options) -> Iterator[Check]:
     """Stock vLLM and the policy in turns, where memory binds and where not."""
-    for package in ("torch", "vllm", "transformers", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise Skip(f"{package} is not installed")
+    need("torch", "vllm", "transformers", "matplotlib")
     shape = TINY if options.on_cpu else _shape_that_fits()
     if shape is SMALL:
         why = f"less than {LARGE.least_gib} GiB: {SMALL.name} in place of {LARGE.name}"
@@ -142,9 +108,7 @@ def arguments(shape: Shape, folder: Path, options: Options) -> list[str]:
         "--out": folder / "results",
     }
     texts = [str(part) for pair in found.items() for part in pair]
-    for memory in shape.kv_memory:
-        texts += ["--kv-memory", memory]
-    return texts
+    return [*texts, *(x for memory in shape.kv_memory for x in ("--kv-memory", memory))]
 
 
 def _results(shape: Shape, options: Options) -> dict[str, Any]:
@@ -169,9 +133,8 @@ def _results(shape: Shape, options: Options) -> dict[str, Any]:
         )
         if done.returncode:
             tail = (done.stdout + done.stderr)[-_TAIL_CHARS:]
-            raise RuntimeError(
-                f"pyramid-vllm bench ended with {done.returncode}:\n{tail}"
-            )
+            how = f"ended with {done.returncode}"
+            raise RuntimeError(f"pyramid-vllm bench {how}:\n{tail}")
         file = folder / "results" / "results.json"
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
@@ -183,8 +146,7 @@ def _check(shape: Shape, point: dict[str, Any], results: dict[str, Any]) -> Chec
     (policy,) = [name for name in sides if name != "none"]
     parts = []
     for key in _FIGURES:
-        ratio = sides[policy][key]["ratio"]
-        if ratio is not None:
+        if ratio := sides[policy][key]["ratio"]:
             low, high = ratio["min"], ratio["max"]
             parts.append(f"{key} {ratio['median']:.2f} ({low:.2f}-{high:.2f})")
     rate = sides["none"]["total_tokens_per_s"]["median"]

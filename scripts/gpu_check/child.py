@@ -1,23 +1,32 @@
 """The process of one piece."""
 
 import importlib
-import json
-import sys
+import traceback
 from dataclasses import asdict
 
-from gpu_check.pieces import Options, run_here, write_result
+from gpu_check.loading import Skip, load_package
+from gpu_check.pieces import FAILED, SKIPPED, Options
 
 
 def main() -> None:
-    """Entry point of the child process."""
-    task = json.load(sys.stdin)
-    name = task["name"]
+    """Entry point of the process of a piece."""
+    load_package()
+    from pyramid_vllm.tools.engine_process import leave, read_task, tell
 
-    def run(options: Options):  # type: ignore[no-untyped-def]
+    task = read_task()
+    result: dict[str, str] = {}
+    try:
         # Here, so that a module that cannot be imported is a failed piece.
-        yield from importlib.import_module(f"gpu_check.{name}").run(options)
-
-    write_result(asdict(run_here(name, run, Options(**task["options"]))))
+        module = importlib.import_module(f"gpu_check.{task['name']}")
+        for check in module.run(Options(**task["options"])):
+            tell("check", asdict(check))
+    except Skip as skip:
+        result = {"status": SKIPPED, "why": str(skip)}
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        result = {"status": FAILED, "why": why, "traceback": traceback.format_exc()}
+    tell("result", result)
+    leave()
 
 
 if __name__ == "__main__":

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from gpu_check.loading import has_gpu
-from gpu_check.pieces import (
-    FAILED,
-    MEASURED,
-    OK,
-    SKIPPED,
-    Check,
-    Options,
-    Skip,
-    call_child,
-)
+from gpu_check.loading import Skip, has_gpu, need
+from gpu_check.pieces import FAILED, MEASURED, OK, SKIPPED, Check, Options
 
 #: Attention backends and what their engines compute in: the most exact they have.
 BACKENDS = {"TRITON_ATTN": "float32", "FLASH_ATTN": "float16", "FLASHINFER": "float16"}
@@ -53,9 +44,7 @@ _SIDE_TIMEOUT = 900.0
 
 def run(options: Options) -> Iterator[Check]:
     """Backend by backend; each engine has a process of its own on a GPU."""
-    for package in ("torch", "vllm", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise Skip(f"{package} is not installed")
+    need("torch", "vllm", "transformers")
     if not options.on_cpu and not has_gpu():
         raise Skip("no NVIDIA GPU that torch can use")
     names = ["TRITON_ATTN"] if options.on_cpu else list(BACKENDS)
@@ -86,17 +75,24 @@ def _task(backend: str, folder: str, options: Options) -> dict[str, Any]:
 
 def _results(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Of every side; one that fails says so."""
+    from pyramid_vllm.tools.engine_process import run_child
+
     sides = task["sides"]
     parts = [sides] if task["on_cpu"] else [{name: sides[name]} for name in sides]
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for part in parts:
-        timeout = _SIDE_TIMEOUT * len(part)
         try:
-            results |= call_child(
-                "gpu_check.engine_job", task | {"sides": part}, timeout
+            run_child(
+                "gpu_check.engine_job",
+                task | {"sides": part},
+                lambda message: results.update(message["result"]),
+                os.environ,
+                num_results=len(part),
+                timeout=_SIDE_TIMEOUT * len(part),
             )
         except RuntimeError as error:
-            results |= {name: {"error": str(error)} for name in part}
+            for name in part:
+                results.setdefault(name, {"error": str(error)})
     return results
 
 

