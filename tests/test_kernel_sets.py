@@ -12,7 +12,7 @@ from pyramid_vllm.kernels.compact import compact_requests
 from pyramid_vllm.kernels.requests_triton import INTERPRETED
 from pyramid_vllm.kernels.spans import Attention, BlockTables, Spans
 from pyramid_vllm.policy import SCORERS, PolicyConfig, resolve_policy
-from tests.parity.paging import Cache, Request, Shape, ones, queries_of
+from tests.parity.paging import Cache, Request, Shape, queries_of
 
 if not INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
@@ -37,28 +37,33 @@ def on_host(spans: Spans) -> Any:
     return torch.stack(spans).numpy()
 
 
-def attention(num_layers: int, num_heads: int, sinks: bool) -> Attention:
-    addresses, _ = ones(1, 1.0)
-    logits = [torch.randn(num_heads) for _ in range(num_layers)] if sinks else None
-    factors = addresses.repeat(num_layers)
-    return Attention(0.3, 5.0, logits, torch.ones(1), factors)
-
-
 def scores_of(
-    kernels: Any, cache: Cache, config: PolicyConfig, sinks: bool, ring: int | None
+    kernels: Any,
+    requests: list[Request],
+    config: PolicyConfig,
+    layout: str = "HND",
+    sinks: bool = False,
+    ring: int | None = None,
 ) -> tuple[torch.Tensor, Spans]:
+    """By the same numbers whatever the kernels."""
     torch.manual_seed(0)
-    shape = cache.shape
+    shape = Shape(layout=layout)
+    cache = Cache(shape, requests)
     query, starts, _ = queries_of(cache, 3, shape.dtype, ring)
     spans = cache.spans(starts)
     out = torch.zeros(shape.num_layers, shape.num_heads, cache.num_scores)
-    # One, whose address the kernels read.
     factor = torch.ones(1)
-    of_layers = attention(shape.num_layers, 3 * shape.num_heads, sinks)
-    pointers = torch.tensor([factor.data_ptr()] * shape.num_layers)
+    logits = [torch.randn(3 * shape.num_heads) for _ in range(shape.num_layers)]
+    attention = Attention(
+        scale=0.3,
+        logits_soft_cap=5.0,
+        sink_logits=logits if sinks else None,
+        query_scale=factor,
+        key_scales=torch.tensor([factor.data_ptr()] * shape.num_layers),
+    )
     kernels.score(
         config,
-        of_layers._replace(key_scales=pointers),
+        attention,
         query,
         torch.arange(shape.num_layers),
         cache.paged(),
@@ -78,9 +83,8 @@ def scores_of(
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
 def test_scores(scorer: str, sinks: bool, layout: str) -> None:
     config = policy(scorer=scorer, distance_weight=1.5, queries=None)
-    cache = Cache(Shape(layout=layout), REQUESTS)
     (ours, spans), (theirs, _) = (
-        scores_of(kernels, cache, config, sinks, None) for kernels in SETS
+        scores_of(kernels, REQUESTS, config, layout, sinks) for kernels in SETS
     )
     for i, request in enumerate(REQUESTS):
         if config.needs_queries and not request.num_queries:
@@ -100,9 +104,8 @@ def test_scores_of_columns_by_queries_in_a_ring() -> None:
         Request(23, num_queries=1, ring_start=7, column=5, num_columns=7),
         Request(64, num_queries=5, column=40, num_columns=7),
     ]
-    cache = Cache(Shape(), requests)
     (ours, spans), (theirs, _) = (
-        scores_of(kernels, cache, policy(), False, 8) for kernels in SETS
+        scores_of(kernels, requests, policy(), ring=8) for kernels in SETS
     )
     for offset in spans.offset.tolist():
         own = slice(offset, offset + 7)

@@ -17,8 +17,6 @@ from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any, NoReturn
 
-from pyramid_vllm.policy import KVPolicyError
-
 #: Starts the lines that are messages.
 MARK = "@pyramid-vllm "
 
@@ -54,6 +52,9 @@ def run_job(
 
     def receive(message: dict[str, Any]) -> None:
         if "error" in message:
+            # Not above: scripts start children where policies cannot be imported.
+            from pyramid_vllm.policy import KVPolicyError
+
             raise KVPolicyError(message["error"])
         if "result" in message:
             on_result(message["result"])
@@ -150,6 +151,8 @@ def leave() -> NoReturn:
 
 def main(job: str) -> None:
     """In the process: run the job with its task."""
+    from pyramid_vllm.policy import KVPolicyError
+
     module, _, name = job.partition(":")
     try:
         getattr(import_module(module), name)(read_task(), tell)

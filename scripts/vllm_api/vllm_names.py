@@ -6,6 +6,7 @@
 
 #: Where a later version has what the version before it had elsewhere.
 MOVED = {
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_configs": "vllm.v1.core.kv_cache_planning:get_kv_cache_configs",
     "vllm.v1.core.kv_cache_utils:get_kv_cache_groups": "vllm.v1.core.kv_cache_planning:get_kv_cache_groups",
     "vllm.v1.core.kv_cache_utils:_get_kv_cache_groups_uniform_page_size": "vllm.v1.core.kv_cache_planning:_get_kv_cache_groups_uniform_page_size",
 }
@@ -212,6 +213,11 @@ CALLED = {
         "max_cache_hit_length",
     ),
     "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.get_all_free_blocks": (),
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_configs": (
+        "vllm_config",
+        "kv_cache_specs",
+        "available_memory",
+    ),
     "vllm.v1.executor:Executor.get_class": ("vllm_config",),
     "vllm.v1.request:Request.get_finished_reason": (),
     "vllm.v1.request:Request.take_events": (),

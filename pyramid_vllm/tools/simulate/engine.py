@@ -6,6 +6,8 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,15 +55,12 @@ class SimulatedEngine:
     def __init__(self, settings: EngineSettings, policy: PolicyConfig | None) -> None:
         from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-        try:  # where vLLM 0.33 has it
-            from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
-        except ImportError:
-            from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-
         self.settings = settings
         self._config = config = _engine_config(settings, policy)
         specs = _specs(config, settings, policy)
-        (self._kv_config,) = get_kv_cache_configs(config, [specs], [settings.kv_bytes])
+        (self._kv_config,) = _planning().get_kv_cache_configs(
+            config, [specs], [settings.kv_bytes]
+        )
         config.cache_config.num_gpu_blocks = self._kv_config.num_blocks
         self._block_sizes = resolve_kv_cache_block_sizes(self._kv_config, config)
         self.max_model_len = int(config.model_config.max_model_len)
@@ -156,6 +155,12 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
     config.cache_config.kv_cache_layout = "LBNHC"
     config.scheduler_config.async_scheduling = settings.async_scheduling
     return config
+
+
+def _planning() -> Any:
+    """Where vLLM plans KV caches: from 0.33 on a module of its own."""
+    name = "vllm.v1.core.kv_cache_planning"
+    return import_module(name if find_spec(name) else "vllm.v1.core.kv_cache_utils")
 
 
 def _specs(
