@@ -39,8 +39,8 @@ class PromptWindow:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupWindow:
-    """A request whose generated tokens this step compresses by one group.
+class GeneratedWindow:
+    """A request some of whose generated tokens this step compresses.
 
     Set by the scheduler; read by the worker once the step's forward pass is over.
     """
@@ -51,12 +51,12 @@ class GroupWindow:
     num_tokens: int
     """Tokens computed once this step is over."""
     num_queries: int
-    """Newest generated tokens whose queries score the group."""
+    """Newest generated tokens whose queries score the window."""
     starts: tuple[int, ...]
-    """First cached token of the group, per tier."""
-    group: int
-    """Tokens of the group."""
-    group_kept: tuple[int, ...]
+    """First cached token of the window, per tier."""
+    size: int
+    """Tokens of the window."""
+    num_chosen: tuple[int, ...]
     """How many of them each tier keeps."""
     num_kept: tuple[int, ...]
     """Cache length of each tier after the compaction."""
@@ -76,7 +76,7 @@ class StepPlan:
     windows: tuple[PromptWindow, ...]
     """Read by the attention layers (scores, pruning, compaction) and, after the step,
     by the worker (block-table rows)."""
-    groups: tuple[GroupWindow, ...]
+    generated: tuple[GeneratedWindow, ...]
     """Read by the worker after the forward pass (scores, compaction, rows)."""
     released: frozenset[str]
     """Requests that finished or were preempted: the worker drops their queries."""
@@ -94,7 +94,7 @@ class StepPlan:
     @property
     def cache_lengths(self) -> dict[str, tuple[int, ...]]:
         """Of each request that this step takes tokens from: what each tier keeps."""
-        kept = {group.req_id: group.num_kept for group in self.groups}
+        kept = {window.req_id: window.num_kept for window in self.generated}
         for window in self.windows:
             if window.num_kept is not None:
                 kept[window.req_id] = window.num_kept

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyramid_vllm.plan import GroupWindow, PromptWindow, StepPlan, plan_of
+from pyramid_vllm.plan import GeneratedWindow, PromptWindow, StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.worker.runners.v1 import V1Runner
 
@@ -83,7 +83,7 @@ class PageWorker:
         self._prepare(output, plan, starts)
         for group_id, tier in self._tier_of_group.items():
             self._run_group(output, plan, starts, group_id, tier)
-        for group in plan.groups:
+        for group in plan.generated:
             for group_id, tier in self._tier_of_group.items():
                 self._compress(group, group_id, tier)
         for req_id in plan.cache_lengths:
@@ -221,15 +221,15 @@ class PageWorker:
         slots = np.array(pages)[places // block_size], places % block_size
         self._memory[slots] = kept
 
-    def _compress(self, group: GroupWindow, group_id: int, tier: int) -> None:
+    def _compress(self, group: GeneratedWindow, group_id: int, tier: int) -> None:
         request = self.requests[group.req_id]
         held, start = request.held[group_id], group.starts[tier]
-        chosen = self._rng.choice(group.group, group.group_kept[tier], replace=False)
+        chosen = self._rng.choice(group.size, group.num_chosen[tier], replace=False)
         request.held[group_id] = np.concatenate(
             (
                 held[:start],
-                held[start : start + group.group][np.sort(chosen)],
-                held[start + group.group :],
+                held[start : start + group.size][np.sort(chosen)],
+                held[start + group.size :],
             )
         )
         assert len(request.held[group_id]) == group.num_kept[tier]

@@ -1,6 +1,7 @@
 """Who may import whom."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,23 @@ def test_parts_import_only_what_they_may(part: str) -> None:
             for prefix in FORBIDDEN[part]:
                 wrong = module == prefix or module.startswith(prefix + ".")
                 assert not wrong, f"{source.name} imports {module}"
+
+
+def test_no_file_needs_itself() -> None:
+    """Through none of its imports, those for type checking included."""
+    files = {}
+    for source in PACKAGE.rglob("*.py"):
+        parts = source.relative_to(PACKAGE.parent).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = source
+    graph: dict[str, set[str]] = {}
+    for module, source in files.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in files:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[module] |= (inner & files.keys()) or {node.module}
+    assert sum(map(len, graph.values())) > 200
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def test_functions_stay_short() -> None:

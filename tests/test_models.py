@@ -154,7 +154,7 @@ def test_windows_without_metadata_are_an_error() -> None:
             num_evicted=torch.zeros(1, 1).int().numpy(),
             num_prompt_tokens=10,
             windows=(window,),
-            groups=(),
+            generated=(),
             released=frozenset(),
         )
     )

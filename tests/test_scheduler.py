@@ -204,7 +204,7 @@ def replay_is_consistent(plans: list[StepPlan], scheduler: PyramidScheduler) -> 
         zeros = [0] * scheduler.kv_rule.layout.num_tiers
         for req_id, row in zip(plan.req_ids, plan.num_evicted.tolist(), strict=True):
             assert row == evicted.get(req_id, zeros)
-        for window in (*plan.windows, *plan.groups):
+        for window in (*plan.windows, *plan.generated):
             if window.num_kept is not None:
                 evicted[window.req_id] = [
                     window.num_tokens - kept for kept in window.num_kept

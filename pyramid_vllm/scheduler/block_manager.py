@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from pyramid_vllm.scheduler.admission import GrowthReserve
     from pyramid_vllm.scheduler.lengths import TierLengths
 
 
@@ -55,7 +54,7 @@ class TierBlockManager(FullAttentionManager):
     """
 
     lengths: TierLengths
-    reserve: GrowthReserve | None = None
+    reserve: Callable[[Request, int], int] | None = None
     """Set on one manager alone: pages to leave free when a request is admitted."""
     kv_cache_spec: TierAttentionSpec
 
@@ -97,7 +96,7 @@ class TierBlockManager(FullAttentionManager):
         )
         if apply_admission_cap and self.reserve is not None:
             num_free = self.block_pool.get_num_free_blocks()
-            num_blocks += self.reserve.num_pages(request, num_free)
+            num_blocks += self.reserve(request, num_free)
         num_target = self._num_target(request_id, num_tokens_main_model)
         if num_target:
             held = self.req_to_blocks.get(request_id)

@@ -22,7 +22,7 @@ from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.statistics import Statistics
-from pyramid_vllm.scheduler.windows import group_window, prompt_window
+from pyramid_vllm.scheduler.windows import generated_window, prompt_window
 from pyramid_vllm.spec import (
     max_chunk,
     model_weights,
@@ -76,7 +76,7 @@ class PyramidScheduler(AsyncScheduler):
         self._reserve = self._make_reserve(policies)
         for manager in self.tier_managers:
             manager.lengths = self.tier_lengths
-        self.tier_managers[0].reserve = self._reserve
+        self.tier_managers[0].reserve = self._reserve.num_pages
         self._last_log = -_LOG_INTERVAL_S
         self._chunk_ends = ChunkEnds(self.tier_lengths)
         self._refusals = Refusals()
@@ -194,7 +194,7 @@ class PyramidScheduler(AsyncScheduler):
         req_ids = list(output.num_scheduled_tokens)
         # Evicted tokens as they are before this step, so before any `advance`.
         num_evicted = self.tier_lengths.evicted_rows(req_ids)
-        windows, groups, num_prompt_tokens = [], [], 0
+        windows, generated, num_prompt_tokens = [], [], 0
         for req_id, num_scheduled in output.num_scheduled_tokens.items():
             request = self.requests[req_id]
             before = request.num_computed_tokens - num_scheduled
@@ -205,15 +205,15 @@ class PyramidScheduler(AsyncScheduler):
                 if window is not None:
                     windows.append(self._with_pages(window))
             elif self.tier_lengths.rule_of(request).config.generation:
-                group = group_window(self.tier_lengths, request, before)
-                if group is not None:
-                    groups.append(group)
+                later = generated_window(self.tier_lengths, request, before)
+                if later is not None:
+                    generated.append(later)
         plan = StepPlan(
             req_ids=tuple(req_ids),
             num_evicted=num_evicted,
             num_prompt_tokens=num_prompt_tokens,
             windows=tuple(windows),
-            groups=tuple(groups),
+            generated=tuple(generated),
             released=frozenset(output.finished_req_ids)
             | frozenset(output.preempted_req_ids or ()),
         )
@@ -280,7 +280,7 @@ class PyramidScheduler(AsyncScheduler):
 
     def _free_evicted(self, plan: StepPlan) -> None:
         """Give the evicted tokens' pages back, for later steps to use."""
-        if not plan.windows and not plan.groups:
+        if not plan.windows and not plan.generated:
             return
         before = dict(zip(plan.req_ids, plan.num_evicted.tolist(), strict=True))
         for req_id, num_kept in plan.cache_lengths.items():

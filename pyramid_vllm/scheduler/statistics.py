@@ -74,7 +74,7 @@ class Statistics:
         """Count what a step computes."""
         counters, sizes = self.counters, self._sizes
         counters.max_num_running = max(counters.max_num_running, num_running)
-        counters.num_groups += len(plan.groups)
+        counters.num_groups += len(plan.generated)
         scheduled = plan.num_prompt_tokens * self._num_layers
         # The first tier computes every row.
         pruned = sum(

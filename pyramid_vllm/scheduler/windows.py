@@ -2,7 +2,7 @@
 
 import bisect
 
-from pyramid_vllm.plan import GroupWindow, PromptWindow
+from pyramid_vllm.plan import GeneratedWindow, PromptWindow
 from pyramid_vllm.policy import LengthRule, Queries
 from pyramid_vllm.scheduler.lengths import RequestLengths, TierLengths
 
@@ -56,9 +56,9 @@ def _queries(
     return computed > window_start, max(0, computed - window_start)
 
 
-def group_window(
+def generated_window(
     lengths: TierLengths, request: RequestLengths, num_before: int
-) -> GroupWindow | None:
+) -> GeneratedWindow | None:
     """Evict what a step of a request's output evicts: arguments as above.
 
     Returns:
@@ -70,17 +70,17 @@ def group_window(
     if num_groups == rule.num_groups(num_prompt, num_before - num_prompt):
         return None
     num_kept = lengths.advance(request)
-    group = rule.config.exceed_length_to_compress
-    if num_kept is None or group is None:  # every tier keeps whole groups
+    size = rule.config.exceed_length_to_compress
+    if num_kept is None or size is None:  # every tier keeps whole groups
         return None
-    return GroupWindow(
+    return GeneratedWindow(
         req_id=request.request_id,
         policy=rule.config.name,
         num_tokens=computed,
         num_queries=rule.num_group_queries(computed),
         starts=rule.group_starts(num_prompt, num_groups),
-        group=group,
-        group_kept=rule.group_kept,
+        size=size,
+        num_chosen=rule.group_kept,
         num_kept=num_kept,
     )
 

@@ -19,7 +19,7 @@ from pyramid_vllm.kernels.spans import Attention, PagedLayers, Spans
 
 if TYPE_CHECKING:
     from pyramid_vllm.attention.layout import KVViews
-    from pyramid_vllm.plan import GroupWindow
+    from pyramid_vllm.plan import GeneratedWindow
     from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.state import WorkerState
     from pyramid_vllm.worker.step import TierStep
@@ -216,7 +216,10 @@ class CacheGroup:
                 note(req_id, layer.index, stays)
 
     def compress(
-        self, windows: Sequence[GroupWindow], config: PolicyConfig, state: WorkerState
+        self,
+        windows: Sequence[GeneratedWindow],
+        config: PolicyConfig,
+        state: WorkerState,
     ) -> None:
         """Compress generated tokens of requests that have one policy.
 
@@ -241,15 +244,15 @@ class CacheGroup:
             req_ids = [window.req_id for window in windows]
             self._record(state.record.compress, req_ids, on_host, kept)
 
-    def _spans(self, windows: Sequence[GroupWindow], step: TierStep) -> Ints:
+    def _spans(self, windows: Sequence[GeneratedWindow], step: TierStep) -> Ints:
         """``[num_fields + 1, num_windows]``: the spans, and each oldest query's
         position. All tokens before and after the window stay: its own are chosen from.
         """
         queries, offset, columns = step.generated, 0, []
         for window in windows:
-            start, size = window.starts[self.tier], window.group
+            start, size = window.starts[self.tier], window.size
             kept = window.num_kept[self.tier]
-            held = kept + size - window.group_kept[self.tier]
+            held = kept + size - window.num_chosen[self.tier]
             oldest = window.num_tokens - window.num_queries
             slot = ring = 0
             if queries is not None:
@@ -265,7 +268,7 @@ class CacheGroup:
 
     def _generated_scores(
         self,
-        windows: Sequence[GroupWindow],
+        windows: Sequence[GeneratedWindow],
         config: PolicyConfig,
         step: TierStep,
         spans: Spans,
@@ -294,7 +297,7 @@ class CacheGroup:
             scores,
             max_queries=queries.num_queries,
             max_tokens=int(on_host[_HELD].max()),
-            max_columns=windows[0].group,
+            max_columns=windows[0].size,
             ring=queries.num_queries,
             scratch=step.scratch,
         )
@@ -310,7 +313,7 @@ def compress_generated(groups: Sequence[CacheGroup], state: WorkerState) -> None
     """
     plan = state.step.plan
     assert plan is not None
-    for name in {window.policy for window in plan.groups}:
-        windows = [window for window in plan.groups if window.policy == name]
+    for name in {window.policy for window in plan.generated}:
+        windows = [window for window in plan.generated if window.policy == name]
         for group in groups:
             group.compress(windows, state.policies[name], state)

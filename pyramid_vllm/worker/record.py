@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -13,10 +13,18 @@ from pyramid_vllm.policy import KVPolicyError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from pyramid_vllm.attention.layout import KVViews
     from pyramid_vllm.plan import StepPlan
-    from pyramid_vllm.worker.layer import TieredLayer
     from pyramid_vllm.worker.rows import BatchRows
     from pyramid_vllm.worker.step import TierStep
+
+
+class RecordedLayer(Protocol):
+    """What the record reads of a layer."""
+
+    index: int
+    tier: int
+    cache: KVViews
 
 
 class KeptRecord:
@@ -31,7 +39,7 @@ class KeptRecord:
         layers: the worker's, first to last.
     """
 
-    def __init__(self, layers: Sequence[TieredLayer]) -> None:
+    def __init__(self, layers: Sequence[RecordedLayer]) -> None:
         self._layers = layers
         self._place = {layer.index: place for place, layer in enumerate(layers)}
         self._held: dict[str, list[torch.Tensor]] = {}

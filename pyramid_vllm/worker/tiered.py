@@ -260,7 +260,7 @@ class TieredWorker(RemoteCalls):
         if state.record is not None and plan.req_ids:
             state.record.end_forward(plan, state.step.rows)
         adapter.after_forward()
-        if plan.groups:
+        if plan.generated:
             # As the runner's step, whose buffers are written here.
             with state.timer.part(), torch.inference_mode():
                 compress_generated(self._groups, state)

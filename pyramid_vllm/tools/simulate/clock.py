@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyramid_vllm.plan import GroupWindow, PromptWindow, StepPlan
+from pyramid_vllm.plan import GeneratedWindow, PromptWindow, StepPlan
 from pyramid_vllm.policy import PolicyConfig, Queries
 from pyramid_vllm.tools.simulate.device import Device
 from pyramid_vllm.tools.simulate.model import ModelWork
@@ -135,7 +135,7 @@ class WorkModel:
                 if window.num_rows is not None:
                     tier_rows[at] = window.num_rows
                 self._add_window(work, window, held[at] + tier_rows[at])
-            for group in plan.groups:
+            for group in plan.generated:
                 self._add_group(work, group)
         self._add_linear(work, tier_rows, len(rows))
         self._add_attention(work, held, tier_rows, before, rows)
@@ -204,12 +204,12 @@ class WorkModel:
         work.move_bytes += 2 * float(kept @ layers) * self._model.token_bytes
         work.num_compactions += float(layers.sum())
 
-    def _add_group(self, work: StepWork, group: GroupWindow) -> None:
+    def _add_group(self, work: StepWork, group: GeneratedWindow) -> None:
         """Scores and compaction of a group of generated tokens: what follows the group
         moves up."""
         num_layers = float(self._sizes.sum())
         kept, starts = np.array(group.num_kept), np.array(group.starts)
-        self._add_scores(work, group.num_queries, group.group * num_layers)
+        self._add_scores(work, group.num_queries, group.size * num_layers)
         moved = float((kept - starts) @ self._sizes)
         work.move_bytes += 2 * moved * self._model.token_bytes
         work.num_compactions += num_layers
