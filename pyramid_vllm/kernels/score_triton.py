@@ -43,7 +43,7 @@ def _queries(  # type: ignore[no-untyped-def]
     query, start, ring_start, ring, places, heads, dims, inside, sr, sh, sd,
     D: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """``[rows, dims]`` of the queries that are ``places`` behind the oldest one."""
+    """``[rows, dims]`` of the queries that are ``places`` newer than the oldest one."""
     row = start + (ring_start + places) % ring
     at = query + row.to(tl.int64) * sr + heads * sh
     mask = inside[:, None] & (dims[None, :] < D)
@@ -114,7 +114,7 @@ def _normalizer_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scale_of(scales, layer):  # type: ignore[no-untyped-def]
-    """A layer's factor of its quantized keys, behind its address."""
+    """A layer's factor of its quantized keys, read from its address."""
     return tl.load(tl.load(scales + layer).to(tl.pointer_type(tl.float32)))
 
 

@@ -97,8 +97,8 @@ class QuerySlots:
         count = torch.tensor(counts, dtype=torch.int64)
         last = torch.tensor([ends, slots, rows], dtype=torch.int64)
         end, slot_of, row_of = last.repeat_interleave(count, dim=1)
-        behind = count.cumsum(0).repeat_interleave(count)
-        from_end = behind - torch.arange(len(row_of))
+        ends_of = count.cumsum(0).repeat_interleave(count)
+        from_end = ends_of - torch.arange(len(row_of))
         place = (end - from_end) % self.num_queries
         target = slot_of * self.num_queries + place
         return GeneratedRows(row_of, from_end, target, end - from_end)
@@ -166,7 +166,7 @@ class GeneratedQueries(QuerySlots):
         self._rows = self._generated = None
 
     def check(self) -> None:
-        """Notice queries that were not copied, as soon as the device has told.
+        """Check that queries were copied, by what the device has reported so far.
 
         Raises:
             RuntimeError: groups were scored with queries of other tokens.

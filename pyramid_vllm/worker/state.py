@@ -33,7 +33,7 @@ class WorkerState:
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)
     record: KeptRecord | None = None
-    """Which tokens are held; None: nobody asked."""
+    """Which tokens are held; None: not recorded."""
 
     def begin(self, plan: StepPlan) -> None:
         """Start a step: requests that left are forgotten."""

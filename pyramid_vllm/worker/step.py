@@ -157,7 +157,7 @@ class TierStep:
         return self._rows
 
     def prepare(self, inputs: StepInputs) -> None:
-        """Compute what builders and layers read; the runner's slots are there already.
+        """Compute lengths, slots and windows, once the runner has its own slots.
 
         Args:
             inputs: of the runner; its slots are rewritten in place.

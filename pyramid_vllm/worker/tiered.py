@@ -278,7 +278,7 @@ class TieredWorker(RemoteCalls):
         return with_times(output, state.timer)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample, and tell the scheduler how long compactions took."""
+        """Sample; the output carries how long compactions took."""
         stock: Any = super()
         output = stock.sample_tokens(*args, **kwargs)
         state = self.tier_state

@@ -60,7 +60,7 @@ class HostTimer:
 class DeviceTimer:
     """For launches: events on the stream, read once they have happened.
 
-    Nothing waits for the device: a step's time is told with a later one.
+    Nothing waits for the device: a step's time goes out with a later step.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class _AsyncOutput(AsyncModelRunnerOutput):
 
 
 def with_times(output: Any, timer: CompactionTimer) -> Any:
-    """The output of a step, told to the scheduler, with the times known by now.
+    """A step's output with the compaction times that are known by now.
 
     Args:
         output: of the runner; None where a later call returns it.

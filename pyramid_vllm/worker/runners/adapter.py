@@ -19,7 +19,7 @@ class RunnerAdapter(Batch, Protocol):
     """A model runner, as the worker uses it."""
 
     prepare: Prepare | None
-    """Set by the worker: called with a step's inputs as soon as they are there."""
+    """Set by the worker: called with each step's inputs."""
 
     @property
     def num_groups(self) -> int:
