@@ -45,7 +45,7 @@ class KeptRecord:
         self._held: dict[str, list[torch.Tensor]] = {}
         """By layer: ``[num_kv_heads, num_held]``, int64, in the order of the cache."""
         self._ended: set[str] = set()
-        """Finished or preempted: a request id that is seen again restarts its record."""
+        """Finished or preempted: an id that is seen again restarts its record."""
         self._evicted: dict[tuple[str, int], torch.Tensor] = {}
         self._pruned: dict[tuple[str, int], torch.Tensor] = {}
 

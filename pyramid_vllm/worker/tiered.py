@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,11 +191,9 @@ class TieredWorker(RemoteCalls):
             timer=DeviceTimer() if device.type == "cuda" else HostTimer(),
         )
         bind_builders(runner, step, self._tier_of_group)
-        for group_id in self._tier_of_group:
-            parts = binder.bind(group_id, state)
-            self.tier_layers += parts
-            self._groups.append(parts[0].group)
-        self.tier_layers.sort(key=lambda layer: layer.index)
+        bound = [binder.bind(group_id, state) for group_id in self._tier_of_group]
+        self._groups = [parts[0].group for parts in bound]
+        self.tier_layers = sorted(chain(*bound), key=lambda layer: layer.index)
         guard_runner(runner, step)
 
     def _make_pruner(self, rule: LengthRule, names: list[str]) -> RowPruner:
