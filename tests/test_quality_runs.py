@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pyramid_vllm.tools.cli import eval as command
+from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality import runner
 from pyramid_vllm.tools.quality.activity import Activity
@@ -196,9 +195,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run_command(*arguments: str) -> Any:
-    app = typer.Typer()
-    app.command()(command.evaluate)
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120"})
+    return CliRunner().invoke(app, ["eval", *arguments], env={"COLUMNS": "120"})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any, NoReturn
 
+#: Environment of jobs that time nothing: on a busy machine, threads that spin take
+#: each other's turn.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Starts the lines that are messages.
 MARK = "@pyramid-vllm "
 
@@ -43,10 +46,11 @@ def run_job(
         KVPolicyError: the engine refused the policy.
         RuntimeError: the process failed; the message ends with its last lines.
     """
-    found = os.environ | {
+    found = {
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        **os.environ,
         # Jobs look into their engine, so it has to be in their process.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         **(environment or {}),
     }
 

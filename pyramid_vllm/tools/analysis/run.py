@@ -53,7 +53,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
     found = Found(settings, config, policy)
     found.rule.cache_lengths(settings.prompt_tokens)  # not every policy fits a model
-    model, console = DenseModel(settings.model), Console()
+    model, console = DenseModel(str(settings.model)), Console()
     _measure(found, model, parts[::2], needles, console)
     _try_out(found, model, parts[1::2], console)
     write(found, source, _SEED, console)

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
 
 import pyramid_vllm
 from pyramid_vllm.compat import installed_vllm_version
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult
+from pyramid_vllm.tools.figures import bars
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, read
 from pyramid_vllm.tools.quality.runner import run_engine
 from pyramid_vllm.tools.quality.settings import EvalSettings, Side
-from pyramid_vllm.tools.quality.store import RunStore, digest
 from pyramid_vllm.tools.quality.tasks import Task, Values
+from pyramid_vllm.tools.store import Store, fingerprint
 
 RunEngine = Callable[
     [EngineTask, Callable[[JobResult], None], Callable[[int], None]], None
@@ -52,7 +53,8 @@ class Evaluation:
         run: RunEngine = run_engine,
     ) -> None:
         self._sides, self._tasks = sides, tasks
-        self._store, self._console, self._run = RunStore(folder), console, run
+        self._folder, self._console, self._run = folder, console, run
+        self._store = Store(folder / "runs")
         lengths = [
             len(request.prompt_ids) + request.max_tokens
             for task in tasks
@@ -71,7 +73,7 @@ class Evaluation:
         }
         self._longest = longest
         self._digests = {
-            task.name: digest([asdict(request) for request in task.requests])
+            task.name: fingerprint([asdict(request) for request in task.requests])
             for task in tasks
         }
 
@@ -81,9 +83,7 @@ class Evaluation:
         Raises:
             RuntimeError: an engine failed, or a policy did nothing.
         """
-        text = TextColumn("{task.description:<32}")
-        columns = (text, BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, console=self._console) as progress:
+        with bars(self._console, 32) as progress:
             for sides in self._sides:
                 self._run_engine(sides, progress)
         found = [
@@ -102,9 +102,9 @@ class Evaluation:
         ]
 
     def _result(self, side: Side, task: Task) -> JobResult:
-        result = self._store.load(self._identity(side, task))
-        assert result is not None
-        return result
+        content = self._store.load(self._identity(side, task))
+        assert content is not None
+        return read(JobResult, content["result"])
 
     def _identity(self, side: Side, task: Task) -> dict[str, Any]:
         """All that a run's result depends on."""
@@ -124,7 +124,8 @@ class Evaluation:
         """Where the full cache's distributions are, if the task has any."""
         if task.kind != "continuation":
             return None
-        return self._store.rows_dir(self._identity(self._sides[0][0], task))
+        identity = self._identity(self._sides[0][0], task)
+        return self._folder / "full-cache" / fingerprint(identity)
 
     def _is_done(self, side: Side, task: Task) -> bool:
         if self._store.load(self._identity(side, task)) is None:
@@ -164,7 +165,9 @@ class Evaluation:
         def save(result: JobResult) -> None:
             side, task = next(waiting)
             check_activity(side, task, result)
-            self._store.save(self._identity(side, task), result)
+            identity = self._identity(side, task)
+            content = {"identity": identity, "result": asdict(result)}
+            self._store.save(identity, content)
 
         def advance(done: int) -> None:
             progress.update(bar, completed=done, description=label)

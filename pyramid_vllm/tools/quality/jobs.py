@@ -1,10 +1,13 @@
 """What the engine's process is given, and gives back."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from pyramid_vllm.tools.quality.activity import Activity
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,6 @@ class EngineTask:
     engine_args: dict[str, Any]
     jobs: list[Job]
 
-    @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> "EngineTask":
-        """From JSON."""
-        jobs = [
-            Job(**(job | {"requests": [Request(**r) for r in job["requests"]]}))
-            for job in settings["jobs"]
-        ]
-        return cls(**{**settings, "jobs": jobs})
-
 
 @dataclass(frozen=True)
 class JobResult:
@@ -66,7 +60,7 @@ class JobResult:
     activity: Activity
     seconds: float
 
-    @classmethod
-    def read(cls, result: Mapping[str, Any]) -> "JobResult":
-        """From JSON."""
-        return cls(**{**result, "activity": Activity(**result["activity"])})
+
+def read(kind: type[_Kind], content: Any) -> _Kind:
+    """One of these classes, from JSON."""
+    return TypeAdapter(kind).validate_python(content)
