@@ -33,8 +33,6 @@ class Found:
     """Of each window, ``[num_ratios, num_layers, 2]``: loss and divergence."""
     needle_costs: list[np.ndarray] = field(default_factory=list)
     """The same of the answers of needles that the full cache finds."""
-    overlaps: list[np.ndarray] = field(default_factory=list)
-    """Of each window, ``[num_distances, num_layers]``."""
     trial: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """By policy: what it costs on each window that the suggestion did not see."""
 

@@ -16,15 +16,13 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.tools.analysis.dense import DenseModel
 from pyramid_vllm.tools.analysis.found import Found, retention_of, suggestion
-from pyramid_vllm.tools.analysis.hypotheses import Continuation, crucial_overlap
+from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from pyramid_vllm.tools.analysis.report import write
-from pyramid_vllm.tools.analysis.settings import WINDOW, AnalyzeSettings
+from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import read_part, windows
 
-#: Share of the tokens that a window chooses, when windows are compared.
-_SHARE = 0.2
 _SEED = 0
 Prompt = tuple[Sequence[int], Sequence[int]]
 
@@ -87,19 +85,14 @@ def _measure(
     console: Console,
 ) -> None:
     settings, policy = found.settings, found.policy
-    num_queries = max(settings.distances) + WINDOW
     prompts = [(prompt, True) for prompt in texts] + [(p, False) for p in needles]
     tracked = track(prompts, description="each layer alone", console=console)
     for (prompt, target), is_text in tracked:
-        window = Continuation(model, prompt, target, [found.rule], num_queries)
+        window = Continuation(model, prompt, target, [found.rule])
         # What the full cache does not find says nothing of what layers need.
         if is_text or window.is_certain:
             costs = found.text_costs if is_text else found.needle_costs
             costs.append(window.layer_costs(policy, settings.ratios))
-        if is_text:
-            found.overlaps.append(
-                crucial_overlap(window.full, policy, settings.distances, WINDOW, _SHARE)
-            )
 
 
 def _try_out(

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationInfo
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from pyramid_vllm.tools import options
 from pyramid_vllm.tools.options import option
-
-#: Queries of a window, when what windows choose is compared.
-WINDOW = 64
 
 
 def _ratios(given: Any) -> Any:
@@ -24,23 +21,6 @@ def _ratios(given: Any) -> Any:
     if len(values) < 2 or not (values[0] > 0 and values[-1] < 1):
         raise ValueError(
             f"ratios is '{given}': valid are at least two numbers between 0 and 1"
-        )
-    return values
-
-
-def _distances(given: Any, info: ValidationInfo) -> Any:
-    """Distances in tokens, ascending, that fit into the prompt."""
-    if not isinstance(given, str):
-        return given
-    most = info.data["prompt_tokens"] - 2 * WINDOW
-    try:
-        values = tuple(sorted({int(value) for value in given.split(",")}))
-    except ValueError:
-        values = ()
-    if not values or values[0] < 1 or values[-1] > most:
-        raise ValueError(
-            f"distances is '{given}': valid are whole numbers from 1 to {most}, "
-            f"prompt_tokens less two windows of {WINDOW}"
         )
     return values
 
@@ -62,9 +42,6 @@ class AnalyzeSettings:
     windows: int = option(6, "Every other one tests the suggestion.", min=2)
     ratios: Annotated[tuple[float, ...], BeforeValidator(_ratios)] = option(
         "0.1,0.2,0.3,0.5,0.7", "Shares of its context that one layer is cut to."
-    )
-    distances: Annotated[tuple[int, ...], BeforeValidator(_distances)] = option(
-        "64,128,256,512", "Tokens between two windows that choose."
     )
     needles: int = option(2, "Further prompts that hide a number.", min=0)
     retention: float | None = option(None, "Of the suggestion; default: the policy's.")
