@@ -1,6 +1,5 @@
 """What an analysis found, as tables, plots and files."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -13,8 +12,9 @@ from rich.table import Table
 
 from pyramid_vllm.policy.profiles import IDENTITY
 from pyramid_vllm.tools.analysis.found import Found
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.plotting import new_figure
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 
 
 def write(found: Found, source: str, seed: int, console: Console) -> None:
@@ -37,14 +37,13 @@ def write(found: Found, source: str, seed: int, console: Console) -> None:
     )
     _plot_costs(found, out / "icr.png")
     content = {
-        "settings": {**asdict(settings), "text": source, "out": str(out)},
+        "settings": {**asdict(settings), "text": source},
         "text_costs": np.array(found.text_costs).tolist(),
         "needle_costs": np.array(found.needle_costs).tolist(),
         "suggested_shares": found.shares,
         "trial": found.trial,
-    } | provenance(seed)
-    text = json.dumps(content, indent=2)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    }
+    write_report(out / "results.json", content, seed)
     identity = {name: getattr(found.model, name, None) for name in IDENTITY}
     # All of the policy: what a file leaves out comes from the preset ``pyramid``.
     _write_yaml(out / "policy.yaml", found.suggested.model_dump(mode="json"))
@@ -61,13 +60,11 @@ def _write_yaml(path: Path, content: dict[str, Any]) -> None:
 def _layer_table(found: Found) -> Table:
     """A row a layer: what cutting it costs, the suggested share."""
     settings = found.settings
-    table = Table(
-        title="KL to the full cache, in nats a token, with one layer cut to a share; "
-        "the suggestion"
+    table = right_table(
+        ("layer", *(f"{r:.0%} kept" for r in settings.ratios), "suggested share"),
+        "KL to the full cache, in nats a token, with one layer cut to a share; the "
+        "suggestion",
     )
-    kept = (f"{ratio:.0%} kept" for ratio in settings.ratios)
-    for column in ("layer", *kept, "suggested share"):
-        table.add_column(column, justify="right")
     costs = found.costs[..., 1]
     for layer, share in enumerate(found.shares):
         table.add_row(
@@ -80,9 +77,10 @@ def _layer_table(found: Found) -> Table:
 
 def _trial_table(trial: dict[str, list[dict[str, float]]]) -> Table:
     """A row a policy: what it costs on text that the suggestion was not made from."""
-    table = Table(title="Policies at the same mean retention, on other windows")
-    for column in ("", "loss, nats", "rise of it", "KL", "top-1 agreement"):
-        table.add_column(column, justify="right")
+    table = right_table(
+        ("", "loss, nats", "rise of it", "KL", "top-1 agreement"),
+        "Policies at the same mean retention, on other windows",
+    )
     for name, costs in trial.items():
         mean = {key: fmean(cost[key] for cost in costs) for key in costs[0]}
         table.add_row(

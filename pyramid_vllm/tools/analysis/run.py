@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pydoc_data.topics import topics
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +20,7 @@ from pyramid_vllm.tools.analysis.report import write
 from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality.retrieval import make_samples
-from pyramid_vllm.tools.quality.texts import read_part, windows
+from pyramid_vllm.tools.quality.texts import python_manual, read_part, windows
 
 _SEED = 0
 Prompt = tuple[Sequence[int], Sequence[int]]
@@ -60,7 +59,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
 def _text(settings: AnalyzeSettings) -> tuple[str, str]:
     """The text and its name."""
     if settings.text is None:
-        return "\n\n".join(topics[name] for name in sorted(topics)), "Python's manual"
+        return python_manual(), "Python's manual"
     part = read_part(settings.text, settings.text_from, settings.text_to)
     return part, str(settings.text)
 

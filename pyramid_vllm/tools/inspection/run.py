@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
@@ -22,6 +21,7 @@ from pyramid_vllm.policy import (
 from pyramid_vllm.policy.requests import KEEP_ALL
 from pyramid_vllm.policy.tiers import TierLayout, runs
 from pyramid_vllm.tools.chat import chat_ids, has_template
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.inspection.engine import EngineTask, run_engine
 from pyramid_vllm.tools.inspection.settings import BLOCK_SIZE, InspectSettings
 from pyramid_vllm.tools.inspection.view import (
@@ -180,14 +180,11 @@ def write_report(inspection: Inspection, out: Path) -> None:
 def print_table(inspection: Inspection, console: Console) -> None:
     """What each tier holds, for people."""
     num_generated = len(inspection.tokens) - inspection.num_prompt
-    table = Table(
-        title=f"Policy {inspection.policy['name']}: {inspection.num_prompt} tokens of "
-        f"prompt, {num_generated} generated"
+    table = right_table(
+        ("tier", "layers", "prompt kept", "share", "tokens held", "pages", "KV bytes"),
+        f"Policy {inspection.policy['name']}: {inspection.num_prompt} tokens of "
+        f"prompt, {num_generated} generated",
     )
-    table.add_column("tier", justify="right")
-    table.add_column("layers")
-    for column in ("prompt kept", "share", "tokens held", "pages", "KV bytes"):
-        table.add_column(column, justify="right")
     for tier in inspection.tiers:
         table.add_row(
             str(tier.tier),

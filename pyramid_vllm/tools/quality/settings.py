@@ -12,7 +12,6 @@ from pyramid_vllm.policy import (
     PolicyConfig,
     RequestPolicies,
     fitted,
-    resolve_policy,
 )
 from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
@@ -28,6 +27,7 @@ from pyramid_vllm.tools.quality.tasks import (
     retrieval_task,
 )
 from pyramid_vllm.tools.quality.texts import read_part, windows
+from pyramid_vllm.tools.sides import parse_sides, should_evict
 
 
 def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:
@@ -98,10 +98,8 @@ class Side:
 
     def should_evict(self, task: Task) -> bool:
         """Whether any of the prompts is longer than what is kept of it."""
-        lengths = {len(request.prompt_ids) for request in task.requests}
-        return self.rule is not None and any(
-            min(self.rule.cache_lengths(length)) < length for length in lengths
-        )
+        lengths = (len(request.prompt_ids) for request in task.requests)
+        return should_evict(self.rule, lengths)
 
 
 def make_sides(
@@ -118,21 +116,16 @@ def make_sides(
         KVPolicyError: a policy or a retention of it is not valid.
     """
     engines = [[Side("full cache")]]
-    labels: list[str] = []
-    for given in settings.kv_policies:
-        config = resolve_policy(given)
-        if config is None:
+    for named in parse_sides(settings.kv_policies):
+        if named.policy is None:
             continue  # the full cache, which always runs
-        config = fitted(config, weights)
-        labels.append(config.name)
-        count = labels.count(config.name)
-        label = config.name if count == 1 else f"{config.name} ({count})"
+        config = fitted(named.policy, weights)
         policies = RequestPolicies(config, num_layers, weights)
         engines.append([])
         for retention in settings.retentions or (None,):
-            wish = None if retention is None else {RETENTION_ARG: retention}
-            rule = policies.rule_for(wish)
-            engines[-1].append(Side(label, config, retention, rule))
+            asked = None if retention is None else {RETENTION_ARG: retention}
+            rule = policies.rule_for(asked)
+            engines[-1].append(Side(named.name, config, retention, rule))
     return engines
 
 
@@ -188,8 +181,6 @@ def _text_tasks(
 
 def _depths(num_depths: int) -> list[float]:
     """From oldest to newest, evenly."""
-    if num_depths < 1:
-        raise ValueError(f"depths is {num_depths}: valid is 1 or more")
     if num_depths == 1:
         return [0.5]
     return [round(i / (num_depths - 1), 4) for i in range(num_depths)]
