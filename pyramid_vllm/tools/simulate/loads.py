@@ -114,7 +114,7 @@ class LoadSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_sessions: PositiveInt = 200
+    num_requests: PositiveInt = 200
     """Requests, or sessions where these have several turns."""
     prompt_tokens: PositiveInt = 1024
     """That each turn adds, and that only its session has."""
@@ -125,7 +125,7 @@ class LoadSettings(BaseModel):
     num_prefixes: PositiveInt = 1
     """Different ones; session i starts with number i modulo this."""
     turns: PositiveInt = 1
-    think_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    think_time: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Mean time from an answer to the next turn, drawn from an exponential
     distribution."""
     spread: float = Field(0.0, ge=0, lt=1)
@@ -143,22 +143,22 @@ NAMED: dict[str, dict[str, Any]] = {
     "shared": {"shared_prefix": 16384, "prompt_tokens": 512},
     "documents": {"shared_prefix": 16384, "prompt_tokens": 512, "num_prefixes": 10},
     "chat": {
-        "num_sessions": 100,
+        "num_requests": 100,
         "shared_prefix": 512,
         "prompt_tokens": 200,
         "output_tokens": 300,
         "turns": 8,
-        "think_s": 30.0,
+        "think_time": 30.0,
         "spread": 0.8,
     },
     # Peers report a median of 43 turns and 142k tokens in for 444 out a session.
     "agent": {
-        "num_sessions": 40,
+        "num_requests": 40,
         "shared_prefix": 8192,
         "prompt_tokens": 1500,
         "output_tokens": 100,
         "turns": 40,
-        "think_s": 2.0,
+        "think_time": 2.0,
         "spread": 0.8,
     },
     "reasoning": {"prompt_tokens": 512, "output_tokens": 8192, "spread": 0.5},
@@ -190,7 +190,7 @@ def named_load(name: str, changes: dict[str, Any]) -> Load:
 def _sessions(settings: LoadSettings) -> Iterator[Session]:
     rng = np.random.default_rng(settings.seed)
     arrival, own = 0.0, _OWN * (1 + settings.seed)
-    for index in range(settings.num_sessions):
+    for index in range(settings.num_requests):
         if settings.rate is not None and index:
             arrival += float(rng.exponential(1 / settings.rate))
         turns = []
@@ -202,7 +202,7 @@ def _sessions(settings: LoadSettings) -> Iterator[Session]:
             if number == 0 and settings.shared_prefix:
                 prefix = 1 + index % settings.num_prefixes
                 pieces = ((prefix, settings.shared_prefix), *pieces)
-            wait = float(rng.exponential(settings.think_s)) if number else 0.0
+            wait = float(rng.exponential(settings.think_time)) if number else 0.0
             outputs = _length(rng, settings.output_tokens, settings.spread)
             turns.append(Turn(pieces, outputs, wait))
         yield Session(tuple(turns), arrival)
