@@ -1,9 +1,9 @@
-"""An engine in a process of its own: a job gets a task and sends messages.
+"""Jobs with an engine run in their own process: they get a task and send messages.
 
 A job is a function ``job(task, send)``, named ``module:function``. The task is JSON on
 the process's standard input. Messages are JSON objects of one key, each on a line that
-starts with ``MARK``: ``done`` is the number of finished requests, ``result`` what the
-job is for, ``error`` a policy that the engine refuses.
+starts with ``MARK``: ``done`` is the number of finished requests, ``result`` a
+result of the job, ``error`` the reason why the engine refuses a policy.
 """
 
 import json
@@ -136,25 +136,25 @@ def _receive(
 
 
 def read_task() -> dict[str, Any]:
-    """In the process: its task."""
+    """Read the task of this process."""
     task: dict[str, Any] = json.load(sys.stdin)
     return task
 
 
 def tell(kind: str, value: Any) -> None:
-    """In the process: send a message."""
+    """Send a message from this process."""
     print(f"{MARK}{json.dumps({kind: value})}", flush=True)
 
 
 def leave() -> NoReturn:
-    """In the process: end it, once all is sent."""
+    """End this process after everything is sent."""
     sys.stdout.flush()
     # vLLM's in-process engine leaves threads running; nothing is left to save.
     os._exit(0)
 
 
 def main(job: str) -> None:
-    """In the process: run the job with its task."""
+    """Run the job with the task of this process."""
     from pyramid_vllm.policy import KVPolicyError
 
     module, _, name = job.partition(":")

@@ -28,7 +28,7 @@ class Metric:
 
 
 def side_label(policy: str) -> str:
-    """What tables and plots call a side of this policy."""
+    """The name of a policy's side in tables and plots."""
     return "stock vLLM" if policy == NONE else policy
 
 

@@ -38,7 +38,7 @@ def argument(help: str, **settings: Any) -> Any:
     return field(**settings, metadata={"option": typer.Argument(help=help)})
 
 
-#: What several commands have.
+#: Help of options that several commands have.
 MODEL = "A model's folder; default: the bundled one."
 MODEL_NAME = "Folder or hub name; default: the bundled one."
 POLICY = "A preset, a YAML file or inline JSON."
@@ -60,7 +60,7 @@ def once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
-    """Of a field's type: the option is text, which ``parse`` reads."""
+    """An annotation of a field's type: the option is text, which ``parse`` reads."""
     return BeforeValidator(lambda given: _parsed(parse, given))
 
 

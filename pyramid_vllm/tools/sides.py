@@ -16,7 +16,7 @@ class Side:
 
     @property
     def policy_json(self) -> str | None:
-        """As engines take it."""
+        """JSON, the form that engines take; None: stock vLLM."""
         return None if self.policy is None else json.dumps(self.policy.model_dump())
 
 

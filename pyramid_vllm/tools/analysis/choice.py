@@ -16,7 +16,7 @@ from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries
 
 @dataclass
 class LayerCache:
-    """What one layer holds of a sequence."""
+    """Keys, values and newest queries of a sequence in one layer."""
 
     key: torch.Tensor
     """``[num_kv_heads, num_tokens, head_size]``, rotated."""

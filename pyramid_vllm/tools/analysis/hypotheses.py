@@ -63,7 +63,7 @@ class Continuation:
         return bool((self._logprobs.argmax(1) == self._index[:, 0]).all())
 
     def cost(self, prefill: Prefill) -> Cost:
-        """What it costs to continue from another cache of the same prompt."""
+        """The cost of continuing from another cache of the same prompt."""
         ours, full = self._model.continued(prefill, self._target), self._logprobs
         loss = -float(ours.gather(1, self._index).mean())
         return Cost(
@@ -73,7 +73,7 @@ class Continuation:
         )
 
     def policy_cost(self, rule: LengthRule) -> Cost:
-        """What a policy costs."""
+        """The cost of a policy."""
         return self.cost(self._model.kept(self.full, rule))
 
     def layer_costs(self, config: PolicyConfig, ratios: Sequence[float]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What an analysis found, as tables, plots and files."""
+"""Tables, plots and files of an analysis."""
 
 from dataclasses import asdict
 from pathlib import Path

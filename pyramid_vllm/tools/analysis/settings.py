@@ -1,4 +1,4 @@
-"""What an analysis is asked for."""
+"""The options of ``pyramid-vllm analyze``."""
 
 from pathlib import Path
 from typing import Annotated, Any

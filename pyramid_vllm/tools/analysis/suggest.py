@@ -1,4 +1,4 @@
-"""From what cutting each layer costs to how much each should keep."""
+"""Computes each layer's share from the cost of cutting that layer."""
 
 from collections.abc import Sequence
 

@@ -13,20 +13,20 @@ from pyramid_vllm.tools.engine_process import run_job
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """What to run. Requests are numbered turn by turn."""
+    """The engine and its requests, which are numbered turn by turn."""
 
     model: str
     turns: list[Turn]
     output_lengths: list[int]
-    """Of each request."""
+    """Output tokens of each request."""
     engine_args: dict[str, Any]
-    """Of ``LLM``; what is left out is as vLLM has it, prefix caching too."""
+    """Arguments of ``LLM``; others have vLLM's defaults, prefix caching too."""
     warm_up: bool = False
     """Whether a short batch runs first, uncounted."""
 
     @property
     def prompt_lengths(self) -> list[int]:
-        """Of each request, with all that its conversation has before."""
+        """Prompt tokens of each request, with those of its conversation before it."""
         return prompt_lengths(self.turns, self.output_lengths)
 
 
@@ -48,7 +48,7 @@ def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
 
 
 def job(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
-    """In the process: run the task."""
+    """Run the task in this process and send its result."""
     found = MeasureTask(**task)
     engine = make_engine(found)
     if found.warm_up:

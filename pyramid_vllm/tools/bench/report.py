@@ -1,4 +1,4 @@
-"""What a bench reports: tables for people, medians for programs."""
+"""Reports of a bench: tables for people, medians for programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ class PointReport:
     memory_binds: bool
     sides: dict[str, Summary]
     prefix_caching: dict[str, bool]
-    """Of each side, as its engine had it."""
+    """Whether the engine of each side had its prefix cache on."""
     sharing: str
     """What requests share, in words."""
 

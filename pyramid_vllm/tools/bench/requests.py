@@ -19,17 +19,17 @@ Turn = list[list[int]]
 
 @dataclass(frozen=True)
 class Requests:
-    """What every side is asked. Requests are numbered turn by turn."""
+    """The requests that every side gets, numbered turn by turn."""
 
     turns: list[Turn]
     output_lengths: list[int]
-    """Of every request."""
+    """Output tokens of every request."""
     source: str
     """What the prompts are made of, in words."""
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
-        """Of every request."""
+        """Prompt tokens of every request."""
         return prompt_lengths(self.turns, self.output_lengths)
 
     @cached_property

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What it is, for people who open a file."""
+        """Labels for people who open a file."""
         point = asdict(self.point)
         return {"point": point, "side": self.side.name, "repeat": self.repeat}
 
@@ -126,7 +126,7 @@ def _announcement(settings: BenchSettings, workload: Workload) -> str:
 def offline_task(
     settings: BenchSettings, workload: Workload, point: Point, side: Side
 ) -> MeasureTask:
-    """What one process runs."""
+    """The task of one run."""
     skip = {} if workload.has_tokenizer else {"skip_tokenizer_init": True}
     return MeasureTask(
         model=str(settings.model),
@@ -208,7 +208,7 @@ def _run(
 def make_reports(
     settings: BenchSettings, workload: Workload, results: list[Result]
 ) -> list[PointReport]:
-    """What is reported of each point."""
+    """The reports of all points."""
     reports = []
     num_at_once = min(settings.num_prompts, settings.max_num_seqs)
     for point in workload.points:

@@ -133,7 +133,7 @@ class BenchSettings:
 
     @property
     def num_requests(self) -> int:
-        """Of one run."""
+        """Requests of one run."""
         return self.num_prompts * self.turns
 
     @property

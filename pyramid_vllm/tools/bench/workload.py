@@ -15,14 +15,14 @@ DEFAULT_BLOCK_SIZE = 32
 
 @dataclass(frozen=True)
 class Point:
-    """Where all sides are compared."""
+    """Memory and rate at which all sides are compared."""
 
     label: str
     kv_bytes: int
     request_rate: float | None
     """Requests a second; None: all at once."""
     kv_memory: str = ""
-    """What ``--kv-memory`` says."""
+    """The value of ``--kv-memory``."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pyramid_vllm.tools.engine_process import PASSIVE, run_job
 
 @dataclass(frozen=True)
 class EngineTask:
-    """What to run."""
+    """The request and its engine."""
 
     model: str
     kv_policy: str | None
@@ -22,11 +22,11 @@ class EngineTask:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one request left in the cache."""
+    """Output of a request, and the tokens that its cache holds."""
 
     output_ids: list[int]
     held: list[list[list[int]]] | None
-    """By layer and KV head: positions; None: stock vLLM, which keeps all."""
+    """Positions by layer and KV head; None: stock vLLM, which keeps all."""
 
 
 def run_engine(task: EngineTask) -> EngineResult:
@@ -42,7 +42,7 @@ def run_engine(task: EngineTask) -> EngineResult:
 
 
 def job(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
-    """In the process: run the task."""
+    """Run the task in this process and send its result."""
     send("result", asdict(inspect_request(EngineTask(**task))))
 
 

@@ -1,4 +1,4 @@
-"""From options to what was kept."""
+"""``pyramid-vllm inspect``: runs a prompt, reports the tokens that tiers kept."""
 
 import json
 from dataclasses import asdict
@@ -178,7 +178,7 @@ def write_report(inspection: Inspection, out: Path) -> None:
 
 
 def print_table(inspection: Inspection, console: Console) -> None:
-    """What each tier holds, for people."""
+    """Print a table of what each tier holds."""
     num_generated = len(inspection.tokens) - inspection.num_prompt
     table = right_table(
         ("tier", "layers", "prompt kept", "share", "tokens held", "pages", "KV bytes"),

@@ -1,4 +1,4 @@
-"""What an inspection is asked for."""
+"""The options of ``pyramid-vllm inspect``."""
 
 from pathlib import Path
 

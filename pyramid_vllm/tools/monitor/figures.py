@@ -63,7 +63,7 @@ class Span:
         return largest
 
     def total(self, name: str, where: Where, label: str | None = None) -> Any:
-        """What a counter has counted since the server began, by a label's values."""
+        """A counter's value since the server began, by a label's values."""
         return _summed(self.after.select(name, where), label)
 
     def rate(self, name: str, where: Where, label: str | None = None) -> Any:
@@ -96,7 +96,7 @@ class Span:
         return low
 
     def _increases(self, name: str, where: Where) -> dict[Labels, float]:
-        """By series. A new one began at 0 in between."""
+        """Increases by series; a new series began at 0."""
         if self.before is None:
             return {}
         earlier = {} if self.is_restart else self.before.series.get(name, {})

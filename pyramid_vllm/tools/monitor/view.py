@@ -51,7 +51,7 @@ def by_size(values: dict[str, float]) -> str:
 
 
 def title(console: Console, url: str, words: str) -> Text:
-    """Which server is watched, and when it was read."""
+    """A line with the server that is watched and the time of the reading."""
     right = f"{words}  {time.strftime('%H:%M:%S')}"
     line = Text.assemble(("pyramid-vllm top", "bold"), f"  {url}", no_wrap=True)
     line.truncate(console.width - len(right) - 2, overflow="ellipsis", pad=True)

@@ -121,7 +121,7 @@ class Evaluation:
         }
 
     def _rows_dir(self, task: Task) -> Path | None:
-        """Where the full cache's distributions are, if the task has any."""
+        """Folder of the full cache's distributions; None: the task has none."""
         if task.kind != "continuation":
             return None
         identity = self._identity(self._sides[0][0], task)
@@ -176,7 +176,7 @@ class Evaluation:
 
 
 def check_activity(side: Side, task: Task, result: JobResult) -> None:
-    """A policy has to act where its counts say so.
+    """Check that a policy acted where its counts say so.
 
     Raises:
         RuntimeError: it did not.

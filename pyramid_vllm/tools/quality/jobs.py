@@ -1,4 +1,4 @@
-"""What the engine's process is given, and gives back."""
+"""The task and the results of an engine's process."""
 
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ class Request:
     prompt_ids: list[int]
     max_tokens: int
     forced: list[int] | None = None
-    """Its output, if that is given."""
+    """The output, where it is given."""
     stop_ids: list[int] = field(default_factory=list)
 
 
@@ -27,9 +27,9 @@ class Job:
 
     requests: list[Request]
     retention: float | None = None
-    """Asked for by each request, instead of the policy's own."""
+    """The retention that each request names; None: the policy's."""
     rows_dir: str | None = None
-    """Where the full cache's distributions are: stock writes, a policy compares."""
+    """Folder of the full cache's distributions: stock vLLM writes, policies compare."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class EngineTask:
 
     model: str
     kv_policy: str | None
-    """As JSON; None is stock vLLM."""
+    """JSON; None: stock vLLM."""
     dtype: str
     kv_bytes: int
     max_model_len: int
@@ -50,13 +50,13 @@ class EngineTask:
 
 @dataclass(frozen=True)
 class JobResult:
-    """Of each request, in order; and of all."""
+    """Results of each request, in order, and of the whole batch."""
 
     outputs: list[list[int]]
     logprobs: list[list[float]]
     """Raw log-probabilities of forced tokens."""
     rows: list[dict[str, list[float]]]
-    """``top_tokens`` and, of a policy, ``divergences`` of forced positions."""
+    """``top_tokens`` of forced positions; ``divergences`` too if there is a policy."""
     activity: Activity
     seconds: float
 

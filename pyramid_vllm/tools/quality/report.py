@@ -64,7 +64,7 @@ def summarize(
 def as_json(
     outcomes: Sequence[Outcome], summaries: Sequence[Summary], tasks: Sequence[Task]
 ) -> list[dict[str, Any]]:
-    """Of each side: settings, summary, activity, values of every sample."""
+    """Settings, summary, activity and the values of every sample of each side."""
 
     def run(outcome: Outcome, summary: Summary, task: Task) -> dict[str, Any]:
         result = outcome.results[task.name]

@@ -27,7 +27,7 @@ class Sample:
     num_tokens: int
     """The length asked for; the prompt is at most that long."""
     depth: float
-    """Where the needle lies: 0 oldest, 1 newest."""
+    """Position of the needle: 0 oldest, 1 newest."""
     prompt_ids: list[int]
     answers: tuple[str, ...]
     max_tokens: int
@@ -145,7 +145,7 @@ def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[s
 
 
 def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
-    """Where each line goes, as a share of the haystack, in order."""
+    """Position of each line, as a share of the haystack, in order."""
     gaps = len(puzzle.needles) - 1
     first, gap = depth, 0.0
     if gaps > 0:

@@ -1,4 +1,4 @@
-"""From settings to tables, ``results.json`` and pictures."""
+"""``pyramid-vllm eval``: prints tables, writes ``results.json`` and pictures."""
 
 from dataclasses import asdict
 

@@ -39,7 +39,7 @@ def run_engine(
 
 
 def run_jobs(given: dict[str, Any], send: Callable[[str, Any], None]) -> None:
-    """In the process: run the jobs of an ``EngineTask``, each with its result."""
+    """Run the jobs of an ``EngineTask`` in this process; send a result for each job."""
     task = read(EngineTask, given)
     engine = make_engine(task)
     before = 0

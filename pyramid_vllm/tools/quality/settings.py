@@ -1,4 +1,4 @@
-"""What is evaluated: options, sides and tasks, checked before any model loads."""
+"""The options, sides and tasks of ``eval``, checked before a model loads."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from pyramid_vllm.tools.sides import parse_sides, should_evict
 
 
 def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of retrieval tasks, of which 'all' and 'none' stand for several."""
+    """Names of retrieval tasks; 'all' means every task, 'none' no task."""
     for name in given:
         if name not in (*TASKS, "all", "none"):
             raise ValueError(
@@ -88,7 +88,7 @@ class Side:
     label: str
     config: PolicyConfig | None = None
     retention: float | None = None
-    """None is the policy's own."""
+    """None: the policy's own."""
     rule: LengthRule | None = None
 
     @property
@@ -180,7 +180,7 @@ def _text_tasks(
 
 
 def _depths(num_depths: int) -> list[float]:
-    """From oldest to newest, evenly."""
+    """Depths from the oldest to the newest, evenly spread."""
     if num_depths == 1:
         return [0.5]
     return [round(i / (num_depths - 1), 4) for i in range(num_depths)]

@@ -23,9 +23,9 @@ class Task:
     """``continuation``, ``agreement``, ``retrieval`` or ``gsm8k``."""
     requests: list[Request]
     grade: Callable[[JobResult, JobResult], Values]
-    """From the results of a policy and of the full cache."""
+    """Called with the results of a policy and of the full cache."""
     cells: tuple[dict[str, Any], ...] = ()
-    """What each request stands for, where they differ."""
+    """Task, length and depth of each request, where they differ."""
 
 
 def continuation_task(windows: Sequence[Window], start: list[int]) -> Task:

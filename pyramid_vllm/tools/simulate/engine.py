@@ -26,7 +26,7 @@ SAMPLED_TOKEN = 7
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What vLLM's engine is given, the same on every side."""
+    """The arguments of vLLM's engine, the same on every side."""
 
     model: ModelWork
     kv_bytes: int
@@ -158,7 +158,7 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
 
 
 def _planning() -> Any:
-    """Where vLLM plans KV caches: from 0.33 on a module of its own."""
+    """The module in which vLLM plans KV caches: since 0.33, its own module."""
     name = "vllm.v1.core.kv_cache_planning"
     return import_module(name if find_spec(name) else "vllm.v1.core.kv_cache_utils")
 

@@ -37,7 +37,7 @@ class Turn:
     """One request of a session."""
 
     pieces: tuple[Piece, ...]
-    """What it adds to the session's tokens, in front of its answer."""
+    """Tokens that it adds to the session before its answer."""
     num_outputs: int
     wait: float = 0.0
     """Seconds from the answer before it: a person who thinks, a tool that runs."""
@@ -58,13 +58,13 @@ class Session:
 
     @property
     def num_tokens(self) -> int:
-        """Of the last request, answer included."""
+        """Tokens of the last request, with its answer."""
         return sum(turn.num_tokens + turn.num_outputs for turn in self.turns)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of an engine."""
+    """The sessions that an engine gets."""
 
     name: str
     sessions: tuple[Session, ...]
@@ -117,11 +117,11 @@ class LoadSettings(BaseModel):
     num_requests: PositiveInt = 200
     """Requests, or sessions where these have several turns."""
     prompt_tokens: PositiveInt = 1024
-    """That each turn adds, and that only its session has."""
+    """Tokens that each turn adds and that only its session has."""
     output_tokens: PositiveInt = 256
-    """Of each answer."""
+    """Tokens of each answer."""
     shared_prefix: NonNegativeInt = 0
-    """That sessions start with and have in common."""
+    """Tokens that sessions start with and have in common."""
     num_prefixes: PositiveInt = 1
     """Different ones; session i starts with number i modulo this."""
     turns: PositiveInt = 1
@@ -219,7 +219,7 @@ class _TraceRow(BaseModel):
     model_config = ConfigDict(strict=True)
 
     timestamp: NonNegativeFloat
-    """In milliseconds."""
+    """Milliseconds."""
     input_length: PositiveInt
     output_length: NonNegativeInt
     hash_ids: list[NonNegativeInt]

@@ -24,7 +24,7 @@ _PAGES_EVERY = 64
 
 @dataclass
 class RequestRecord:
-    """What happened to a request. Times are in seconds since the start."""
+    """Times and counts of a request. Times are in seconds since the start."""
 
     num_prompt_tokens: int
     num_outputs: int
@@ -34,17 +34,17 @@ class RequestRecord:
     num_received: int = 0
     """Tokens of its answer so far."""
     num_cached_tokens: int = 0
-    """Of its prompt, found in the prefix cache when it was first scheduled."""
+    """Prompt tokens in the prefix cache when it was first scheduled."""
 
 
 @dataclass
 class StepRecord:
-    """What was seen of a step."""
+    """Times and counts of a step."""
 
     end: float
     """Seconds since the start, when its tokens were there."""
     seconds: float
-    """Of the device."""
+    """Seconds of the device."""
     num_running: int
     cpu_s: float
 
@@ -57,7 +57,7 @@ class SimulatedRun:
     requests: dict[str, RequestRecord] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
     works: list[StepWork] = field(default_factory=list)
-    """Of each step, where they are asked for."""
+    """The work of each step, if ``keep_works`` is set."""
     pages: list[PageCount] = field(default_factory=list)
     num_preemptions: int = 0
     num_prompt_tokens_computed: int = 0

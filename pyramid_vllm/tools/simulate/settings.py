@@ -1,4 +1,4 @@
-"""The options of ``pyramid-vllm simulate``, and what they mean."""
+"""The options of ``pyramid-vllm simulate``."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,7 +100,7 @@ class SimulateSettings:
 
     @cached_property
     def device(self) -> Device:
-        """What an engine runs on."""
+        """The device of an engine."""
         changes = json_object("--efficiency", self.efficiency)
         return load_device(self.gpu).changed(changes)
 
@@ -132,7 +132,7 @@ class SimulateSettings:
 
     @cached_property
     def traffic(self) -> Load:
-        """What is asked of an engine: a named load, or a trace."""
+        """The load of an engine: a named load, or a trace."""
         values = {name: getattr(self, name) for name in LoadSettings.model_fields}
         seed = values.pop("seed")
         changes = {name: value for name, value in values.items() if value is not None}

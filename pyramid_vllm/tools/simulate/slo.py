@@ -27,7 +27,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one engine carries of a load."""
+    """The part of a load that one engine can serve."""
 
     speed: float
     """Highest factor on the load's rate at which the objective holds, found to 5%; 0:
