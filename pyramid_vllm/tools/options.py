@@ -61,11 +61,9 @@ def once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
     """An annotation of a field's type: the option is text, which ``parse`` reads."""
-    return BeforeValidator(lambda given: _parsed(parse, given))
-
-
-def _parsed(parse: Callable[[Any], Any], given: Any) -> Any:
-    return parse(given) if given is None or isinstance(given, str) else given
+    return BeforeValidator(
+        lambda given: parse(given) if isinstance(given, str | None) else given
+    )
 
 
 Texts = Annotated[tuple[str, ...], AfterValidator(once)]

@@ -1,19 +1,16 @@
 """The options of ``pyramid-vllm analyze``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from pyramid_vllm.tools import options
 from pyramid_vllm.tools.options import option
 
 
-def _ratios(given: Any) -> Any:
+def _ratios(given: str) -> tuple[float, ...]:
     """Shares, ascending, at least two."""
-    if not isinstance(given, str):
-        return given
     try:
         values = tuple(sorted({float(value) for value in given.split(",")}))
     except ValueError:
@@ -40,7 +37,7 @@ class AnalyzeSettings:
     prompt_tokens: int = option(1024, min=128)
     target_tokens: int = option(64, "Tokens after a prompt whose loss is taken.", min=1)
     windows: int = option(6, "Every other one tests the suggestion.", min=2)
-    ratios: Annotated[tuple[float, ...], BeforeValidator(_ratios)] = option(
+    ratios: Annotated[tuple[float, ...], options.parsed(_ratios)] = option(
         "0.1,0.2,0.3,0.5,0.7", "Shares of its context that one layer is cut to."
     )
     needles: int = option(2, "Further prompts that hide a number.", min=0)

@@ -20,7 +20,7 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.requests import KEEP_ALL
 from pyramid_vllm.policy.tiers import TierLayout, runs
-from pyramid_vllm.tools.chat import chat_ids, has_template
+from pyramid_vllm.tools.chat import chat_ids, has_template, stop_ids
 from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.inspection.engine import EngineTask, run_engine
 from pyramid_vllm.tools.inspection.settings import BLOCK_SIZE, InspectSettings
@@ -33,7 +33,6 @@ from pyramid_vllm.tools.inspection.view import (
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.sizes import format_bytes
-from pyramid_vllm.tools.stop_ids import stop_ids
 
 _SEED = 0
 

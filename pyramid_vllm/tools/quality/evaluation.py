@@ -31,36 +31,23 @@ class Outcome:
     values: dict[str, Values]
 
 
+@dataclass
 class Evaluation:
-    """All runs of one set of options.
+    """All runs of one set of options."""
 
-    Args:
-        settings: the options.
-        sides: by engine, the full cache first.
-        tasks: what each side runs.
-        folder: where results are kept.
-        console: where progress is printed.
-        run: runs one engine.
-    """
+    settings: EvalSettings
+    sides: Sequence[list[Side]]
+    """Sides by engine, the full cache first."""
+    tasks: Sequence[Task]
+    folder: Path
+    console: Console
+    run: RunEngine = run_engine
 
-    def __init__(
-        self,
-        settings: EvalSettings,
-        sides: Sequence[list[Side]],
-        tasks: Sequence[Task],
-        folder: Path,
-        console: Console,
-        run: RunEngine = run_engine,
-    ) -> None:
-        self._sides, self._tasks = sides, tasks
-        self._folder, self._console, self._run = folder, console, run
-        self._store = Store(folder / "runs")
-        lengths = [
-            len(request.prompt_ids) + request.max_tokens
-            for task in tasks
-            for request in task.requests
-        ]
-        longest = max(lengths)
+    def __post_init__(self) -> None:
+        self._store = Store(self.folder / "runs")
+        requests = [request for task in self.tasks for request in task.requests]
+        self._longest = max(len(r.prompt_ids) + r.max_tokens for r in requests)
+        settings = self.settings
         self._engine: dict[str, Any] = {
             "model": settings.model,
             "dtype": settings.dtype,
@@ -68,13 +55,12 @@ class Evaluation:
             "kv_bytes": settings.kv_bytes,
             # vLLM wants at least as many as a prompt has, or sequences run.
             "max_num_batched_tokens": settings.max_num_batched_tokens
-            or max(2048, longest),
+            or max(2048, self._longest),
             "engine_args": settings.engine_args,
         }
-        self._longest = longest
         self._digests = {
             task.name: fingerprint([asdict(request) for request in task.requests])
-            for task in tasks
+            for task in self.tasks
         }
 
     def outcomes(self) -> list[Outcome]:
@@ -83,12 +69,12 @@ class Evaluation:
         Raises:
             RuntimeError: an engine failed, or a policy did nothing.
         """
-        with bars(self._console, 32) as progress:
-            for sides in self._sides:
+        with bars(self.console, 32) as progress:
+            for sides in self.sides:
                 self._run_engine(sides, progress)
         found = [
-            (side, {task.name: self._result(side, task) for task in self._tasks})
-            for sides in self._sides
+            (side, {task.name: self._result(side, task) for task in self.tasks})
+            for sides in self.sides
             for side in sides
         ]
         full = found[0][1]
@@ -96,7 +82,7 @@ class Evaluation:
             Outcome(
                 side,
                 results,
-                {t.name: t.grade(results[t.name], full[t.name]) for t in self._tasks},
+                {t.name: t.grade(results[t.name], full[t.name]) for t in self.tasks},
             )
             for side, results in found
         ]
@@ -124,8 +110,8 @@ class Evaluation:
         """Folder of the full cache's distributions; None: the task has none."""
         if task.kind != "continuation":
             return None
-        identity = self._identity(self._sides[0][0], task)
-        return self._folder / "full-cache" / fingerprint(identity)
+        identity = self._identity(self.sides[0][0], task)
+        return self.folder / "full-cache" / fingerprint(identity)
 
     def _is_done(self, side: Side, task: Task) -> bool:
         if self._store.load(self._identity(side, task)) is None:
@@ -138,10 +124,10 @@ class Evaluation:
     def _run_engine(self, sides: list[Side], progress: Progress) -> None:
         """Run the missing jobs of one engine."""
         label = sides[0].label
-        pairs = [(side, task) for side in sides for task in self._tasks]
+        pairs = [(side, task) for side in sides for task in self.tasks]
         missing = [pair for pair in pairs if not self._is_done(*pair)]
         if len(missing) < len(pairs):
-            self._console.print(
+            self.console.print(
                 f"{label}: {len(pairs) - len(missing)} of {len(pairs)} runs are there"
             )
         if not missing:
@@ -172,7 +158,7 @@ class Evaluation:
         def advance(done: int) -> None:
             progress.update(bar, completed=done, description=label)
 
-        self._run(engine_task, save, advance)
+        self.run(engine_task, save, advance)
 
 
 def check_activity(side: Side, task: Task, result: JobResult) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import profile_weights
+from pyramid_vllm.tools.chat import stop_ids
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.quality.evaluation import Evaluation
@@ -19,7 +20,6 @@ from pyramid_vllm.tools.quality.report import (
     text_table,
 )
 from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides, make_tasks
-from pyramid_vllm.tools.stop_ids import stop_ids
 
 
 def run_eval(settings: EvalSettings) -> None:
