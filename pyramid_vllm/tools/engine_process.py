@@ -17,8 +17,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any, NoReturn
 
-#: Environment of jobs that time nothing: on a busy machine, threads that spin take
-#: each other's turn.
+#: Environment of jobs that are not timed: on a busy machine, threads that spin slow
+#: each other down.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Starts the lines that are messages.
 MARK = "@pyramid-vllm "
@@ -56,7 +56,7 @@ def run_job(
 
     def receive(message: dict[str, Any]) -> None:
         if "error" in message:
-            # Not above: scripts start children where policies cannot be imported.
+            # Imported here: scripts start children where policies cannot be imported.
             from pyramid_vllm.policy import KVPolicyError
 
             raise KVPolicyError(message["error"])
@@ -99,7 +99,7 @@ def run_child(
             timer.start()
         try:
             assert child.stdin is not None
-            # A child that has ended already says why in its log.
+            # A child that has already ended has its reason in the log.
             with suppress(BrokenPipeError), child.stdin:
                 json.dump(task, child.stdin)
             found = _receive(child, log, on_message)

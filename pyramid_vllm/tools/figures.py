@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from pyramid_vllm.policy import NONE
 
 PERCENTILES = (50, 95, 99)
-#: Prompt tokens that the prefix cache had, of all prompt tokens.
+#: Share of the prompt tokens that were in the prefix cache.
 HIT_RATE = "prefix_hit_rate"
 Figures = dict[str, float]
 

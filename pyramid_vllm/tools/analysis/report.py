@@ -45,7 +45,7 @@ def write(found: Found, source: str, seed: int, console: Console) -> None:
     }
     write_report(out / "results.json", content, seed)
     identity = {name: getattr(found.model, name, None) for name in IDENTITY}
-    # All of the policy: what a file leaves out comes from the preset ``pyramid``.
+    # The whole policy: a file's missing settings come from the preset ``pyramid``.
     _write_yaml(out / "policy.yaml", found.suggested.model_dump(mode="json"))
     profile = {"model": identity, "layer_weights": found.shares}
     _write_yaml(out / "profile.yaml", profile)

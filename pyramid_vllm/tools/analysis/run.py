@@ -88,7 +88,7 @@ def _measure(
     tracked = track(prompts, description="each layer alone", console=console)
     for (prompt, target), is_text in tracked:
         window = Continuation(model, prompt, target, [found.rule])
-        # What the full cache does not find says nothing of what layers need.
+        # A needle that the full cache misses does not show what layers need.
         if is_text or window.is_certain:
             costs = found.text_costs if is_text else found.needle_costs
             costs.append(window.layer_costs(policy, settings.ratios))

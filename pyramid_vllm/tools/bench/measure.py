@@ -74,7 +74,7 @@ def add_request(engine: Any, name: str, prompt: list[int], num_tokens: int) -> N
         temperature=0.0,
         max_tokens=num_tokens,
         ignore_eos=True,
-        # Without a tokenizer there is nothing to detokenize with.
+        # An engine without a tokenizer cannot detokenize.
         detokenize=engine.tokenizer is not None,
     )
     engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
@@ -87,7 +87,7 @@ def warm_up(engine: Any, task: MeasureTask) -> None:
         RuntimeError: the batch is still in the prefix cache, where the measured one
             would find it.
     """
-    # A whole prompt, since policies do not evict short ones, and another request.
+    # A whole prompt, because policies do not evict short ones, and a short one.
     whole = min(task.turns[0], key=len)
     for name, prompt in (("0", whole), ("1", whole[:32])):
         add_request(engine, name, prompt, 4)
@@ -159,7 +159,7 @@ def run_batch(
     seconds = 0.0
     with watch.counting_rows():
         while engine.has_unfinished_requests():
-            # Steps alone are timed: a policy has more pages to look at than stock.
+            # Only steps are timed: watching a policy takes longer than watching stock.
             start = time.perf_counter()
             news = engine.step()
             seconds += time.perf_counter() - start

@@ -13,7 +13,7 @@ from pyramid_vllm.tools.bench.ranges import TokenRange
 from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.quality.texts import python_manual
 
-#: Of each conversation, the tokens that it adds to the answer before them.
+#: The tokens that each conversation adds after its last answer.
 Turn = list[list[int]]
 
 

@@ -40,7 +40,7 @@ from pyramid_vllm.tools.sides import Side
 from pyramid_vllm.tools.sizes import format_bytes
 from pyramid_vllm.tools.store import Store
 
-#: A finished run: its figures, and the raw ones, of each request where there are such.
+#: A finished run: its figures, and raw ones, some of them for each request.
 Result = dict[str, Any]
 
 
@@ -113,7 +113,7 @@ def _announcement(settings: BenchSettings, workload: Workload) -> str:
     memories = ", ".join(
         f"{p.label} ({format_bytes(p.kv_bytes)})" for p in workload.points
     )
-    # A policy may switch it off; the tables say what each side had.
+    # A policy may switch it off; the tables show the state of each side.
     is_off = settings.engine.get("enable_prefix_caching") is False
     return (
         f"{settings.workload}: {settings.num_prompts} prompts "
@@ -180,7 +180,7 @@ def _execute(
             results[index] = result = {"figures": figures, "raw": raw}
             store.save(run.identity, run.labels | result)
             progress.advance(whole)
-    # A run that was done under another label is this one's.
+    # A run that finished under another label gets this run's labels.
     return [
         (result or {}) | run.labels for run, result in zip(runs, results, strict=True)
     ]

@@ -13,7 +13,7 @@ from pyramid_vllm.tools.sides import Side, parse_sides
 
 WORKLOADS = ("offline", "online")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-#: Settings of ``LLM`` that have an option of their own here.
+#: Settings of ``LLM`` that have their own option here.
 OWN_OPTIONS = {
     "model": "--model",
     "kv_policy": "--kv-policy",

@@ -171,6 +171,6 @@ def _tokenizer(model: str) -> Any:
 def _cache_dtype(config: Any, dtype: str) -> str | None:
     if dtype != "auto":
         return dtype
-    # vLLM's auto halves float32 models.
+    # With auto, vLLM runs float32 models in bfloat16.
     name = str(config.get_text_config().dtype or "").removeprefix("torch.")
     return "bfloat16" if name in ("", "float32") else name

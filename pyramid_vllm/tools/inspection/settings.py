@@ -8,7 +8,7 @@ from pyramid_vllm.tools import options
 from pyramid_vllm.tools.options import argument, option
 
 BLOCK_SIZE = 32
-#: Arguments of ``LLM`` that an inspection sets or that a record does not follow.
+#: Arguments of ``LLM`` that an inspection sets, or that its record does not support.
 _REFUSED = {
     "model": "the argument MODEL",
     "kv_policy": "--kv-policy",

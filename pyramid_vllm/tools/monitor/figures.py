@@ -9,7 +9,7 @@ from typing import Any
 
 from pyramid_vllm.tools.monitor.scrape import Labels, Scrape
 
-#: By the names in ``_FIGURES``; None where the server does not report a figure.
+#: Figures by their names in ``_FIGURES``; None: the server does not report it.
 Figures = dict[str, Any]
 Where = Mapping[str, str]
 _POLICY = "vllm:kv_policy_"
@@ -104,7 +104,7 @@ class Span:
         return {key: value - earlier.get(key, 0) for key, value in found.items()}
 
 
-#: By name in the JSON: how a figure is computed, its metric, the label that splits it.
+#: Figures by name in the JSON: the method, the metric, the label that splits it.
 _FIGURES: dict[str, Any] = {
     "num_running": (Span.gauge, "vllm:num_requests_running"),
     "num_waiting": (Span.gauge, "vllm:num_requests_waiting"),

@@ -53,7 +53,7 @@ class Evaluation:
             "dtype": settings.dtype,
             "seed": settings.seed,
             "kv_bytes": settings.kv_bytes,
-            # vLLM wants at least as many as a prompt has, or sequences run.
+            # vLLM requires at least a prompt's tokens, and the number of sequences.
             "max_num_batched_tokens": settings.max_num_batched_tokens
             or max(2048, self._longest),
             "engine_args": settings.engine_args,

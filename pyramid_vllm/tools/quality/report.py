@@ -17,7 +17,7 @@ from pyramid_vllm.tools.quality.statistics import (
 from pyramid_vllm.tools.quality.tasks import Task
 
 Summary = dict[str, Any]
-#: Of a table, by name: task, figure, format.
+#: Columns of a table by name: task, figure, format.
 _Columns = Mapping[str, tuple[str, str, str]]
 _TEXT_COLUMNS: _Columns = {
     "loss": ("continuation", "loss", ".3f"),

@@ -137,7 +137,7 @@ def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[s
     """The haystack's pieces with the needles between them."""
     ends = list(accumulate((size for _, size in pieces), initial=0))
     lines = [text for text, _ in pieces]
-    # From the back, so that earlier places stay what they are.
+    # Insert from the end, so that earlier positions stay valid.
     for share, line in reversed(_places(puzzle, depth)):
         goal = share * ends[-1]
         lines.insert(min(range(len(ends)), key=lambda i: abs(ends[i] - goal)), line)

@@ -52,7 +52,7 @@ def _grade_continuation(result: JobResult, full: JobResult) -> Values:
         )
         for ours, row in zip(result.rows, full.rows, strict=True)
     ]
-    # The full cache has none with itself.
+    # The full cache does not diverge from itself.
     values["divergence"] = [fmean(r.get("divergences", [0.0])) for r in result.rows]
     return values
 

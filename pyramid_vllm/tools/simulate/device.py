@@ -11,8 +11,8 @@ from pyramid_vllm.policy.presets import config_dir
 from pyramid_vllm.tools.json_settings import first_problem
 from pyramid_vllm.tools.simulate.model import ModelWork
 
-#: vLLM's default of ``gpu_memory_utilization``, and what of it is left for
-#: activations, graphs and buffers: a round figure of what its profiling finds.
+#: vLLM's default of ``gpu_memory_utilization``, and the memory for activations, graphs
+#: and buffers: roughly what its profiling finds.
 _UTILIZATION, _ACTIVATION_BYTES = 0.92, 4e9
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

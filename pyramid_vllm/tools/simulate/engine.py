@@ -64,7 +64,7 @@ class SimulatedEngine:
         config.cache_config.num_gpu_blocks = self._kv_config.num_blocks
         self._block_sizes = resolve_kv_cache_block_sizes(self._kv_config, config)
         self.max_model_len = int(config.model_config.max_model_len)
-        # As vLLM's engine core: without a prefix cache nothing is hashed.
+        # vLLM's engine core hashes nothing without a prefix cache either.
         self._hasher = (
             _block_hasher(self._block_sizes[1]) if settings.prefix_caching else None
         )
@@ -150,7 +150,7 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
             "kv_policy": policy and policy.model_dump(),
         }
         config = EngineArgs(**arguments).create_engine_config()
-    # What the platform at hand has decided for itself.
+    # The platform of this machine has chosen other values for these.
     config.cache_config.block_size = settings.block_size
     config.cache_config.kv_cache_layout = "LBNHC"
     config.scheduler_config.async_scheduling = settings.async_scheduling

@@ -25,7 +25,7 @@ from pyramid_vllm.tools.json_settings import first_problem
 #: Tokens of an entry of ``hash_ids`` in Mooncake's traces.
 TRACE_BLOCK = 512
 _VOCABULARY = 32_000
-#: Keeps pieces that sessions have to themselves apart from those that they share.
+#: Separates the sources of a session's own pieces from those of shared pieces.
 _OWN = 1 << 32
 
 Piece = tuple[int, int]
@@ -257,7 +257,7 @@ def read_trace(file: Path, limit: int | None, speed: float) -> Load:
         raise ValueError(f"--trace {file} has no requests: valid is one or more")
     start = min(session.arrival for session in sessions)
     shifted = [replace(s, arrival=s.arrival - start) for s in sessions]
-    # Traces may be sorted only nearly.
+    # Lines of traces may not be in order.
     return Load(file.name, tuple(sorted(shifted, key=lambda s: s.arrival)))
 
 
@@ -281,6 +281,6 @@ def _traced(line: str, speed: float) -> Session:
         (of_block, min(TRACE_BLOCK, prompt - index * TRACE_BLOCK))
         for index, of_block in enumerate(row.hash_ids[:needed])
     )
-    # vLLM generates one token at least.
+    # vLLM generates at least one token.
     turn = Turn(pieces, max(1, row.output_length))
     return Session((turn,), row.timestamp / 1000 / speed)

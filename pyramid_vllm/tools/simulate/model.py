@@ -155,7 +155,7 @@ def load_model(model: str, dtype: str | None, tensor_parallel: int) -> ModelWork
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden,
         num_heads=heads,
-        # vLLM gives each device one at least.
+        # vLLM gives each device at least one head.
         num_kv_heads_per_device=max(1, kv_heads // tensor_parallel),
         head_size=head_size,
         windows=_windows(config),

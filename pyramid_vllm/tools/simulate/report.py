@@ -34,7 +34,7 @@ def run_simulation(settings: SimulateSettings) -> None:
         ValueError: an option is not valid, or something does not fit; names it.
         RuntimeError: a request was not served, or matplotlib is missing.
     """
-    # vLLM says on import what its own device lacks; the simulated one is another.
+    # On import, vLLM warns about this machine, which is not the simulated device.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if settings.plots is not None:
         check_matplotlib()
