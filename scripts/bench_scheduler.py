@@ -41,7 +41,7 @@ from rich.table import Table
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from pyramid_vllm.policy import PolicyConfig, resolve_policy
-from pyramid_vllm.tools.cli.failing import or_fail
+from pyramid_vllm.tools.options import or_fail
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine, sampled
 from pyramid_vllm.tools.simulate.model import load_model

@@ -191,7 +191,7 @@ def tasks_of(results: Results) -> tuple[dict[str, Task], EvalSettings]:
     """The tasks of an evaluation by kind, and its settings; JSON has no tuples."""
     from transformers import AutoTokenizer
 
-    from pyramid_vllm.tools.stop_ids import stop_ids
+    from pyramid_vllm.tools.chat import stop_ids
 
     settings = EvalSettings(
         **{

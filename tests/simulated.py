@@ -31,7 +31,7 @@ def slice_of_a_trace() -> Load:
 
 def loads() -> dict[str, Load]:
     """The four."""
-    lengths = {"num_sessions": 40, "prompt_tokens": 256, "output_tokens": 96}
+    lengths = {"num_requests": 40, "prompt_tokens": 256, "output_tokens": 96}
     return {
         "unshared": named_load("unshared", lengths | {"prompt_tokens": 1024}),
         "shared": named_load("shared", lengths | {"shared_prefix": 1024}),

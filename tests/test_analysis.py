@@ -16,9 +16,9 @@ from pyramid_vllm.policy import (
     PolicyConfig,
     tier_layout,
 )
-from pyramid_vllm.tools.analysis.choice import LayerCache, gathered
-from pyramid_vllm.tools.analysis.dense import DenseModel, Prefill
-from pyramid_vllm.tools.analysis.hypotheses import Continuation, crucial_overlap
+from pyramid_vllm.tools.analysis.choice import gathered
+from pyramid_vllm.tools.analysis.dense import DenseModel
+from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from tests.models import save_tiny
 from tests.oracle import DenseModel as OracleModel
 from tests.oracle import Oracle
@@ -259,7 +259,8 @@ def test_a_layer_is_cut_alone(
 ) -> None:
     model, ratios = models["llama"].ours, (0.1, 0.5, 1.0)
     config = PolicyConfig(name="x", **SMALL)
-    window = Continuation(model, prompt, target, num_queries=16)
+    rule = LengthRule(config, tier_layout(config, NUM_LAYERS))
+    window = Continuation(model, prompt, target, [rule])
     costs = window.layer_costs(config, ratios)
     assert costs.shape == (3, NUM_LAYERS, 2)
     assert (costs[0, :, 1] > 1e-5).all()
@@ -282,55 +283,6 @@ def test_a_prompt_inside_the_window_cannot_be_cut(
     models: dict[str, Models], prompt: list[int], target: list[int]
 ) -> None:
     config = PolicyConfig(name="x", **(SMALL | {"recent": 300}))
-    window = Continuation(models["llama"].ours, prompt, target, num_queries=300)
+    rule = LengthRule(config, tier_layout(config, NUM_LAYERS))
+    window = Continuation(models["llama"].ours, prompt, target, [rule])
     assert not window.layer_costs(config, (0.1, 0.5)).any()
-
-
-def overlap_cache(*choices: Sequence[tuple[int, ...]]) -> Prefill:
-    """One layer, a KV head a choice: windows of 4 queries, oldest first, that attend
-    to two of 16 tokens each."""
-    num_windows = len(choices[0])
-    num_tokens = 16 + 4 * num_windows
-    key = torch.zeros(len(choices), num_tokens, 16)
-    key[:, range(16), range(16)] = 1.0
-    query = torch.zeros(4 * num_windows, len(choices), 16)
-    for head, windows in enumerate(choices):
-        for index, tokens in enumerate(windows):
-            query[4 * index : 4 * index + 4, head, list(tokens)] = 8.0
-    cache = LayerCache(key, torch.zeros_like(key), query, 1.0)
-    return Prefill(num_tokens, [cache], torch.zeros(1))
-
-
-@pytest.mark.parametrize(
-    ("choices", "overlaps"),
-    [
-        ([[(0, 5), (0, 5), (0, 5)]], [1.0, 1.0]),
-        ([[(0, 5), (7, 5), (5, 7)]], [1.0, 0.5]),
-        ([[(1, 2), (3, 4), (5, 6)]], [0.0, 0.0]),
-        ([[(0, 5), (0, 5), (0, 5)], [(1, 2), (5, 2), (2, 9)]], [0.75, 0.75]),
-    ],
-)
-def test_overlaps_are_known_for_known_windows(
-    choices: list[list[tuple[int, ...]]], overlaps: list[float]
-) -> None:
-    """The newest window comes last; distances are 4 and 8 tokens."""
-    config = PolicyConfig(name="x", pooling="none")
-    found = crucial_overlap(overlap_cache(*choices), config, (4, 8), 4, 0.125)
-    assert found.shape == (2, 1)
-    assert found[:, 0].tolist() == overlaps
-
-
-def test_overlaps_of_a_model_are_shares(
-    models: dict[str, Models], prompt: list[int]
-) -> None:
-    full = models["qwen3"].ours.prefill(prompt, 96)
-    config = PolicyConfig(name="x", pooling="avg", selection="head")
-    found = crucial_overlap(full, config, (16, 64), 32, 0.2)
-    assert found.shape == (2, NUM_LAYERS)
-    assert ((found >= 0) & (found <= 1)).all()
-    assert found.max() > found.min()
-    # What is scored by its keys alone, every window chooses alike.
-    alike = crucial_overlap(
-        full, config.model_copy(update={"scorer": "key_norm"}), (16, 64), 32, 0.2
-    )
-    assert (alike == 1).all()

@@ -189,7 +189,6 @@ def analyze(folder: str, text: Path, *arguments: str) -> Any:
         "--target-tokens": "8",
         "--windows": "4",
         "--ratios": "0.6,0.3",
-        "--distances": "16,64",
         "--needles": "1",
     } | dict(zip(arguments[::2], arguments[1::2], strict=True))
     words = [word for pair in options.items() for word in pair]
@@ -241,7 +240,6 @@ def test_results_hold_every_window(analysis: tuple[str, Path], text: Path) -> No
     assert costs.shape == (2, 2, 4, 2), "windows, ratios, layers, loss and KL"
     assert (costs[:, 0, :, 1] > 0).all()
     assert costs[:, 0, :, 1].sum() > costs[:, 1, :, 1].sum(), "0.3 costs more than 0.6"
-    assert np.array(results["overlaps"]).shape == (2, 2, 4)
     assert results["settings"]["ratios"] == [0.3, 0.6]
     assert results["settings"]["text"] == str(text)
     assert {name: len(costs) for name, costs in results["trial"].items()} == {
@@ -250,10 +248,9 @@ def test_results_hold_every_window(analysis: tuple[str, Path], text: Path) -> No
     }
     assert all(c["divergence"] > 0 for c in results["trial"]["small-suggested"])
     assert results["trial"]["small-suggested"] != results["trial"]["small, no profile"]
-    for name in ("icr.png", "rac.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert (out / "icr.png").read_bytes().startswith(b"\x89PNG")
     assert f"{len(results['needle_costs'])} of 1 needles were found" in stdout
-    for word in ("30% kept", "64 earlier", "suggested share", "top-1 agreement"):
+    for word in ("30% kept", "suggested share", "top-1 agreement"):
         assert word in stdout
 
 
@@ -314,9 +311,6 @@ def test_the_policy_is_compared_as_it_is() -> None:
         ("--ratios", "0,0.5", ["ratios is '0,0.5'", "between 0 and 1"]),
         ("--ratios", "0.5,1", ["ratios is '0.5,1'", "between 0 and 1"]),
         ("--ratios", "few,many", ["ratios is 'few,many'"]),
-        ("--distances", "0,16", ["distances is '0,16'", "from 1 to 72"]),
-        ("--distances", "16,73", ["distances is '16,73'", "prompt_tokens"]),
-        ("--distances", "near", ["distances is 'near'"]),
         ("--windows", "40", ["windows", "book.txt has", "valid is up to"]),
         ("--text-from", "0.98", ["book.txt has", "valid is up to 0 windows"]),
         ("--text", "/no/such/book.txt", ["/no/such/book.txt"]),
@@ -352,12 +346,6 @@ def test_bad_options_are_named_before_the_model_loads(
     assert not out.exists()
 
 
-def test_lists_of_options_are_sorted() -> None:
-    def asked(**options: Any) -> AnalyzeSettings:
-        return AnalyzeSettings(**{"model": "m", "distances": "64", **options})
-
-    assert asked(ratios="0.7, 0.1,0.7").ratios == (0.1, 0.7)
-    assert asked(distances="64,1, 8", prompt_tokens=256).distances == (1, 8, 64)
-    assert asked(distances="128", prompt_tokens=256).distances == (128,)
-    with pytest.raises(ValueError, match=r"distances is '129'.*from 1 to 128"):
-        asked(distances="129", prompt_tokens=256)
+def test_ratios_are_sorted() -> None:
+    settings = AnalyzeSettings(model="m", ratios="0.7, 0.1,0.7")  # type: ignore[arg-type]
+    assert settings.ratios == (0.1, 0.7)

@@ -13,12 +13,11 @@ from random import Random
 from typing import Any
 
 import pytest
-import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from pyramid_vllm.policy import KVPolicyError, LengthRule, PolicyConfig, TierLayout
-from pyramid_vllm.tools.cli.inspect import inspect
+from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.inspection import run
 from pyramid_vllm.tools.inspection.engine import EngineTask, inspect_request, run_engine
 from pyramid_vllm.tools.inspection.page import page
@@ -39,9 +38,6 @@ CHROMIUM = next(
     None,
 )
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-app = typer.Typer()
-app.command()(inspect)
 
 # Small data.
 
@@ -176,7 +172,7 @@ def test_errors_come_before_the_engine(
     options: list[str], message: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "run_engine", lambda task: pytest.fail("it ran"))
-    result = CliRunner().invoke(app, [model, *options])
+    result = CliRunner().invoke(app, ["inspect", model, *options])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
 
@@ -184,7 +180,7 @@ def test_errors_come_before_the_engine(
 def test_pictures_need_matplotlib(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "run_engine", lambda task: pytest.fail("it ran"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = CliRunner().invoke(app, [model, "--prompt", "x"])
+    result = CliRunner().invoke(app, ["inspect", model, "--prompt", "x"])
     assert result.exit_code == 2
     assert "pip install 'pyramid-vllm[plots]'" in " ".join(result.output.split())
 
@@ -334,7 +330,7 @@ def command(
     policy = json.dumps(POLICY | POLICIES["head"])
     options = ["--prompt-file", str(folder / "prompt.txt"), "--out", str(folder)]
     options += ["--kv-policy", policy, "--max-tokens", str(MAX_TOKENS), "--json"]
-    result = CliRunner().invoke(app, [model, *options])
+    result = CliRunner().invoke(app, ["inspect", model, *options])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads(
         (folder / "inspect.json").read_text()

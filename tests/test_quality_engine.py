@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
-from pyramid_vllm.tools.cli.eval import evaluate
+from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
 from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
 from pyramid_vllm.tools.quality.runner import make_engine, run_job
@@ -167,14 +166,12 @@ def test_the_command_from_end_to_end(
     text.write_text("".join(lines), encoding="utf-8")
     out = tmp_path / "out"
     arguments = [
-        *("--model", str(model), "--text", str(text), "--out", str(out)),
+        *("eval", "--model", str(model), "--text", str(text), "--out", str(out)),
         *("--prompt-tokens", "300", "--target-tokens", "8", "--windows", "2"),
         *("--agreement-tokens", "4", "--kv-memory", "32MiB"),
         *("--retrieval", "single_needle", "--retrieval-tokens", "500"),
         *("--depths", "2", "--samples", "1", "--retention", "0.4"),
     ]
-    app = typer.Typer()
-    app.command()(evaluate)
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.stderr
     report = json.loads((out / "results.json").read_text(encoding="utf-8"))

@@ -4,23 +4,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pyramid_vllm.tools.cli import eval as command
+from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality import runner
 from pyramid_vllm.tools.quality.activity import Activity
 from pyramid_vllm.tools.quality.evaluation import Evaluation, check_activity
-from pyramid_vllm.tools.quality.jobs import EngineTask, JobResult
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request, read
 from pyramid_vllm.tools.quality.report import retention_label, summarize, text_table
 from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides
 from pyramid_vllm.tools.quality.tasks import Task, agreement_task, continuation_task
@@ -196,9 +195,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run_command(*arguments: str) -> Any:
-    app = typer.Typer()
-    app.command()(command.evaluate)
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120"})
+    return CliRunner().invoke(app, ["eval", *arguments], env={"COLUMNS": "120"})
 
 
 @pytest.mark.parametrize(
@@ -244,3 +241,28 @@ def test_an_engine_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     task = EngineTask("m", None, "auto", 1, 1, 1, 0, {}, [])
     with pytest.raises(RuntimeError, match="the engine failed"):
         runner.run_engine(task, lambda _: None, lambda _: None)
+
+
+def test_the_process_sends_progress_and_a_result_for_each_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Progress counts the requests of all jobs."""
+    jobs = [Job([Request([1, 2], 3)] * 2, 0.5), Job([Request([4], 1, [5], [6])])]
+    task = EngineTask("m", '{"name": "x"}', "auto", 1, 1, 1, 0, {}, jobs)
+
+    def run_job(engine: str, job: Job, has_policy: bool, progress: Any) -> JobResult:
+        assert (engine, has_policy) == ("engine of m", True)
+        progress(len(job.requests))
+        return result(0.5, len(job.requests))
+
+    monkeypatch.setattr(runner, "make_engine", lambda task: f"engine of {task.model}")
+    monkeypatch.setattr(runner, "run_job", run_job)
+    sent: list[tuple[str, Any]] = []
+    given = json.loads(json.dumps(asdict(task)))
+    runner.run_jobs(given, lambda *message: sent.append(message))
+    assert [m for m in sent if m[0] == "done"] == [
+        ("done", count) for count in (0, 2, 2, 3)
+    ]
+    results = [read(JobResult, content) for kind, content in sent if kind == "result"]
+    assert results == [result(0.5, 2), result(0.5, 1)]
+    assert read(EngineTask, given) == task

@@ -65,7 +65,7 @@ def run(load: Load, policy: str | None = None, **changes: Any) -> SimulatedRun:
 
 
 def small(name: str, **changes: Any) -> Load:
-    lengths = {"num_sessions": 8, "prompt_tokens": 300, "output_tokens": 20}
+    lengths = {"num_requests": 8, "prompt_tokens": 300, "output_tokens": 20}
     return named_load(name, lengths | changes)
 
 
@@ -112,7 +112,7 @@ def test_a_shared_prefix_is_hit_and_another_is_not() -> None:
 
 
 def test_a_turn_goes_on_from_the_answer_before_it() -> None:
-    load = small("chat", num_sessions=2, turns=3, think_s=1.0, spread=0.0)
+    load = small("chat", num_requests=2, turns=3, think_time=1.0, spread=0.0)
     done = run(load)
     assert len(done.requests) == 6
     for index in range(2):
@@ -135,7 +135,7 @@ def test_clients_wait_for_answers() -> None:
 
 
 def test_memory_that_binds_is_shared_by_more_sequences_under_a_policy() -> None:
-    load = small("unshared", num_sessions=24, prompt_tokens=1024)
+    load = small("unshared", num_requests=24, prompt_tokens=1024)
     stock, ours = run(load), run(load, "pyramid")
     most = [max(step.num_running for step in side.steps) for side in (stock, ours)]
     assert most[1] > 1.3 * most[0]
@@ -143,7 +143,7 @@ def test_memory_that_binds_is_shared_by_more_sequences_under_a_policy() -> None:
 
 
 def test_pages_add_up() -> None:
-    done = run(small("unshared", num_sessions=40), "pyramid")
+    done = run(small("unshared", num_requests=40), "pyramid")
     assert done.pages
     for count in done.pages:
         assert count.running + count.cached + count.free == pytest.approx(1)
@@ -237,7 +237,7 @@ def test_a_step_takes_the_longer_of_bytes_and_flops() -> None:
 
 
 def test_shared_pages_are_read_once_by_cascade() -> None:
-    load = small("shared", shared_prefix=640, num_sessions=6, output_tokens=40)
+    load = small("shared", shared_prefix=640, num_requests=6, output_tokens=40)
     again = run(load, options=RunOptions(cpu_time=False, cascade=True))
     assert run_figures(again)["seconds"] < run_figures(run(load))["seconds"]
 

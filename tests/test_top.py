@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pyramid_vllm.tools.cli.top import top
+from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.monitor.figures import ServerFigures, Span, server_figures
 from pyramid_vllm.tools.monitor.scrape import (
     Scrape,
@@ -30,12 +29,9 @@ from pyramid_vllm.tools.monitor.view import (
 from pyramid_vllm.tools.monitor.watch import Watch, show_live
 from tests.metrics_server import INFO, FakeMetrics, serving, work
 
-APP = typer.Typer()
-APP.command()(top)
-
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(APP, list(arguments), env={"COLUMNS": "80"})
+    return CliRunner().invoke(app, ["top", *arguments], env={"COLUMNS": "80"})
 
 
 def after_work(metrics: FakeMetrics, interval: float = 2.0, **how: Any) -> Span:

@@ -1,4 +1,4 @@
-"""Conversations as token ids, by a model's chat template."""
+"""Conversations as token ids, by a model's chat template, and how answers end."""
 
 from typing import Any
 
@@ -30,3 +30,16 @@ def chat_ids(tokenizer: Any, *turns: str, answer_start: str = "") -> list[int]:
         messages, tokenize=False, add_generation_prompt=True
     )
     return encode(tokenizer, text + answer_start)
+
+
+def stop_ids(model: str, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer."""
+    from transformers import GenerationConfig
+
+    try:
+        given = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # not every model has one
+        given = None
+    found = given if isinstance(given, list) else [given]
+    ids = {*found, tokenizer.eos_token_id} - {None}
+    return sorted(ids)

@@ -1,9 +1,9 @@
-"""An engine in a process of its own: a job gets a task and sends messages.
+"""Jobs with an engine run in their own process: they get a task and send messages.
 
 A job is a function ``job(task, send)``, named ``module:function``. The task is JSON on
 the process's standard input. Messages are JSON objects of one key, each on a line that
-starts with ``MARK``: ``done`` is the number of finished requests, ``result`` what the
-job is for, ``error`` a policy that the engine refuses.
+starts with ``MARK``: ``done`` is the number of finished requests, ``result`` a
+result of the job, ``error`` the reason why the engine refuses a policy.
 """
 
 import json
@@ -17,6 +17,9 @@ from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any, NoReturn
 
+#: Environment of jobs that are not timed: on a busy machine, threads that spin slow
+#: each other down.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Starts the lines that are messages.
 MARK = "@pyramid-vllm "
 
@@ -43,16 +46,17 @@ def run_job(
         KVPolicyError: the engine refused the policy.
         RuntimeError: the process failed; the message ends with its last lines.
     """
-    found = os.environ | {
+    found = {
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        **os.environ,
         # Jobs look into their engine, so it has to be in their process.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         **(environment or {}),
     }
 
     def receive(message: dict[str, Any]) -> None:
         if "error" in message:
-            # Not above: scripts start children where policies cannot be imported.
+            # Imported here: scripts start children where policies cannot be imported.
             from pyramid_vllm.policy import KVPolicyError
 
             raise KVPolicyError(message["error"])
@@ -95,7 +99,7 @@ def run_child(
             timer.start()
         try:
             assert child.stdin is not None
-            # A child that has ended already says why in its log.
+            # A child that has already ended has its reason in the log.
             with suppress(BrokenPipeError), child.stdin:
                 json.dump(task, child.stdin)
             found = _receive(child, log, on_message)
@@ -132,25 +136,25 @@ def _receive(
 
 
 def read_task() -> dict[str, Any]:
-    """In the process: its task."""
+    """Read the task of this process."""
     task: dict[str, Any] = json.load(sys.stdin)
     return task
 
 
 def tell(kind: str, value: Any) -> None:
-    """In the process: send a message."""
+    """Send a message from this process."""
     print(f"{MARK}{json.dumps({kind: value})}", flush=True)
 
 
 def leave() -> NoReturn:
-    """In the process: end it, once all is sent."""
+    """End this process after everything is sent."""
     sys.stdout.flush()
     # vLLM's in-process engine leaves threads running; nothing is left to save.
     os._exit(0)
 
 
 def main(job: str) -> None:
-    """In the process: run the job with its task."""
+    """Run the job with the task of this process."""
     from pyramid_vllm.policy import KVPolicyError
 
     module, _, name = job.partition(":")

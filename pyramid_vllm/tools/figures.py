@@ -1,18 +1,18 @@
 """Figures of sides, stock vLLM among them, and how tables show them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from pyramid_vllm.policy import NONE
 
 PERCENTILES = (50, 95, 99)
-#: Prompt tokens that the prefix cache had, of all prompt tokens.
+#: Share of the prompt tokens that were in the prefix cache.
 HIT_RATE = "prefix_hit_rate"
 Figures = dict[str, float]
 
@@ -28,7 +28,7 @@ class Metric:
 
 
 def side_label(policy: str) -> str:
-    """What tables and plots call a side of this policy."""
+    """The name of a policy's side in tables and plots."""
     return "stock vLLM" if policy == NONE else policy
 
 
@@ -38,6 +38,12 @@ def latencies(
     """Percentiles of one kind of latency; zeros where there is none."""
     found = np.percentile(seconds or [0.0], percentiles).tolist()
     return {f"{key}_p{p}_s": value for p, value in zip(percentiles, found, strict=True)}
+
+
+def right_table(columns: Iterable[str], title: str, **settings: Any) -> Table:
+    """A table whose columns are aligned to the right."""
+    headers = (Column(name, justify="right") for name in columns)
+    return Table(*headers, title=title, **settings)
 
 
 def side_table(

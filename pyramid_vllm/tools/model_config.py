@@ -13,7 +13,7 @@ from pyramid_vllm.policy.presets import config_dir
 from pyramid_vllm.policy.profiles import IDENTITY
 
 _FILE = "config.json"
-#: Settings that a file must hold as positive integers: no default stands for them.
+#: Settings that a file must hold as positive integers: they have no default.
 _INTEGERS = (*(n for n in IDENTITY if n != "model_type"), "max_position_embeddings")
 #: Settings that hold other configurations, or replace this one by another.
 _NESTED = (
@@ -102,7 +102,7 @@ def read_config(model: str) -> Any:
     known = _MODEL_TYPES.get(str(settings.get("model_type")))
     if known is not None:
         settings = {**known.defaults, **settings}
-        # The dtype by its new name, or else by its old one.
+        # ``torch_dtype`` is the old name of ``dtype``.
         if settings.get("dtype") is None:
             settings["dtype"] = settings.get("torch_dtype")
         if _says_it_all(settings, known):
@@ -117,7 +117,7 @@ def _hub_file(model: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        # The cache first: the hub's client asks the network even for what it has.
+        # The cache first: the hub's client asks the network even for cached files.
         cached = try_to_load_from_cache(model, _FILE)
         return Path(
             cached if isinstance(cached, str) else hf_hub_download(model, _FILE)

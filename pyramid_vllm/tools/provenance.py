@@ -1,4 +1,4 @@
-"""Where a figure comes from: what every report of figures carries."""
+"""The origin of figures, which every report of figures carries."""
 
 import json
 import os

@@ -1,10 +1,10 @@
 """The engines that are compared: stock vLLM and policies."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
+from pyramid_vllm.policy import NONE, LengthRule, PolicyConfig, resolve_policy
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Side:
 
     @property
     def policy_json(self) -> str | None:
-        """As engines take it."""
+        """JSON, the form that engines take; None: stock vLLM."""
         return None if self.policy is None else json.dumps(self.policy.model_dump())
 
 
@@ -37,3 +37,10 @@ def parse_sides(policies: Sequence[str], overrides: str | None = None) -> list[S
         name = f"{policy.name} ({alike + 1})" if alike else policy.name
         sides.append(Side(name, policy))
     return sides
+
+
+def should_evict(rule: LengthRule | None, lengths: Iterable[int]) -> bool:
+    """Whether a side keeps less than all of any prompt; no rule: stock vLLM."""
+    return rule is not None and any(
+        min(rule.cache_lengths(length)) < length for length in set(lengths)
+    )

@@ -28,7 +28,7 @@ class Store:
         return self._folder / f"{fingerprint(identity)}.json"
 
     def load(self, identity: Any) -> dict[str, Any] | None:
-        """What was saved of the run; None: it is not finished."""
+        """The saved content of the run; None: the run is not finished."""
         try:
             content = json.loads(self.path(identity).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):

@@ -26,8 +26,8 @@ from engines import (
 from rich.console import Console
 from rows import Answers, Row, bundled_rows, kind_of, read_rows
 
-from pyramid_vllm.tools.cli.failing import or_fail
 from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.options import or_fail
 
 #: GPUs by this one line, or by ``--device gpu``.
 DEVICE = "cpu"

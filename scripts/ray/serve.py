@@ -15,8 +15,8 @@ from engines import (
     start_ray,
 )
 
-from pyramid_vllm.tools.cli.failing import or_fail
 from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.options import or_fail
 
 #: GPUs by this one line, or by ``--device gpu``.
 DEVICE = "cpu"

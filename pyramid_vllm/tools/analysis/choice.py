@@ -16,7 +16,7 @@ from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries
 
 @dataclass
 class LayerCache:
-    """What one layer holds of a sequence."""
+    """Keys, values and newest queries of a sequence in one layer."""
 
     key: torch.Tensor
     """``[num_kv_heads, num_tokens, head_size]``, rotated."""
@@ -40,7 +40,16 @@ def choose(
         end: length of the prompt.
     """
     num_recent = rule.num_recent(end)
-    scores = layer_scores(cache, config, num_queries_read(rule, end), num_recent)
+    num_queries = num_queries_read(rule, end)
+    inputs = scorers.ScoreInputs(
+        query=cache.query[-num_queries:] if num_queries else None,
+        key=cache.key.transpose(0, 1),
+        scale=cache.scale,
+        logits_soft_cap=0.0,
+        sink_logits=None,
+        num_recent=num_recent,
+    )
+    scores = scorers.layer_scores(inputs, config)
     if config.selection == "layer":
         scores = scores.mean(dim=0, keepdim=True)
     return select_tokens(scores, num_kept, config.sinks, num_recent)
@@ -51,21 +60,6 @@ def num_queries_read(rule: LengthRule, num_tokens: int) -> int:
     if rule.config.scored_queries is Queries.ALL:
         return num_tokens
     return rule.num_queries(num_tokens)
-
-
-def layer_scores(
-    cache: LayerCache, config: PolicyConfig, num_queries: int, num_recent: int
-) -> torch.Tensor:
-    """A layer's scores: ``[num_kv_heads or 1, num_tokens]``."""
-    inputs = scorers.ScoreInputs(
-        query=cache.query[-num_queries:] if num_queries else None,
-        key=cache.key.transpose(0, 1),
-        scale=cache.scale,
-        logits_soft_cap=0.0,
-        sink_logits=None,
-        num_recent=num_recent,
-    )
-    return scorers.layer_scores(inputs, config)
 
 
 def gathered(cache: LayerCache, kept: torch.Tensor) -> LayerCache:

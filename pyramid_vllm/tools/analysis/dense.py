@@ -35,7 +35,7 @@ class Prefill:
     logits: torch.Tensor
     """``[vocab_size]``, those that predict the first new token."""
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By layer: its input, ``[1, num_tokens, hidden_size]``."""
+    """Inputs of layers, ``[1, num_tokens, hidden_size]``, by layer."""
 
 
 @dataclass
@@ -191,7 +191,7 @@ class DenseModel:
         return Prefill(full.num_tokens, layers, logits[-1])
 
     def kept(self, full: Prefill, rule: LengthRule) -> Prefill:
-        """What is left of a prompt once its tokens are evicted by a policy's rule."""
+        """The cache of a prompt after a policy's rule has evicted tokens."""
         prefill = self.pruned(full, rule) if rule.prunes else full
         counts = rule.cache_lengths(full.num_tokens)
         layers = []

@@ -1,4 +1,4 @@
-"""What an analysis finds, and what it so suggests."""
+"""The results of an analysis, and the policy that they suggest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,26 +17,24 @@ from pyramid_vllm.policy.config import validated
 from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
 from pyramid_vllm.tools.analysis.suggest import layer_shares, not_rising
 
-#: What a suggestion leaves every layer at least.
+#: The least share that a suggestion leaves to a layer.
 _LEAST = 0.15
 
 
 @dataclass
 class Found:
-    """What the analysis found."""
+    """Results of the analysis."""
 
     settings: AnalyzeSettings
     model: Any
     """The model's configuration."""
     policy: PolicyConfig
     text_costs: list[np.ndarray] = field(default_factory=list)
-    """Of each window, ``[num_ratios, num_layers, 2]``: loss and divergence."""
+    """Loss and divergence of each window, ``[num_ratios, num_layers, 2]``."""
     needle_costs: list[np.ndarray] = field(default_factory=list)
-    """The same of the answers of needles that the full cache finds."""
-    overlaps: list[np.ndarray] = field(default_factory=list)
-    """Of each window, ``[num_distances, num_layers]``."""
+    """The same for the answers of needles that the full cache finds."""
     trial: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    """By policy: what it costs on each window that the suggestion did not see."""
+    """Costs on each window that the suggestion was not made from, by policy."""
 
     @property
     def costs(self) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""The two hypotheses of PyramidInfer (arXiv 2405.12532, section 3), on any model.
+"""What an evicted cache costs, by policy and by layer, on any model.
 
-Inference context redundancy (ICR): deeper layers can do with less context. Recent
-attention consistency (RAC): tokens that recent ones attend to are those that later
-tokens will attend to.
+PyramidInfer's hypothesis of inference context redundancy (ICR, arXiv 2405.12532,
+section 3): deeper layers can do with less context.
 """
 
 from collections.abc import Sequence
@@ -13,11 +12,9 @@ import torch
 
 from pyramid_vllm.policy import LengthRule, PolicyConfig, tier_layout
 from pyramid_vllm.tools.analysis.choice import (
-    LayerCache,
     choose,
     gathered,
     layer_before_pruning,
-    layer_scores,
     num_queries_read,
 )
 from pyramid_vllm.tools.analysis.dense import DenseModel, Prefill
@@ -43,7 +40,6 @@ class Continuation:
         prompt: token ids.
         target: the tokens after it.
         rules: of the policies that will be tried.
-        num_queries: newest tokens of the prompt whose queries will be wanted besides.
     """
 
     def __init__(
@@ -52,13 +48,10 @@ class Continuation:
         prompt: Sequence[int],
         target: Sequence[int],
         rules: Sequence[LengthRule] = (),
-        num_queries: int = 1,
     ) -> None:
         self._model, self._target = model, list(target)
         self._index = torch.tensor(self._target)[:, None]
-        num_queries = max(
-            num_queries, *(num_queries_read(rule, len(prompt)) for rule in rules), 1
-        )
+        num_queries = max([1, *(num_queries_read(rule, len(prompt)) for rule in rules)])
         hidden = {layer_before_pruning(rule) for rule in rules if rule.prunes}
         self.full = model.prefill(prompt, num_queries, sorted(hidden))
         self._logprobs = model.continued(self.full, self._target)
@@ -70,7 +63,7 @@ class Continuation:
         return bool((self._logprobs.argmax(1) == self._index[:, 0]).all())
 
     def cost(self, prefill: Prefill) -> Cost:
-        """What it costs to continue from another cache of the same prompt."""
+        """The cost of continuing from another cache of the same prompt."""
         ours, full = self._model.continued(prefill, self._target), self._logprobs
         loss = -float(ours.gather(1, self._index).mean())
         return Cost(
@@ -80,7 +73,7 @@ class Continuation:
         )
 
     def policy_cost(self, rule: LengthRule) -> Cost:
-        """What a policy costs."""
+        """The cost of a policy."""
         return self.cost(self._model.kept(self.full, rule))
 
     def layer_costs(self, config: PolicyConfig, ratios: Sequence[float]) -> np.ndarray:
@@ -108,57 +101,3 @@ class Continuation:
                 cost = self.cost(replace(full, layers=layers))
                 costs[i, layer] = cost.loss, cost.divergence
         return costs
-
-
-def crucial_overlap(
-    full: Prefill,
-    config: PolicyConfig,
-    distances: Sequence[int],
-    window: int,
-    share: float,
-) -> np.ndarray:
-    """RAC: how far the crucial tokens chosen by windows of queries agree.
-
-    Each window of queries chooses the best-scored ``share`` of the tokens before the
-    oldest window; the newest window's choice is what the others are held against.
-
-    Args:
-        full: a prompt, with the queries of its ``max(distances) + window`` newest
-            tokens.
-        config: scorer and pooling.
-        distances: tokens between a window's end and the prompt's.
-        window: queries in a window.
-        share: of the tokens, chosen.
-
-    Returns:
-        ``[num_distances, num_layers]``: overlap as a share, mean over KV heads.
-    """
-    context = full.num_tokens - max(distances) - window
-    count = max(1, int(share * context))
-    overlaps = np.zeros((len(distances), len(full.layers)))
-    for layer, cache in enumerate(full.layers):
-        chosen = [
-            _chosen(cache, config, distance, window, context, count)
-            for distance in (0, *distances)
-        ]
-        for i, other in enumerate(chosen[1:]):
-            common = (chosen[0] & other).sum(dim=1).float() / count
-            overlaps[i, layer] = float(common.mean())
-    return overlaps
-
-
-def _chosen(
-    cache: LayerCache,
-    config: PolicyConfig,
-    distance: int,
-    window: int,
-    context: int,
-    count: int,
-) -> torch.Tensor:
-    """Which of the first tokens one window chooses: ``[num_groups, context]``."""
-    end = cache.key.shape[1] - distance
-    queries = cache.query[: len(cache.query) - distance]
-    part = replace(cache, key=cache.key[:, :end], query=queries)
-    scores = layer_scores(part, config, window, window)[:, :context]
-    best = scores.topk(count, dim=1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)

@@ -1,6 +1,5 @@
-"""What an analysis found, as tables, plots and files."""
+"""Tables, plots and files of an analysis."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +12,14 @@ from rich.table import Table
 
 from pyramid_vllm.policy.profiles import IDENTITY
 from pyramid_vllm.tools.analysis.found import Found
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.plotting import new_figure
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 
 
 def write(found: Found, source: str, seed: int, console: Console) -> None:
-    """Print tables; write ``results.json``, ``icr.png``, ``rac.png``, ``policy.yaml``
-    and ``profile.yaml``.
+    """Print tables; write ``results.json``, ``icr.png``, ``policy.yaml`` and
+    ``profile.yaml``.
 
     Args:
         found: what to write.
@@ -36,25 +36,20 @@ def write(found: Found, source: str, seed: int, console: Console) -> None:
         "full cache, and count"
     )
     _plot_costs(found, out / "icr.png")
-    _plot_overlaps(found, out / "rac.png")
     content = {
-        "settings": {**asdict(settings), "text": source, "out": str(out)},
+        "settings": {**asdict(settings), "text": source},
         "text_costs": np.array(found.text_costs).tolist(),
         "needle_costs": np.array(found.needle_costs).tolist(),
-        "overlaps": np.array(found.overlaps).tolist(),
         "suggested_shares": found.shares,
         "trial": found.trial,
-    } | provenance(seed)
-    text = json.dumps(content, indent=2)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    }
+    write_report(out / "results.json", content, seed)
     identity = {name: getattr(found.model, name, None) for name in IDENTITY}
-    # All of the policy: what a file leaves out comes from the preset ``pyramid``.
+    # The whole policy: a file's missing settings come from the preset ``pyramid``.
     _write_yaml(out / "policy.yaml", found.suggested.model_dump(mode="json"))
     profile = {"model": identity, "layer_weights": found.shares}
     _write_yaml(out / "profile.yaml", profile)
-    console.print(
-        f"In {out}: policy.yaml, profile.yaml, results.json, icr.png, rac.png"
-    )
+    console.print(f"In {out}: policy.yaml, profile.yaml, results.json, icr.png")
 
 
 def _write_yaml(path: Path, content: dict[str, Any]) -> None:
@@ -63,22 +58,18 @@ def _write_yaml(path: Path, content: dict[str, Any]) -> None:
 
 
 def _layer_table(found: Found) -> Table:
-    """A row a layer: what cutting it costs, overlaps, the suggested share."""
+    """A row a layer: what cutting it costs, the suggested share."""
     settings = found.settings
-    table = Table(
-        title="KL to the full cache, in nats a token, with one layer cut to a share; "
-        "overlap of crucial tokens with earlier windows' choice; the suggestion"
+    table = right_table(
+        ("layer", *(f"{r:.0%} kept" for r in settings.ratios), "suggested share"),
+        "KL to the full cache, in nats a token, with one layer cut to a share; the "
+        "suggestion",
     )
-    kept = (f"{ratio:.0%} kept" for ratio in settings.ratios)
-    earlier = (f"{distance} earlier" for distance in settings.distances)
-    for column in ("layer", *kept, *earlier, "suggested share"):
-        table.add_column(column, justify="right")
-    costs, overlaps = found.costs[..., 1], np.mean(found.overlaps, axis=0)
+    costs = found.costs[..., 1]
     for layer, share in enumerate(found.shares):
         table.add_row(
             str(layer),
             *(f"{cost:.4f}" for cost in costs[:, layer]),
-            *(f"{overlap:.0%}" for overlap in overlaps[:, layer]),
             f"{share:.0%}",
         )
     return table
@@ -86,9 +77,10 @@ def _layer_table(found: Found) -> Table:
 
 def _trial_table(trial: dict[str, list[dict[str, float]]]) -> Table:
     """A row a policy: what it costs on text that the suggestion was not made from."""
-    table = Table(title="Policies at the same mean retention, on other windows")
-    for column in ("", "loss, nats", "rise of it", "KL", "top-1 agreement"):
-        table.add_column(column, justify="right")
+    table = right_table(
+        ("", "loss, nats", "rise of it", "KL", "top-1 agreement"),
+        "Policies at the same mean retention, on other windows",
+    )
     for name, costs in trial.items():
         mean = {key: fmean(cost[key] for cost in costs) for key in costs[0]}
         table.add_row(
@@ -116,19 +108,4 @@ def _plot_costs(found: Found, path: Path) -> None:
     axes.set_xlabel("the layer whose context is cut")
     axes.legend()
     figure.suptitle("Inference context redundancy")
-    figure.savefig(path)
-
-
-def _plot_overlaps(found: Found, path: Path) -> None:
-    """RAC: overlap of crucial tokens by layer and distance."""
-    figure = new_figure(figsize=(8, 4))
-    axes = figure.subplots()
-    means = np.mean(found.overlaps, axis=0)
-    for distance, layers in zip(found.settings.distances, means, strict=True):
-        axes.plot(layers, marker=".", label=f"{distance} tokens earlier")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("overlap with the newest window's choice")
-    axes.set_ylim(0, 1)
-    axes.legend()
-    figure.suptitle("Recent attention consistency")
     figure.savefig(path)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pydoc_data.topics import topics
 from typing import Any
 
 from rich.console import Console
@@ -16,15 +15,13 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.tools.analysis.dense import DenseModel
 from pyramid_vllm.tools.analysis.found import Found, retention_of, suggestion
-from pyramid_vllm.tools.analysis.hypotheses import Continuation, crucial_overlap
+from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from pyramid_vllm.tools.analysis.report import write
-from pyramid_vllm.tools.analysis.settings import WINDOW, AnalyzeSettings
+from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality.retrieval import make_samples
-from pyramid_vllm.tools.quality.texts import read_part, windows
+from pyramid_vllm.tools.quality.texts import python_manual, read_part, windows
 
-#: Share of the tokens that a window chooses, when windows are compared.
-_SHARE = 0.2
 _SEED = 0
 Prompt = tuple[Sequence[int], Sequence[int]]
 
@@ -53,7 +50,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
     found = Found(settings, config, policy)
     found.rule.cache_lengths(settings.prompt_tokens)  # not every policy fits a model
-    model, console = DenseModel(settings.model), Console()
+    model, console = DenseModel(str(settings.model)), Console()
     _measure(found, model, parts[::2], needles, console)
     _try_out(found, model, parts[1::2], console)
     write(found, source, _SEED, console)
@@ -62,7 +59,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
 def _text(settings: AnalyzeSettings) -> tuple[str, str]:
     """The text and its name."""
     if settings.text is None:
-        return "\n\n".join(topics[name] for name in sorted(topics)), "Python's manual"
+        return python_manual(), "Python's manual"
     part = read_part(settings.text, settings.text_from, settings.text_to)
     return part, str(settings.text)
 
@@ -87,19 +84,14 @@ def _measure(
     console: Console,
 ) -> None:
     settings, policy = found.settings, found.policy
-    num_queries = max(settings.distances) + WINDOW
     prompts = [(prompt, True) for prompt in texts] + [(p, False) for p in needles]
     tracked = track(prompts, description="each layer alone", console=console)
     for (prompt, target), is_text in tracked:
-        window = Continuation(model, prompt, target, [found.rule], num_queries)
-        # What the full cache does not find says nothing of what layers need.
+        window = Continuation(model, prompt, target, [found.rule])
+        # A needle that the full cache misses does not show what layers need.
         if is_text or window.is_certain:
             costs = found.text_costs if is_text else found.needle_costs
             costs.append(window.layer_costs(policy, settings.ratios))
-        if is_text:
-            found.overlaps.append(
-                crucial_overlap(window.full, policy, settings.distances, WINDOW, _SHARE)
-            )
 
 
 def _try_out(

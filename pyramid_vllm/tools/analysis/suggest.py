@@ -1,4 +1,4 @@
-"""From what cutting each layer costs to how much each should keep."""
+"""Computes each layer's share from the cost of cutting that layer."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def convex(ratios: Sequence[float], costs: Sequence[float]) -> np.ndarray:
     widths = np.diff(points)
     # The lower hull's slopes are the points' slopes, pooled where they would fall.
     falls = np.array(not_rising(-np.diff(values) / widths, widths))
-    # From the right, where the cost is 0.
+    # Summed from the right end, where the cost is 0.
     heights = [*np.cumsum((falls * widths)[::-1])[::-1], 0.0]
     grid = np.linspace(0, 1, round(1 / _STEP) + 1)
     first = heights[0] + falls[0] * points[0]
@@ -62,7 +62,7 @@ def layer_shares(
             break
         steps = np.minimum(taken, gains.shape[1] - 1)
         gain = np.where(fits, gains[np.arange(len(tiers)), steps], -np.inf)
-        # Of equal gains the least that is kept comes first, then the first tier.
+        # Of equal gains the tier that keeps least comes first, then the first tier.
         best = np.lexsort((taken, -gain))[0]
         taken[best] += 1
         left -= int(sizes[best])

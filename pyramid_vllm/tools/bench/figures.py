@@ -16,7 +16,7 @@ from pyramid_vllm.tools.figures import (
     latencies,
 )
 
-#: Servers log what they have done only every few seconds.
+#: Counts in a server's log, which is written only every few seconds.
 LOGGED_COMPACTIONS = "num_compactions_logged"
 LOGGED_PAGES = "num_pages_freed_logged"
 LATENCIES = {
@@ -46,7 +46,7 @@ METRICS = (
     Metric(LOGGED_PAGES, "pages freed by eviction, at least"),
 )
 
-#: Of each figure: its spread over repeats, and that of its ratio to stock.
+#: Spread of each figure over repeats, and of its ratio to stock.
 Summary = dict[str, dict[str, Any]]
 
 

@@ -13,20 +13,20 @@ from pyramid_vllm.tools.engine_process import run_job
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """What to run. Requests are numbered turn by turn."""
+    """The engine and its requests, which are numbered turn by turn."""
 
     model: str
     turns: list[Turn]
     output_lengths: list[int]
-    """Of each request."""
+    """Output tokens of each request."""
     engine_args: dict[str, Any]
-    """Of ``LLM``; what is left out is as vLLM has it, prefix caching too."""
+    """Arguments of ``LLM``; others have vLLM's defaults, prefix caching too."""
     warm_up: bool = False
     """Whether a short batch runs first, uncounted."""
 
     @property
     def prompt_lengths(self) -> list[int]:
-        """Of each request, with all that its conversation has before."""
+        """Prompt tokens of each request, with those of its conversation before it."""
         return prompt_lengths(self.turns, self.output_lengths)
 
 
@@ -48,7 +48,7 @@ def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
 
 
 def job(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
-    """In the process: run the task."""
+    """Run the task in this process and send its result."""
     found = MeasureTask(**task)
     engine = make_engine(found)
     if found.warm_up:
@@ -74,7 +74,7 @@ def add_request(engine: Any, name: str, prompt: list[int], num_tokens: int) -> N
         temperature=0.0,
         max_tokens=num_tokens,
         ignore_eos=True,
-        # Without a tokenizer there is nothing to detokenize with.
+        # An engine without a tokenizer cannot detokenize.
         detokenize=engine.tokenizer is not None,
     )
     engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
@@ -87,7 +87,7 @@ def warm_up(engine: Any, task: MeasureTask) -> None:
         RuntimeError: the batch is still in the prefix cache, where the measured one
             would find it.
     """
-    # A whole prompt, since policies do not evict short ones, and another request.
+    # A whole prompt, because policies do not evict short ones, and a short one.
     whole = min(task.turns[0], key=len)
     for name, prompt in (("0", whole), ("1", whole[:32])):
         add_request(engine, name, prompt, 4)
@@ -159,7 +159,7 @@ def run_batch(
     seconds = 0.0
     with watch.counting_rows():
         while engine.has_unfinished_requests():
-            # Steps alone are timed: a policy has more pages to look at than stock.
+            # Only steps are timed: watching a policy takes longer than watching stock.
             start = time.perf_counter()
             news = engine.step()
             seconds += time.perf_counter() - start

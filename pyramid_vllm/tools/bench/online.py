@@ -29,7 +29,7 @@ _RAW = ("start_times", "ttfts", "itls", "input_lens", "output_lens")
 
 @dataclass(frozen=True)
 class OnlineTask:
-    """What one server and its client run."""
+    """The server and the load of one run."""
 
     model: str
     engine_args: dict[str, Any]
@@ -38,13 +38,13 @@ class OnlineTask:
     request_rate: float | None
     """Requests a second; None: all at once."""
     seed: int
-    """Of the times between requests."""
+    """Seed of the times between requests."""
 
 
 def online_task(
     settings: BenchSettings, workload: Workload, point: Point, side: Side
 ) -> OnlineTask:
-    """What one run starts."""
+    """The task of one run."""
     (prompts,) = workload.requests.turns
     return OnlineTask(
         model=str(settings.model),
@@ -87,7 +87,7 @@ def run_online(
 
 
 def send_load(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
-    """In a process: send an ``OnlineTask``'s requests to ``url``."""
+    """Send an ``OnlineTask``'s requests to ``url``, from this process."""
     from vllm.benchmarks.datasets import SampleRequest
     from vllm.benchmarks.serve import TaskType, benchmark
     from vllm.tokenizers import get_tokenizer

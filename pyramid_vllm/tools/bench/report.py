@@ -1,4 +1,4 @@
-"""What a bench reports: tables for people, medians for programs."""
+"""Reports of a bench: tables for people, medians for programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from pyramid_vllm.policy import NONE
 from pyramid_vllm.tools.bench.figures import METRICS, Summary
 from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.bench.workload import Point
-from pyramid_vllm.tools.figures import HIT_RATE, side_label, side_table
+from pyramid_vllm.tools.figures import HIT_RATE, right_table, side_label, side_table
 from pyramid_vllm.tools.sizes import format_bytes
 
 #: Figures of a side in the file of medians, beside its tokens/s.
@@ -34,7 +34,7 @@ class PointReport:
     memory_binds: bool
     sides: dict[str, Summary]
     prefix_caching: dict[str, bool]
-    """Of each side, as its engine had it."""
+    """Whether the engine of each side had its prefix cache on."""
     sharing: str
     """What requests share, in words."""
 
@@ -103,12 +103,11 @@ def point_table(report: PointReport) -> Table:
 def sweep_table(reports: Sequence[PointReport]) -> Table:
     """Ratio of tokens/s, point by point."""
     policies = reports[0].policies
-    table = Table(
-        title="Tokens/s, prompt and output, to stock vLLM",
+    table = right_table(
+        ("KV memory", "", "stock's most at once", *policies),
+        "Tokens/s, prompt and output, to stock vLLM",
         caption="median (lowest-highest) over repeats",
     )
-    for column in ("KV memory", "", "stock's most at once", *policies):
-        table.add_column(column, justify="right")
     for report in reports:
         most = report.sides[NONE]["max_num_running"]["median"]
         ratios = [format_ratio(report.ratio(name)) for name in policies]

@@ -5,31 +5,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 
 from pyramid_vllm.tools.bench.ranges import TokenRange
 from pyramid_vllm.tools.bench.settings import BenchSettings
+from pyramid_vllm.tools.quality.texts import python_manual
 
-#: Of each conversation, the tokens that it adds to the answer before them.
+#: The tokens that each conversation adds after its last answer.
 Turn = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What every side is asked. Requests are numbered turn by turn."""
+    """The requests that every side gets, numbered turn by turn."""
 
     turns: list[Turn]
     output_lengths: list[int]
-    """Of every request."""
+    """Output tokens of every request."""
     source: str
     """What the prompts are made of, in words."""
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
-        """Of every request."""
+        """Prompt tokens of every request."""
         return prompt_lengths(self.turns, self.output_lengths)
 
     @cached_property
@@ -100,8 +100,8 @@ def synthetic_prompts(
     prompts: list[list[int]] = []
     allowed = np.arange(vocab_size)
     if tokenizer is not None:
-        text = "\n\n".join(topics[name] for name in sorted(topics))
-        prompts = windows(tokenizer.encode(text, add_special_tokens=False), lengths)
+        tokens = tokenizer.encode(python_manual(), add_special_tokens=False)
+        prompts = windows(tokens, lengths)
         allowed = np.setdiff1d(allowed, tokenizer.all_special_ids)
     rng = np.random.default_rng(seed + 1)
     num_real, num = len(prompts), len(lengths)

@@ -40,7 +40,7 @@ from pyramid_vllm.tools.sides import Side
 from pyramid_vllm.tools.sizes import format_bytes
 from pyramid_vllm.tools.store import Store
 
-#: A finished run: its figures, and the raw ones, of each request where there are such.
+#: A finished run: its figures, and raw ones, some of them for each request.
 Result = dict[str, Any]
 
 
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What it is, for people who open a file."""
+        """Labels for people who open a file."""
         point = asdict(self.point)
         return {"point": point, "side": self.side.name, "repeat": self.repeat}
 
@@ -113,7 +113,7 @@ def _announcement(settings: BenchSettings, workload: Workload) -> str:
     memories = ", ".join(
         f"{p.label} ({format_bytes(p.kv_bytes)})" for p in workload.points
     )
-    # A policy may switch it off; the tables say what each side had.
+    # A policy may switch it off; the tables show the state of each side.
     is_off = settings.engine.get("enable_prefix_caching") is False
     return (
         f"{settings.workload}: {settings.num_prompts} prompts "
@@ -126,7 +126,7 @@ def _announcement(settings: BenchSettings, workload: Workload) -> str:
 def offline_task(
     settings: BenchSettings, workload: Workload, point: Point, side: Side
 ) -> MeasureTask:
-    """What one process runs."""
+    """The task of one run."""
     skip = {} if workload.has_tokenizer else {"skip_tokenizer_init": True}
     return MeasureTask(
         model=str(settings.model),
@@ -180,7 +180,7 @@ def _execute(
             results[index] = result = {"figures": figures, "raw": raw}
             store.save(run.identity, run.labels | result)
             progress.advance(whole)
-    # A run that was done under another label is this one's.
+    # A run that finished under another label gets this run's labels.
     return [
         (result or {}) | run.labels for run, result in zip(runs, results, strict=True)
     ]
@@ -208,7 +208,7 @@ def _run(
 def make_reports(
     settings: BenchSettings, workload: Workload, results: list[Result]
 ) -> list[PointReport]:
-    """What is reported of each point."""
+    """The reports of all points."""
     reports = []
     num_at_once = min(settings.num_prompts, settings.max_num_seqs)
     for point in workload.points:

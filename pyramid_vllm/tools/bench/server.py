@@ -21,7 +21,7 @@ from pyramid_vllm.tools.figures import HIT_RATE
 from pyramid_vllm.tools.monitor.scrape import Scrape, ScrapeError, fetch, metrics_url
 
 START_UP_S, SAMPLE_INTERVAL_S, _TIMEOUT_S = 600.0, 0.25, 30.0
-#: What the policy's scheduler logs, from its first compaction on.
+#: A line that the policy's scheduler logs after its first compaction.
 _ACTIVATION = re.compile(r"(\d+) compactions, (\d+) pages freed")
 
 
@@ -87,7 +87,7 @@ def serve(model: str, arguments: list[str], log: Path) -> Iterator[str]:
     command = [vllm_script(), "serve", model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--disable-uvicorn-access-log", *arguments]
     environment = dict(os.environ)
-    # As an operator's: the engine core in a process of its own; activation is logged.
+    # As in operation: the engine core has its own process; activation is logged.
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:

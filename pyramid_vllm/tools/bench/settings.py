@@ -13,7 +13,7 @@ from pyramid_vllm.tools.sides import Side, parse_sides
 
 WORKLOADS = ("offline", "online")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-#: Settings of ``LLM`` that have an option of their own here.
+#: Settings of ``LLM`` that have their own option here.
 OWN_OPTIONS = {
     "model": "--model",
     "kv_policy": "--kv-policy",
@@ -133,7 +133,7 @@ class BenchSettings:
 
     @property
     def num_requests(self) -> int:
-        """Of one run."""
+        """Requests of one run."""
         return self.num_prompts * self.turns
 
     @property

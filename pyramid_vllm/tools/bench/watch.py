@@ -1,4 +1,4 @@
-"""What one side did, as its scheduler and its worker show from step to step."""
+"""Counts of what one side did, read from its scheduler and worker at each step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Measured:
-    """What one policy did."""
+    """Counts and times of one side."""
 
     kv_bytes_per_request: float = 0.0
     """Mean over requests of the KV bytes held in their last step; pages that requests
@@ -31,9 +31,9 @@ class Measured:
     prefix_hit_rate: float = 0.0
     """Prompt tokens that were found there, of all prompt tokens."""
     first_token_s: list[float] = field(default_factory=list)
-    """Of each request, from when it was sent."""
+    """Seconds from when each request was sent to its first token."""
     finish_s: list[float] = field(default_factory=list)
-    """Likewise."""
+    """Seconds from when each request was sent to its last token."""
     outputs: list[list[int]] = field(default_factory=list)
 
 

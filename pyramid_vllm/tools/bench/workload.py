@@ -7,7 +7,7 @@ from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import LengthRule, MemoryModel, num_pages, tier_layout
 from pyramid_vllm.tools.bench.requests import Requests, make_requests
 from pyramid_vllm.tools.bench.settings import BenchSettings
-from pyramid_vllm.tools.sides import Side
+from pyramid_vllm.tools.sides import Side, should_evict
 from pyramid_vllm.tools.sizes import format_bytes
 
 DEFAULT_BLOCK_SIZE = 32
@@ -15,14 +15,14 @@ DEFAULT_BLOCK_SIZE = 32
 
 @dataclass(frozen=True)
 class Point:
-    """Where all sides are compared."""
+    """Memory and rate at which all sides are compared."""
 
     label: str
     kv_bytes: int
     request_rate: float | None
     """Requests a second; None: all at once."""
     kv_memory: str = ""
-    """What ``--kv-memory`` says."""
+    """The value of ``--kv-memory``."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ class Workload:
 
     def should_evict(self, side: Side) -> bool:
         """Whether the policy keeps less than all of any prompt."""
-        rule = self.rule(side)
-        return rule is not None and any(
-            min(rule.cache_lengths(length)) < length
-            for length in set(self.requests.prompt_lengths)
-        )
+        return should_evict(self.rule(side), self.requests.prompt_lengths)
 
     def check_fits(self, side: Side, chunk: int, kv_bytes: int, label: str) -> None:
         """Refuse memory that cannot hold a prompt as long as the longest request,
@@ -175,6 +171,6 @@ def _tokenizer(model: str) -> Any:
 def _cache_dtype(config: Any, dtype: str) -> str | None:
     if dtype != "auto":
         return dtype
-    # vLLM's auto halves float32 models.
+    # With auto, vLLM runs float32 models in bfloat16.
     name = str(config.get_text_config().dtype or "").removeprefix("torch.")
     return "bfloat16" if name in ("", "float32") else name

@@ -1,42 +1,51 @@
 """The commands; what each does is imported when it runs."""
 
 from dataclasses import replace
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from pyramid_vllm import __version__
+from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
 from pyramid_vllm.tools.bench.settings import BenchSettings
-from pyramid_vllm.tools.cli.analyze import analyze
-from pyramid_vllm.tools.cli.demo import DemoSettings, run_demo
-from pyramid_vllm.tools.cli.eval import evaluate
-from pyramid_vllm.tools.cli.failing import command, or_fail
-from pyramid_vllm.tools.cli.inspect import inspect
+from pyramid_vllm.tools.cli.demo import DemoSettings
 from pyramid_vllm.tools.cli.name_vllm import name_vllm
-from pyramid_vllm.tools.cli.plan import PlanRequest, print_plan
-from pyramid_vllm.tools.cli.top import top
+from pyramid_vllm.tools.cli.plan import PlanRequest
+from pyramid_vllm.tools.cli.top import TopSettings
+from pyramid_vllm.tools.inspection.settings import InspectSettings
+from pyramid_vllm.tools.options import command, or_fail
+from pyramid_vllm.tools.quality.settings import EvalSettings
 from pyramid_vllm.tools.simulate.settings import SimulateSettings
 
-
-def _bench(settings: BenchSettings) -> None:
-    from pyramid_vllm.tools.bench.run import run_bench
-    from pyramid_vllm.tools.cli.model import make_model
-
-    settings.check()
-    # Made only once the options are in order.
-    run_bench(replace(settings, model=settings.model or str(make_model())))
+app = typer.Typer(
+    name="pyramid-vllm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 
-def _simulate(settings: SimulateSettings) -> None:
-    from pyramid_vllm.tools.simulate.report import run_simulation
+def _add(name: str, settings: type[Any], function: str, has_model: bool = True) -> None:
+    """Add a command that calls a function with its settings.
 
-    run_simulation(settings)
+    Args:
+        name: of the command.
+        settings: see ``command``.
+        function: ``module:function`` below ``pyramid_vllm.tools``.
+        has_model: whether the default of ``settings.model`` is the bundled model.
+    """
 
+    def run(given: Any) -> None:
+        if has_model and given.model is None:
+            from pyramid_vllm.tools.cli.model import make_model
 
-def _demo(settings: DemoSettings) -> None:
-    from pyramid_vllm.tools.cli.model import make_model
+            if isinstance(given, BenchSettings):
+                given.check()  # before a model is made
+            given = replace(given, model=str(make_model()))
+        module, _, called = function.partition(":")
+        getattr(import_module(f"pyramid_vllm.tools.{module}"), called)(given)
 
-    run_demo(replace(settings, model=settings.model or str(make_model())))
+    app.command(name)(command(settings, run))
 
 
 def _show_version(asked: bool) -> None:
@@ -45,20 +54,15 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(
-    name="pyramid-vllm",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-app.command("bench")(command(BenchSettings, _bench))
-app.command("simulate")(command(SimulateSettings, _simulate))
-app.command("eval")(evaluate)
-app.command()(analyze)
-app.command()(inspect)
-app.command()(top)
+_add("bench", BenchSettings, "bench.run:run_bench")
+_add("simulate", SimulateSettings, "simulate.report:run_simulation", False)
+_add("eval", EvalSettings, "quality.run:run_eval")
+_add("analyze", AnalyzeSettings, "analysis.run:run_analysis")
+_add("inspect", InspectSettings, "inspection.run:run_inspect")
+_add("top", TopSettings, "cli.top:run_top", False)
 app.command()(name_vllm)
-app.command("plan")(command(PlanRequest, print_plan))
-app.command("demo")(command(DemoSettings, _demo))
+_add("plan", PlanRequest, "cli.plan:print_plan", False)
+_add("demo", DemoSettings, "cli.demo:run_demo")
 
 
 @app.callback()

@@ -24,7 +24,7 @@ from pyramid_vllm.tools.sizes import format_bytes
 
 _BLOCK_SIZE = 32
 _SEED = 0
-#: Of bench's figures.
+#: The figures of bench that are shown.
 _SHOWN = (
     "kv_bytes_per_request",
     "max_num_running",
@@ -69,7 +69,7 @@ def run_demo(settings: DemoSettings) -> None:
     if policy is not None:
         kv_policy = {"kv_policy": json.dumps(policy.model_dump())}
         sides[policy.name] = replace(task, engine_args=task.engine_args | kv_policy)
-    # What all of them begin with.
+    # Tokens that all prompts begin with.
     columns = zip(*prompts, strict=False)
     shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
     sharing = f"prompts share their first {shared} tokens"

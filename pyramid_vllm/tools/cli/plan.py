@@ -17,6 +17,7 @@ from pyramid_vllm.policy import (
     tier_layout,
 )
 from pyramid_vllm.policy.tiers import runs
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.model_config import read_config
 from pyramid_vllm.tools.options import OVERRIDES, POLICY, argument, option
 from pyramid_vllm.tools.sizes import format_bytes, parse_bytes
@@ -122,11 +123,10 @@ def print_plan(request: PlanRequest) -> None:
 
 
 def _layers(plan: MemoryPlan) -> Table:
-    table = Table(
-        title=f"Policy {plan.policy.name}, prompt of {plan.prompt_tokens} tokens"
+    table = right_table(
+        ("layers", "tokens kept a layer", "of the prompt", "KV bytes"),
+        f"Policy {plan.policy.name}, prompt of {plan.prompt_tokens} tokens",
     )
-    for column in ("layers", "tokens kept a layer", "of the prompt", "KV bytes"):
-        table.add_column(column, justify="right")
     layout = plan.memory.rule.layout
     for kept, layers in zip(plan.kept, layout.layers, strict=True):
         pages = -(-(kept + plan.output_tokens) // plan.memory.block_size)
@@ -140,9 +140,8 @@ def _layers(plan: MemoryPlan) -> Table:
 
 
 def _sides(plan: MemoryPlan) -> Table:
-    table = Table(title=f"One request, and {format_bytes(plan.kv_memory)} of KV memory")
-    for column in ("", "stock vLLM", plan.policy.name):
-        table.add_column(column, justify="right")
+    title = f"One request, and {format_bytes(plan.kv_memory)} of KV memory"
+    table = right_table(("", "stock vLLM", plan.policy.name), title)
     prompt = f"{plan.prompt_tokens:,}"
     table.add_row("prompt tokens kept a layer, mean", prompt, f"{plan.mean_kept:,.0f}")
     if plan.memory.rule.prunes:

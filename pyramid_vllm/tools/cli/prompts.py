@@ -3,6 +3,8 @@
 from pydoc_data.topics import topics
 from typing import Any
 
+from pyramid_vllm.tools.chat import chat_ids
+
 _QUESTION = "Explain the page below to a colleague, in a few short paragraphs.\n\n"
 
 
@@ -27,17 +29,7 @@ def long_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list
             f"num_prompts is {num_prompts}: valid is up to {len(tokens) // num_tokens} "
             f"prompts of {num_tokens} tokens"
         )
-    length = num_tokens - len(_chat(tokenizer, ""))
+    length = num_tokens - len(chat_ids(tokenizer, _QUESTION))
     starts = range(0, num_prompts * num_tokens, num_tokens)
     pages = [tokens[start : start + length] for start in starts]
-    return [_chat(tokenizer, tokenizer.decode(page)) for page in pages]
-
-
-def _chat(tokenizer: Any, page: str) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _QUESTION + page}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
+    return [chat_ids(tokenizer, _QUESTION + tokenizer.decode(page)) for page in pages]

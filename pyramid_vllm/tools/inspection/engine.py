@@ -1,21 +1,16 @@
-"""One request, one process: runs it and writes down what the cache then holds.
+"""One request, one process: runs it and reads what the cache then holds."""
 
-Run as ``python -m pyramid_vllm.tools.inspection.engine``, with an ``EngineTask`` as
-JSON on its standard input. It reports a ``result``, or the ``error`` of a policy that
-it refuses.
-"""
-
-import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyramid_vllm.policy import KVPolicyError
-from pyramid_vllm.tools.engine_process import leave, read_task, run_child, tell
+from pyramid_vllm.tools.engine_process import PASSIVE, run_job
 
 
 @dataclass(frozen=True)
 class EngineTask:
-    """What to run."""
+    """The request and its engine."""
 
     model: str
     kv_policy: str | None
@@ -27,11 +22,11 @@ class EngineTask:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one request left in the cache."""
+    """Output of a request, and the tokens that its cache holds."""
 
     output_ids: list[int]
     held: list[list[list[int]]] | None
-    """By layer and KV head: positions; None: stock vLLM, which keeps all."""
+    """Positions by layer and KV head; None: stock vLLM, which keeps all."""
 
 
 def run_engine(task: EngineTask) -> EngineResult:
@@ -41,20 +36,14 @@ def run_engine(task: EngineTask) -> EngineResult:
         KVPolicyError: the engine refused the policy.
         RuntimeError: the process failed; the message ends with its last lines.
     """
-    environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    } | os.environ
-    results: list[EngineResult] = []
+    results: list[Any] = []
+    run_job(f"{__name__}:job", asdict(task), results.append, environment=PASSIVE)
+    return EngineResult(**results[0])
 
-    def hear(message: dict[str, Any]) -> None:
-        if "error" in message:
-            raise KVPolicyError(message["error"])
-        results.append(EngineResult(**message["result"]))
 
-    run_child(__name__, asdict(task), hear, environment)
-    return results[0]
+def job(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
+    """Run the task in this process and send its result."""
+    send("result", asdict(inspect_request(EngineTask(**task))))
 
 
 def inspect_request(task: EngineTask) -> EngineResult:
@@ -96,11 +85,3 @@ def inspect_request(task: EngineTask) -> EngineResult:
         (held,) = record["held"].values()
     llm.llm_engine.engine_core.shutdown()
     return EngineResult(list(output.outputs[0].token_ids), held)
-
-
-if __name__ == "__main__":
-    try:
-        tell("result", asdict(inspect_request(EngineTask(**read_task()))))
-    except KVPolicyError as error:
-        tell("error", str(error))
-    leave()

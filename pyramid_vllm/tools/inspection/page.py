@@ -38,7 +38,7 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    """Of each token: where it is, and which layers keep it by how many heads."""
+    """Notes on each token: its position, the layers that keep it, by how many heads."""
     layers_by_count: list[defaultdict[int, list[int]]] = [
         defaultdict(list) for _ in report["tokens"]
     ]

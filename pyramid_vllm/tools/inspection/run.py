@@ -1,4 +1,4 @@
-"""From options to what was kept."""
+"""``pyramid-vllm inspect``: runs a prompt, reports the tokens that tiers kept."""
 
 import json
 from dataclasses import asdict
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
@@ -21,7 +20,8 @@ from pyramid_vllm.policy import (
 )
 from pyramid_vllm.policy.requests import KEEP_ALL
 from pyramid_vllm.policy.tiers import TierLayout, runs
-from pyramid_vllm.tools.chat import chat_ids, has_template
+from pyramid_vllm.tools.chat import chat_ids, has_template, stop_ids
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.inspection.engine import EngineTask, run_engine
 from pyramid_vllm.tools.inspection.settings import BLOCK_SIZE, InspectSettings
 from pyramid_vllm.tools.inspection.view import (
@@ -30,11 +30,31 @@ from pyramid_vllm.tools.inspection.view import (
     TokenView,
     inspection_of,
 )
+from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.sizes import format_bytes
-from pyramid_vllm.tools.stop_ids import stop_ids
 
 _SEED = 0
+
+
+def run_inspect(settings: InspectSettings) -> None:
+    """Inspect a prompt; print the table or the JSON, and write the report's files.
+
+    Raises: as ``inspect_prompt``.
+    """
+    default = None if settings.json_only else Path("inspect-results")
+    folder = settings.out or default
+    if folder is not None:
+        check_matplotlib()  # before the model runs, not after it
+    found = inspect_prompt(settings)
+    if folder is not None:
+        write_report(found, folder)
+    if settings.json_only:
+        print(json.dumps(report(found), ensure_ascii=False))
+        return
+    console = Console()
+    print_table(found, console)
+    console.print(f"results are in {folder}")
 
 
 def inspect_prompt(settings: InspectSettings) -> Inspection:
@@ -65,18 +85,18 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
     rule.cache_lengths(len(prompt_ids))  # not every budget can be met
     num_layers = config.get_text_config().num_hidden_layers
     task = EngineTask(
-        model=settings.model,
+        model=str(settings.model),
         kv_policy=None if policy is None else json.dumps(policy.model_dump()),
         prompt_ids=prompt_ids,
         max_tokens=settings.max_tokens,
-        stop_ids=stop_ids(settings.model, tokenizer),
+        stop_ids=stop_ids(str(settings.model), tokenizer),
         engine_args=_engine_args(longest, shape.token_bytes * num_layers)
         | settings.engine_args,
     )
     result = run_engine(task)
     ids = prompt_ids + result.output_ids
     request = Request(
-        model=settings.model,
+        model=task.model,
         tokens=tuple(TokenView(i, token_text(tokenizer, i)) for i in ids),
         num_prompt=len(prompt_ids),
         num_kv_heads=shape.num_kv_heads,
@@ -157,16 +177,13 @@ def write_report(inspection: Inspection, out: Path) -> None:
 
 
 def print_table(inspection: Inspection, console: Console) -> None:
-    """What each tier holds, for people."""
+    """Print a table of what each tier holds."""
     num_generated = len(inspection.tokens) - inspection.num_prompt
-    table = Table(
-        title=f"Policy {inspection.policy['name']}: {inspection.num_prompt} tokens of "
-        f"prompt, {num_generated} generated"
+    table = right_table(
+        ("tier", "layers", "prompt kept", "share", "tokens held", "pages", "KV bytes"),
+        f"Policy {inspection.policy['name']}: {inspection.num_prompt} tokens of "
+        f"prompt, {num_generated} generated",
     )
-    table.add_column("tier", justify="right")
-    table.add_column("layers")
-    for column in ("prompt kept", "share", "tokens held", "pages", "KV bytes"):
-        table.add_column(column, justify="right")
     for tier in inspection.tiers:
         table.add_row(
             str(tier.tier),

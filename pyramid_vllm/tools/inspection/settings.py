@@ -1,16 +1,14 @@
-"""What an inspection is asked for."""
+"""The options of ``pyramid-vllm inspect``."""
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
-from typer import Argument, Option
 
-from pyramid_vllm.tools import option_types as options
+from pyramid_vllm.tools import options
+from pyramid_vllm.tools.options import argument, option
 
 BLOCK_SIZE = 32
-#: Arguments of ``LLM`` that an inspection sets or that a record does not follow.
+#: Arguments of ``LLM`` that an inspection sets, or that its record does not support.
 _REFUSED = {
     "model": "the argument MODEL",
     "kv_policy": "--kv-policy",
@@ -25,24 +23,20 @@ _REFUSED = {
 
 @dataclass(frozen=True, config=options.SETTINGS_CONFIG)
 class InspectSettings:
-    """The options of the command."""
+    """Run one prompt and show which of its tokens each tier kept."""
 
-    model: Annotated[
-        str, Argument(help="Folder or hub name; default: the bundled one.")
-    ]
-    prompt: Annotated[str | None, Option(help="The prompt.")] = None
-    prompt_file: Annotated[
-        Path | None, Option(help="A text file that holds the prompt.")
-    ] = None
-    chat: Annotated[
-        bool, Option("--chat", help="Put it into the model's chat template.")
-    ] = False
-    kv_policy: options.KVPolicy = "pyramid"
-    kv_policy_config: options.KVPolicyConfig = None
-    max_tokens: Annotated[
-        int, Option(min=1, help="Most tokens that are generated.")
-    ] = 32
-    engine_args: options.EngineArgs = Field(default_factory=dict)
+    model: str | None = argument(options.MODEL_NAME, default=None)
+    prompt: str | None = option(None, "The prompt.")
+    prompt_file: Path | None = option(None, "A text file that holds the prompt.")
+    chat: bool = option(False, "Put it into the model's chat template.", "--chat")
+    kv_policy: str = option("pyramid", options.POLICY)
+    kv_policy_config: str | None = option(None, options.POLICY_OVERRIDES)
+    max_tokens: int = option(32, "Most tokens that are generated.", min=1)
+    engine_args: options.EngineArgs = option(None, options.ENGINE_ARGS)
+    out: Path | None = option(None, "Folder; default: inspect-results.")
+    json_only: bool = option(
+        False, "Print the JSON; write files only with --out.", "--json"
+    )
 
     def __post_init__(self) -> None:
         for name, valid in _REFUSED.items():

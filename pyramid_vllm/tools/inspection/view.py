@@ -1,4 +1,4 @@
-"""What is found: the one source of the JSON, the tables, the picture and the page."""
+"""Results of an inspection, read by the JSON, the tables, the picture and the page."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class TokenView:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What one layer holds."""
+    """The tokens that one layer holds."""
 
     layer: int
     """Among the layers with full attention, from 0."""
@@ -31,23 +31,23 @@ class LayerView:
 
 @dataclass(frozen=True)
 class TierView:
-    """What each layer of a tier holds."""
+    """Counts of the tokens that each layer of a tier holds."""
 
     tier: int
     layers: tuple[int, ...]
     num_held: int
     """Tokens in the cache of a KV head."""
     num_prompt_held: int
-    """Of these, tokens of the prompt."""
+    """Tokens of the prompt among them."""
     pages: int
     """Pages of each layer."""
     kv_bytes: int
-    """Of all its layers' pages."""
+    """Bytes of the pages of all its layers."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was run, before what was kept is known."""
+    """The request, before it is known which tokens were kept."""
 
     model: str
     tokens: tuple[TokenView, ...]
@@ -56,7 +56,7 @@ class Request:
     num_kv_heads: int
     block_size: int
     layer_page_bytes: int
-    """Of one layer's page."""
+    """Bytes of a page in one layer."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Inspection(Request):
     recent: int
     """Newest tokens of the prompt that are always kept."""
     stock_kv_bytes: int
-    """What stock vLLM holds of the request, in the same layers."""
+    """Bytes that stock vLLM holds for the request in the same layers."""
     tiers: tuple[TierView, ...]
     layers: tuple[LayerView, ...]
 
     @property
     def kv_bytes(self) -> int:
-        """Of all tiers."""
+        """Bytes of all tiers."""
         return sum(tier.kv_bytes for tier in self.tiers)
 
 

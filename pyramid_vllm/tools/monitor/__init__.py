@@ -1,1 +1,1 @@
-"""What ``pyramid-vllm top`` shows: a vLLM server's metrics over an interval."""
+"""``pyramid-vllm top``: a vLLM server's metrics over an interval."""

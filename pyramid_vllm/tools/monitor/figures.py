@@ -9,7 +9,7 @@ from typing import Any
 
 from pyramid_vllm.tools.monitor.scrape import Labels, Scrape
 
-#: By the names in ``_FIGURES``; None where the server does not report a figure.
+#: Figures by their names in ``_FIGURES``; None: the server does not report it.
 Figures = dict[str, Any]
 Where = Mapping[str, str]
 _POLICY = "vllm:kv_policy_"
@@ -63,7 +63,7 @@ class Span:
         return largest
 
     def total(self, name: str, where: Where, label: str | None = None) -> Any:
-        """What a counter has counted since the server began, by a label's values."""
+        """A counter's value since the server began, by a label's values."""
         return _summed(self.after.select(name, where), label)
 
     def rate(self, name: str, where: Where, label: str | None = None) -> Any:
@@ -96,7 +96,7 @@ class Span:
         return low
 
     def _increases(self, name: str, where: Where) -> dict[Labels, float]:
-        """By series. A new one began at 0 in between."""
+        """Increases by series; a new series began at 0."""
         if self.before is None:
             return {}
         earlier = {} if self.is_restart else self.before.series.get(name, {})
@@ -104,7 +104,7 @@ class Span:
         return {key: value - earlier.get(key, 0) for key, value in found.items()}
 
 
-#: By name in the JSON: how a figure is computed, its metric, the label that splits it.
+#: Figures by name in the JSON: the method, the metric, the label that splits it.
 _FIGURES: dict[str, Any] = {
     "num_running": (Span.gauge, "vllm:num_requests_running"),
     "num_waiting": (Span.gauge, "vllm:num_requests_waiting"),

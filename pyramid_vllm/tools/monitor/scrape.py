@@ -26,7 +26,7 @@ class ScrapeError(Exception):
 class Scrape:
     """Series by name and labels, and when they were read."""
 
-    #: Seconds of a clock that never goes back.
+    #: Seconds of a monotonic clock.
     taken: float
     series: Mapping[str, Mapping[Labels, float]]
 

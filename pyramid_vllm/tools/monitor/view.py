@@ -10,9 +10,9 @@ from rich.text import Text
 from pyramid_vllm.tools.monitor.figures import Figures, ServerFigures, number_first
 
 UNKNOWN = "-"
-#: Rows of the tables where nothing limits them, and at least.
+#: The most rows of a table, and the fewest however low the terminal is.
 _MAX_ROWS, _MIN_ROWS = 16, 3
-#: Lines above the engines, of the head of the tiers, and of the figures beside them.
+#: Lines above the engines, of the header of the tiers, of the figures beside them.
 _HEAD_LINES, _TIERS_HEAD_LINES, _TOTALS_LINES = 7, 2, 8
 
 
@@ -51,7 +51,7 @@ def by_size(values: dict[str, float]) -> str:
 
 
 def title(console: Console, url: str, words: str) -> Text:
-    """Which server is watched, and when it was read."""
+    """A line with the server that is watched and the time of the reading."""
     right = f"{words}  {time.strftime('%H:%M:%S')}"
     line = Text.assemble(("pyramid-vllm top", "bold"), f"  {url}", no_wrap=True)
     line.truncate(console.width - len(right) - 2, overflow="ellipsis", pad=True)
@@ -89,7 +89,7 @@ def _names(server: ServerFigures) -> list[Text]:
     models = sorted({engine.model_name for engine in server.engines})
     lines = [("model", ", ".join(models))]
     for policy in server.policies:
-        # A narrow picture cuts what comes last.
+        # A narrow terminal cuts the end of the line.
         names = dict.fromkeys(("retention", "tiers", *policy))
         words = [f"{n}={policy[n]}" for n in names if n in policy and n != "kv_policy"]
         lines.append(("policy", f"{policy.get('kv_policy')}  {' '.join(words)}"))

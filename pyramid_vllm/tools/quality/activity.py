@@ -1,4 +1,4 @@
-"""What a policy did to the requests of a batch, as its scheduler shows it."""
+"""Counts of what a policy did to a batch, read from its scheduler."""
 
 from dataclasses import dataclass
 from statistics import fmean
@@ -9,7 +9,7 @@ _COUNTS = ("num_compactions", "num_pages_freed", "num_evicted_tokens")
 
 @dataclass(frozen=True)
 class Activity:
-    """Of one batch."""
+    """Counts and means of one batch."""
 
     num_compactions: int
     num_pages_freed: int
@@ -33,7 +33,7 @@ class ActivityWatch:
         self._page_bytes = group_page_bytes(scheduler.kv_cache_config)
         self._bytes: dict[str, int] = {}
         self._prompts: dict[str, tuple[float, int]] = {}
-        """By request: prompt tokens that a layer kept, prompt tokens."""
+        """Prompt tokens that a layer kept, and all prompt tokens, by request."""
         self._before = self._counts()
 
     def step(self) -> None:

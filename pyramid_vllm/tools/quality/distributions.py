@@ -57,7 +57,7 @@ class PolicyRows:
     def see(self, position: int, logits: torch.Tensor) -> None:
         ours = torch.log_softmax(logits.float(), dim=-1)
         stored = torch.from_numpy(self._full[position].astype(np.float32))
-        # Rounding leaves a sum that is not quite 1.
+        # After rounding the sum is not exactly 1.
         full = torch.log_softmax(stored.to(ours.device), dim=-1)
         self._divergences[position] = float((full.exp() * (full - ours)).sum())
         self._top_tokens[position] = int(ours.argmax())

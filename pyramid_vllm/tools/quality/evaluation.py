@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
 
 import pyramid_vllm
 from pyramid_vllm.compat import installed_vllm_version
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult
+from pyramid_vllm.tools.figures import bars
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, read
 from pyramid_vllm.tools.quality.runner import run_engine
 from pyramid_vllm.tools.quality.settings import EvalSettings, Side
-from pyramid_vllm.tools.quality.store import RunStore, digest
 from pyramid_vllm.tools.quality.tasks import Task, Values
+from pyramid_vllm.tools.store import Store, fingerprint
 
 RunEngine = Callable[
     [EngineTask, Callable[[JobResult], None], Callable[[int], None]], None
@@ -30,49 +31,36 @@ class Outcome:
     values: dict[str, Values]
 
 
+@dataclass
 class Evaluation:
-    """All runs of one set of options.
+    """All runs of one set of options."""
 
-    Args:
-        settings: the options.
-        sides: by engine, the full cache first.
-        tasks: what each side runs.
-        folder: where results are kept.
-        console: where progress is printed.
-        run: runs one engine.
-    """
+    settings: EvalSettings
+    sides: Sequence[list[Side]]
+    """Sides by engine, the full cache first."""
+    tasks: Sequence[Task]
+    folder: Path
+    console: Console
+    run: RunEngine = run_engine
 
-    def __init__(
-        self,
-        settings: EvalSettings,
-        sides: Sequence[list[Side]],
-        tasks: Sequence[Task],
-        folder: Path,
-        console: Console,
-        run: RunEngine = run_engine,
-    ) -> None:
-        self._sides, self._tasks = sides, tasks
-        self._store, self._console, self._run = RunStore(folder), console, run
-        lengths = [
-            len(request.prompt_ids) + request.max_tokens
-            for task in tasks
-            for request in task.requests
-        ]
-        longest = max(lengths)
+    def __post_init__(self) -> None:
+        self._store = Store(self.folder / "runs")
+        requests = [request for task in self.tasks for request in task.requests]
+        self._longest = max(len(r.prompt_ids) + r.max_tokens for r in requests)
+        settings = self.settings
         self._engine: dict[str, Any] = {
             "model": settings.model,
             "dtype": settings.dtype,
             "seed": settings.seed,
             "kv_bytes": settings.kv_bytes,
-            # vLLM wants at least as many as a prompt has, or sequences run.
+            # vLLM requires at least a prompt's tokens, and the number of sequences.
             "max_num_batched_tokens": settings.max_num_batched_tokens
-            or max(2048, longest),
+            or max(2048, self._longest),
             "engine_args": settings.engine_args,
         }
-        self._longest = longest
         self._digests = {
-            task.name: digest([asdict(request) for request in task.requests])
-            for task in tasks
+            task.name: fingerprint([asdict(request) for request in task.requests])
+            for task in self.tasks
         }
 
     def outcomes(self) -> list[Outcome]:
@@ -81,14 +69,12 @@ class Evaluation:
         Raises:
             RuntimeError: an engine failed, or a policy did nothing.
         """
-        text = TextColumn("{task.description:<32}")
-        columns = (text, BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, console=self._console) as progress:
-            for sides in self._sides:
+        with bars(self.console, 32) as progress:
+            for sides in self.sides:
                 self._run_engine(sides, progress)
         found = [
-            (side, {task.name: self._result(side, task) for task in self._tasks})
-            for sides in self._sides
+            (side, {task.name: self._result(side, task) for task in self.tasks})
+            for sides in self.sides
             for side in sides
         ]
         full = found[0][1]
@@ -96,15 +82,15 @@ class Evaluation:
             Outcome(
                 side,
                 results,
-                {t.name: t.grade(results[t.name], full[t.name]) for t in self._tasks},
+                {t.name: t.grade(results[t.name], full[t.name]) for t in self.tasks},
             )
             for side, results in found
         ]
 
     def _result(self, side: Side, task: Task) -> JobResult:
-        result = self._store.load(self._identity(side, task))
-        assert result is not None
-        return result
+        content = self._store.load(self._identity(side, task))
+        assert content is not None
+        return read(JobResult, content["result"])
 
     def _identity(self, side: Side, task: Task) -> dict[str, Any]:
         """All that a run's result depends on."""
@@ -121,10 +107,11 @@ class Evaluation:
         }
 
     def _rows_dir(self, task: Task) -> Path | None:
-        """Where the full cache's distributions are, if the task has any."""
+        """Folder of the full cache's distributions; None: the task has none."""
         if task.kind != "continuation":
             return None
-        return self._store.rows_dir(self._identity(self._sides[0][0], task))
+        identity = self._identity(self.sides[0][0], task)
+        return self.folder / "full-cache" / fingerprint(identity)
 
     def _is_done(self, side: Side, task: Task) -> bool:
         if self._store.load(self._identity(side, task)) is None:
@@ -137,10 +124,10 @@ class Evaluation:
     def _run_engine(self, sides: list[Side], progress: Progress) -> None:
         """Run the missing jobs of one engine."""
         label = sides[0].label
-        pairs = [(side, task) for side in sides for task in self._tasks]
+        pairs = [(side, task) for side in sides for task in self.tasks]
         missing = [pair for pair in pairs if not self._is_done(*pair)]
         if len(missing) < len(pairs):
-            self._console.print(
+            self.console.print(
                 f"{label}: {len(pairs) - len(missing)} of {len(pairs)} runs are there"
             )
         if not missing:
@@ -164,16 +151,18 @@ class Evaluation:
         def save(result: JobResult) -> None:
             side, task = next(waiting)
             check_activity(side, task, result)
-            self._store.save(self._identity(side, task), result)
+            identity = self._identity(side, task)
+            content = {"identity": identity, "result": asdict(result)}
+            self._store.save(identity, content)
 
         def advance(done: int) -> None:
             progress.update(bar, completed=done, description=label)
 
-        self._run(engine_task, save, advance)
+        self.run(engine_task, save, advance)
 
 
 def check_activity(side: Side, task: Task, result: JobResult) -> None:
-    """A policy has to act where its counts say so.
+    """Check that a policy acted where its counts say so.
 
     Raises:
         RuntimeError: it did not.

@@ -30,7 +30,7 @@ class ForcedTokens(AdapterLogitsProcessor):
     """
 
     observers: ClassVar[dict[str, Observer]] = {}
-    """By the name that requests give. Reaches an engine in the same process only."""
+    """Observers by the name in a request; only engines in this process see them."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

@@ -1,10 +1,13 @@
-"""What the engine's process is given, and gives back."""
+"""The task and the results of an engine's process."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from pyramid_vllm.tools.quality.activity import Activity
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Request:
     prompt_ids: list[int]
     max_tokens: int
     forced: list[int] | None = None
-    """Its output, if that is given."""
+    """The output, where it is given."""
     stop_ids: list[int] = field(default_factory=list)
 
 
@@ -24,9 +27,9 @@ class Job:
 
     requests: list[Request]
     retention: float | None = None
-    """Asked for by each request, instead of the policy's own."""
+    """The retention that each request names; None: the policy's."""
     rows_dir: str | None = None
-    """Where the full cache's distributions are: stock writes, a policy compares."""
+    """Folder of the full cache's distributions: stock vLLM writes, policies compare."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class EngineTask:
 
     model: str
     kv_policy: str | None
-    """As JSON; None is stock vLLM."""
+    """JSON; None: stock vLLM."""
     dtype: str
     kv_bytes: int
     max_model_len: int
@@ -44,29 +47,20 @@ class EngineTask:
     engine_args: dict[str, Any]
     jobs: list[Job]
 
-    @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> "EngineTask":
-        """From JSON."""
-        jobs = [
-            Job(**(job | {"requests": [Request(**r) for r in job["requests"]]}))
-            for job in settings["jobs"]
-        ]
-        return cls(**{**settings, "jobs": jobs})
-
 
 @dataclass(frozen=True)
 class JobResult:
-    """Of each request, in order; and of all."""
+    """Results of each request, in order, and of the whole batch."""
 
     outputs: list[list[int]]
     logprobs: list[list[float]]
     """Raw log-probabilities of forced tokens."""
     rows: list[dict[str, list[float]]]
-    """``top_tokens`` and, of a policy, ``divergences`` of forced positions."""
+    """``top_tokens`` of forced positions; ``divergences`` too if there is a policy."""
     activity: Activity
     seconds: float
 
-    @classmethod
-    def read(cls, result: Mapping[str, Any]) -> "JobResult":
-        """From JSON."""
-        return cls(**{**result, "activity": Activity(**result["activity"])})
+
+def read(kind: type[_Kind], content: Any) -> _Kind:
+    """One of these classes, from JSON."""
+    return TypeAdapter(kind).validate_python(content)

@@ -17,7 +17,7 @@ from pyramid_vllm.tools.quality.statistics import (
 from pyramid_vllm.tools.quality.tasks import Task
 
 Summary = dict[str, Any]
-#: Of a table, by name: task, figure, format.
+#: Columns of a table by name: task, figure, format.
 _Columns = Mapping[str, tuple[str, str, str]]
 _TEXT_COLUMNS: _Columns = {
     "loss": ("continuation", "loss", ".3f"),
@@ -64,7 +64,7 @@ def summarize(
 def as_json(
     outcomes: Sequence[Outcome], summaries: Sequence[Summary], tasks: Sequence[Task]
 ) -> list[dict[str, Any]]:
-    """Of each side: settings, summary, activity, values of every sample."""
+    """Settings, summary, activity and the values of every sample of each side."""
 
     def run(outcome: Outcome, summary: Summary, task: Task) -> dict[str, Any]:
         result = outcome.results[task.name]

@@ -8,11 +8,11 @@ from random import Random
 from typing import Any
 
 from pyramid_vllm.tools.chat import chat_ids, encode, has_template
-from pyramid_vllm.tools.quality.puzzles import PUZZLES, WITHOUT_DEPTH, Puzzle
+from pyramid_vllm.tools.quality.puzzles import INTRO, KINDS, Puzzle, make_puzzle
 from pyramid_vllm.tools.quality.words import sentences
 
 #: Names of the tasks.
-TASKS = tuple(PUZZLES)
+TASKS = tuple(KINDS)
 #: Share of the haystack over which several needles of one question spread.
 _SPREAD = 0.2
 #: Output tokens beyond those of the answers, for each answer.
@@ -27,7 +27,7 @@ class Sample:
     num_tokens: int
     """The length asked for; the prompt is at most that long."""
     depth: float
-    """Where the needle lies: 0 oldest, 1 newest."""
+    """Position of the needle: 0 oldest, 1 newest."""
     prompt_ids: list[int]
     answers: tuple[str, ...]
     max_tokens: int
@@ -40,11 +40,6 @@ def score(sample: Sample, text: str) -> float:
         for answer in sample.answers
     ]
     return sum(match is not None for match in found) / len(found)
-
-
-def has_depth(task: str) -> bool:
-    """Whether a task's answer lies at one place."""
-    return task not in WITHOUT_DEPTH
 
 
 def make_samples(
@@ -70,7 +65,7 @@ def make_samples(
     Raises:
         ValueError: an argument is not valid.
     """
-    if task not in PUZZLES:
+    if task not in KINDS:
         raise ValueError(f"retrieval is '{task}': valid tasks are {', '.join(TASKS)}")
     if not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}: valid is 0 (oldest) to 1 (newest)")
@@ -78,10 +73,8 @@ def make_samples(
     samples = []
     for index in range(num_samples):
         rng = Random(f"{seed} {task} {num_tokens} {depth} {index}")
-        puzzle = PUZZLES[task](rng)
-        hay = puzzle.haystack
-        if hay is None:
-            hay = sentences(rng) if texts is None else _cycle(texts, rng)
+        puzzle = make_puzzle(KINDS[task], rng)
+        hay = sentences(rng) if texts is None else _cycle(texts, rng)
         ids = _fit(tokenizer, puzzle, hay, num_tokens, depth)
         answer = encode(tokenizer, " " + ", ".join(puzzle.answers))
         length = len(answer) + _SLACK * len(puzzle.answers)
@@ -110,7 +103,7 @@ def _cycle(texts: list[str], rng: Random) -> Iterator[str]:
 
 
 def _prompt_ids(tokenizer: Any, puzzle: Puzzle, lines: list[str]) -> list[int]:
-    message = f"{puzzle.intro}\n\n{' '.join(lines)}\n\n{puzzle.question}"
+    message = f"{INTRO}\n\n{' '.join(lines)}\n\n{puzzle.question}"
     if has_template(tokenizer):
         return chat_ids(tokenizer, message, answer_start=puzzle.answer_start)
     ids: list[int] = tokenizer.encode(f"{message}\n{puzzle.answer_start}")
@@ -144,7 +137,7 @@ def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[s
     """The haystack's pieces with the needles between them."""
     ends = list(accumulate((size for _, size in pieces), initial=0))
     lines = [text for text, _ in pieces]
-    # From the back, so that earlier places stay what they are.
+    # Insert from the end, so that earlier positions stay valid.
     for share, line in reversed(_places(puzzle, depth)):
         goal = share * ends[-1]
         lines.insert(min(range(len(ends)), key=lambda i: abs(ends[i] - goal)), line)
@@ -152,7 +145,7 @@ def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[s
 
 
 def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
-    """Where each line goes, as a share of the haystack, in order."""
+    """Position of each line, as a share of the haystack, in order."""
     gaps = len(puzzle.needles) - 1
     first, gap = depth, 0.0
     if gaps > 0:

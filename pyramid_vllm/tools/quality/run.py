@@ -1,8 +1,6 @@
-"""From settings to tables, ``results.json`` and pictures."""
+"""``pyramid-vllm eval``: prints tables, writes ``results.json`` and pictures."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
@@ -10,8 +8,9 @@ from transformers import AutoConfig, AutoTokenizer
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import profile_weights
+from pyramid_vllm.tools.chat import stop_ids
 from pyramid_vllm.tools.plotting import check_matplotlib
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.quality.evaluation import Evaluation
 from pyramid_vllm.tools.quality.plots import plot_losses, plot_retrieval
 from pyramid_vllm.tools.quality.report import (
@@ -21,10 +20,9 @@ from pyramid_vllm.tools.quality.report import (
     text_table,
 )
 from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides, make_tasks
-from pyramid_vllm.tools.stop_ids import stop_ids
 
 
-def run_eval(settings: EvalSettings, out: Path, console: Console) -> None:
+def run_eval(settings: EvalSettings) -> None:
     """Evaluate, print the tables, write ``results.json`` and the pictures.
 
     Raises:
@@ -32,6 +30,7 @@ def run_eval(settings: EvalSettings, out: Path, console: Console) -> None:
         RuntimeError: an engine failed, or matplotlib is missing.
         OSError: a file cannot be read or written.
     """
+    console, out = Console(), settings.out
     check_vllm_version()
     check_matplotlib()  # before hours of work, not after them
     config = AutoConfig.from_pretrained(settings.model)
@@ -39,7 +38,7 @@ def run_eval(settings: EvalSettings, out: Path, console: Console) -> None:
     weights = profile_weights(config.get_text_config())
     sides = make_sides(settings, num_layers, weights)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
+    tasks = make_tasks(settings, tokenizer, stop_ids(str(settings.model), tokenizer))
     if settings.text is None:
         console.print("no text is given: only synthetic tasks and problem files run")
     outcomes = Evaluation(settings, sides, tasks, out, console).outcomes()
@@ -54,9 +53,8 @@ def run_eval(settings: EvalSettings, out: Path, console: Console) -> None:
     content = {
         "settings": asdict(settings),
         "sides": as_json(outcomes, summaries, tasks),
-    } | provenance(settings.seed)
-    text = json.dumps(content, indent=2) + "\n"
-    (out / "results.json").write_text(text, encoding="utf-8")
+    }
+    write_report(out / "results.json", content, settings.seed)
     if "continuation" in kinds:
         plot_losses(outcomes, summaries, out / "loss.png")
     if "retrieval" in kinds:

@@ -1,11 +1,5 @@
-"""One policy, one process: runs jobs through vLLM.
+"""One policy, one process: runs jobs through vLLM."""
 
-Run as ``python -m pyramid_vllm.tools.quality.runner``, with an ``EngineTask`` as JSON
-on its standard input. It reports the requests finished so far after every step, as
-``done``, and the ``result`` of every job.
-"""
-
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_vllm.policy import RETENTION_ARG
-from pyramid_vllm.tools.engine_process import leave, read_task, run_child, tell
+from pyramid_vllm.tools import engine_process
 from pyramid_vllm.tools.quality.activity import ActivityWatch
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request, read
 
 
 def run_engine(
@@ -31,23 +25,33 @@ def run_engine(
         on_progress: gets the number of finished requests.
 
     Raises:
+        KVPolicyError: the engine refused the policy.
         RuntimeError: the process failed; the message ends with its last lines.
     """
+    engine_process.run_job(
+        f"{__name__}:run_jobs",
+        asdict(task),
+        lambda result: on_result(read(JobResult, result)),
+        on_progress,
+        engine_process.PASSIVE,
+        len(task.jobs),
+    )
 
-    def hear(message: dict[str, Any]) -> None:
-        if "result" in message:
-            on_result(JobResult.read(message["result"]))
-        else:
-            on_progress(message["done"])
 
-    defaults = {
-        # Nothing is timed: on a busy machine, threads that spin take each other's turn.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-    }
-    # The child looks into its engine, which so has to be in its process.
-    environment = defaults | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    run_child(__name__, asdict(task), hear, environment, len(task.jobs))
+def run_jobs(given: dict[str, Any], send: Callable[[str, Any], None]) -> None:
+    """Run the jobs of an ``EngineTask`` in this process; send a result for each job."""
+    task = read(EngineTask, given)
+    engine = make_engine(task)
+    before = 0
+    for job in task.jobs:
+        send("done", before)
+
+        def progress(done: int, before: int = before) -> None:
+            send("done", before + done)
+
+        result = run_job(engine, job, task.kv_policy is not None, progress)
+        send("result", asdict(result))
+        before += len(job.requests)
 
 
 def make_engine(task: EngineTask) -> Any:
@@ -158,24 +162,3 @@ def _forced_logprobs(request: Request, completion: Any) -> list[float]:
         raise RuntimeError(f"the output is {tokens}, forced was {request.forced}")
     steps = zip(tokens, completion.logprobs, strict=True)
     return [float(step[token].logprob) for token, step in steps]
-
-
-def main() -> None:
-    """Entry point of the child process."""
-    task = EngineTask.read(read_task())
-    engine = make_engine(task)
-    before = 0
-    for job in task.jobs:
-        tell("done", before)
-
-        def progress(done: int, before: int = before) -> None:
-            tell("done", before + done)
-
-        result = run_job(engine, job, task.kv_policy is not None, progress)
-        tell("result", asdict(result))
-        before += len(job.requests)
-    leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,26 +1,24 @@
-"""What is evaluated: options, sides and tasks, checked before any model loads."""
+"""The options, sides and tasks of ``eval``, checked before a model loads."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as settings_class
-from typer import Option
 
 from pyramid_vllm.policy import (
     LengthRule,
     PolicyConfig,
     RequestPolicies,
     fitted,
-    resolve_policy,
 )
 from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
-from pyramid_vllm.tools import option_types as options
-from pyramid_vllm.tools.option_types import ONCE, SETTINGS_CONFIG, once
+from pyramid_vllm.tools import options
+from pyramid_vllm.tools.options import option
 from pyramid_vllm.tools.quality.gsm8k import read_problems
-from pyramid_vllm.tools.quality.retrieval import TASKS, has_depth, make_samples
+from pyramid_vllm.tools.quality.retrieval import TASKS, make_samples
 from pyramid_vllm.tools.quality.tasks import (
     Task,
     agreement_task,
@@ -29,10 +27,11 @@ from pyramid_vllm.tools.quality.tasks import (
     retrieval_task,
 )
 from pyramid_vllm.tools.quality.texts import read_part, windows
+from pyramid_vllm.tools.sides import parse_sides, should_evict
 
 
 def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of retrieval tasks, of which 'all' and 'none' stand for several."""
+    """Names of retrieval tasks; 'all' means every task, 'none' no task."""
     for name in given:
         if name not in (*TASKS, "all", "none"):
             raise ValueError(
@@ -40,59 +39,46 @@ def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:
             )
     if given == ("none",):
         return ()
-    return TASKS if "all" in given else once(given)
+    return TASKS if "all" in given else options.once(given)
 
 
-@settings_class(frozen=True, config=SETTINGS_CONFIG)
+@settings_class(frozen=True, config=options.SETTINGS_CONFIG)
 class EvalSettings:
-    """The options of the command."""
+    """Compare policies with the full cache: losses, retrieval, GSM8K, memory."""
 
-    model: options.Model
-    kv_policies: Annotated[
-        tuple[str, ...],
-        ONCE,
-        Option("--kv-policy", help="A preset, a YAML file or inline JSON."),
-    ] = ("pyramid",)
-    retentions: Annotated[
-        tuple[float, ...],
-        ONCE,
-        Option("--retention", help="Asked of each policy in turn; default: its own."),
-    ] = ()
-    text: Annotated[
-        str | None, Option(help="A text file: losses, agreement, haystack.")
-    ] = None
-    text_from: options.TextFrom = 0.0
-    text_to: options.TextTo = 1.0
-    prompt_tokens: Annotated[int, Option(min=1, help="Of each window of the text.")] = (
-        1024
+    model: str | None = option(None, options.MODEL_NAME)
+    kv_policies: options.Texts = option(("pyramid",), options.POLICY, "--kv-policy")
+    retentions: options.Floats = option(
+        (), "Asked of each policy in turn; default: its own.", "--retention"
     )
-    target_tokens: Annotated[int, Option(min=1, help="Tokens after each prompt.")] = 128
-    windows: Annotated[int, Option(min=1, help="Windows of the text.")] = 8
-    agreement_tokens: Annotated[
-        int, Option(min=0, help="Greedy tokens after each prompt; 0: none.")
-    ] = 64
-    retrieval: Annotated[
-        tuple[str, ...],
-        AfterValidator(_tasks),
-        Option(help="A retrieval task, 'all' or 'none'."),
-    ] = ("all",)
-    retrieval_tokens: Annotated[
-        tuple[int, ...], ONCE, Option(help="Lengths of prompts.")
-    ] = (1024,)
-    depths: Annotated[int, Option(min=1, help="Places of a needle, evenly spread.")] = 5
-    samples: Annotated[
-        int, Option(min=1, help="Number for each task, length and depth.")
-    ] = 4
-    gsm8k: Annotated[str | None, Option(help="GSM8K's problems, as JSON lines.")] = None
-    gsm8k_problems: Annotated[int, Option(min=1, help="Problems that are asked.")] = 50
+    text: str | None = option(None, "A text file: losses, agreement, haystack.")
+    text_from: float = option(0.0, options.TEXT_FROM)
+    text_to: float = option(1.0, options.TEXT_TO)
+    prompt_tokens: int = option(1024, "Of each window of the text.", min=1)
+    target_tokens: int = option(128, "Tokens after each prompt.", min=1)
+    windows: int = option(8, "Windows of the text.", min=1)
+    agreement_tokens: int = option(
+        64, "Greedy tokens after each prompt; 0: none.", min=0
+    )
+    retrieval: Annotated[tuple[str, ...], AfterValidator(_tasks)] = option(
+        ("all",), "A retrieval task, 'all' or 'none'."
+    )
+    retrieval_tokens: options.Integers = option((1024,), "Lengths of prompts.")
+    depths: int = option(5, "Places of a needle, evenly spread.", min=1)
+    samples: int = option(4, "Number for each task, length and depth.", min=1)
+    gsm8k: str | None = option(None, "GSM8K's problems, as JSON lines.")
+    gsm8k_problems: int = option(50, "Problems that are asked.", min=1)
     gsm8k_tokens: int = 256
-    seed: Annotated[int, Option(help="Of samples, engines and intervals.")] = 0
-    kv_bytes: options.KVBytes = options.as_text("2GiB")
-    max_num_batched_tokens: Annotated[
-        int, Option(min=0, help="Of vLLM; 0: each prompt is one chunk.")
-    ] = 0
-    dtype: Annotated[str, Option(help="The model's.")] = "auto"
-    engine_args: options.EngineArgs = Field(default_factory=dict)
+    seed: int = option(0, "Of samples, engines and intervals.")
+    kv_bytes: options.Bytes = option(
+        "2GiB", "Bytes, or with KiB, MiB, GiB.", "--kv-memory"
+    )
+    max_num_batched_tokens: int = option(
+        0, "Of vLLM; 0: each prompt is one chunk.", min=0
+    )
+    dtype: str = option("auto", "The model's.")
+    engine_args: options.EngineArgs = option(None, options.ENGINE_ARGS)
+    out: Path = option(Path("eval-results"), "Results; runs that are there are kept.")
 
 
 @dataclass(frozen=True)
@@ -102,7 +88,7 @@ class Side:
     label: str
     config: PolicyConfig | None = None
     retention: float | None = None
-    """None is the policy's own."""
+    """None: the policy's own."""
     rule: LengthRule | None = None
 
     @property
@@ -112,10 +98,8 @@ class Side:
 
     def should_evict(self, task: Task) -> bool:
         """Whether any of the prompts is longer than what is kept of it."""
-        lengths = {len(request.prompt_ids) for request in task.requests}
-        return self.rule is not None and any(
-            min(self.rule.cache_lengths(length)) < length for length in lengths
-        )
+        lengths = (len(request.prompt_ids) for request in task.requests)
+        return should_evict(self.rule, lengths)
 
 
 def make_sides(
@@ -132,21 +116,16 @@ def make_sides(
         KVPolicyError: a policy or a retention of it is not valid.
     """
     engines = [[Side("full cache")]]
-    labels: list[str] = []
-    for given in settings.kv_policies:
-        config = resolve_policy(given)
-        if config is None:
+    for named in parse_sides(settings.kv_policies):
+        if named.policy is None:
             continue  # the full cache, which always runs
-        config = fitted(config, weights)
-        labels.append(config.name)
-        count = labels.count(config.name)
-        label = config.name if count == 1 else f"{config.name} ({count})"
+        config = fitted(named.policy, weights)
         policies = RequestPolicies(config, num_layers, weights)
         engines.append([])
         for retention in settings.retentions or (None,):
-            wish = None if retention is None else {RETENTION_ARG: retention}
-            rule = policies.rule_for(wish)
-            engines[-1].append(Side(label, config, retention, rule))
+            asked = None if retention is None else {RETENTION_ARG: retention}
+            rule = policies.rule_for(asked)
+            engines[-1].append(Side(named.name, config, retention, rule))
     return engines
 
 
@@ -170,7 +149,7 @@ def make_tasks(
             asked = settings.samples, settings.seed, text
             samples = [
                 sample
-                for depth in _depths(name, settings.depths)
+                for depth in _depths(settings.depths)
                 for sample in make_samples(name, tokenizer, length, depth, *asked)
             ]
             tasks.append(retrieval_task(samples, tokenizer, stop_ids))
@@ -200,10 +179,8 @@ def _text_tasks(
     return tasks
 
 
-def _depths(task: str, num_depths: int) -> list[float]:
-    """From oldest to newest, evenly."""
-    if num_depths < 1:
-        raise ValueError(f"depths is {num_depths}: valid is 1 or more")
-    if num_depths == 1 or not has_depth(task):
+def _depths(num_depths: int) -> list[float]:
+    """Depths from the oldest to the newest, evenly spread."""
+    if num_depths == 1:
         return [0.5]
     return [round(i / (num_depths - 1), 4) for i in range(num_depths)]

@@ -23,9 +23,9 @@ class Task:
     """``continuation``, ``agreement``, ``retrieval`` or ``gsm8k``."""
     requests: list[Request]
     grade: Callable[[JobResult, JobResult], Values]
-    """From the results of a policy and of the full cache."""
+    """Called with the results of a policy and of the full cache."""
     cells: tuple[dict[str, Any], ...] = ()
-    """What each request stands for, where they differ."""
+    """Task, length and depth of each request, where they differ."""
 
 
 def continuation_task(windows: Sequence[Window], start: list[int]) -> Task:
@@ -52,7 +52,7 @@ def _grade_continuation(result: JobResult, full: JobResult) -> Values:
         )
         for ours, row in zip(result.rows, full.rows, strict=True)
     ]
-    # The full cache has none with itself.
+    # The full cache does not diverge from itself.
     values["divergence"] = [fmean(r.get("divergences", [0.0])) for r in result.rows]
     return values
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,11 @@ class Window:
     prefix: tuple[int, ...]
     target: tuple[int, ...]
     """The tokens after the prefix."""
+
+
+def python_manual() -> str:
+    """Real text that every Python carries: the language reference of ``pydoc``."""
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def read_part(path: Path, begin: float = 0.0, end: float = 1.0) -> str:

@@ -29,8 +29,8 @@ from pyramid_vllm.tools.simulate.run import RunOptions, simulate
 
 Floats = npt.NDArray[np.float64]
 
-#: Fitted settings of ``Efficiency``, and where the search for each starts. On one
-#: device the links say nothing.
+#: Fitted settings of ``Efficiency``, and where the search for each starts. Links
+#: have no effect on one device.
 _STARTS = {
     "bandwidth": 0.3,
     "flops": 0.3,
@@ -42,8 +42,8 @@ _STARTS = {
     "compaction_us": 100.0,
 }
 _SHARES = ("bandwidth", "flops", "attention_flops", "score_flops", "move_bandwidth")
-#: How far a setting is held to its start, against one measured time: what the runs say
-#: nothing of stays where it is.
+#: Weight of a setting's distance from its start, relative to one measured time: a
+#: setting that the runs do not depend on stays at its start.
 _PRIOR = 0.05
 
 

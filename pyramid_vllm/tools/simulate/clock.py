@@ -26,7 +26,7 @@ _SCORE_BYTES = 4
 
 @dataclass
 class StepWork:
-    """What one device does in one step. FLOPs and bytes, not yet seconds."""
+    """The work of one device in one step, in FLOPs and bytes."""
 
     weight_bytes: float = 0.0
     linear_flops: float = 0.0
@@ -39,7 +39,7 @@ class StepWork:
     score_flops: float = 0.0
     score_bytes: float = 0.0
     move_bytes: float = 0.0
-    """Of selection and compaction."""
+    """Bytes of selection and compaction."""
     num_compactions: float = 0.0
     """Sequences times layers that compact."""
     link_bytes: float = 0.0
@@ -47,7 +47,7 @@ class StepWork:
     num_sequences: float = 0.0
 
     def values(self) -> tuple[float, ...]:
-        """In the order of the fields: a row of a matrix of several steps' work."""
+        """The fields in order: a row of a matrix of several steps' work."""
         return tuple(vars(self).values())
 
 
@@ -215,6 +215,6 @@ class WorkModel:
         work.num_compactions += num_layers
 
     def _add_scores(self, work: StepWork, num_queries: int, num_keys: float) -> None:
-        """Of ``num_keys`` keys, counted over layers: a product with each query."""
+        """Add the work of scoring ``num_keys`` keys of all layers by each query."""
         work.score_flops += self._pair_flops / 2 * num_queries * num_keys
         work.score_bytes += num_keys * self._model.token_bytes / 2

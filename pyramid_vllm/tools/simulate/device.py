@@ -11,8 +11,8 @@ from pyramid_vllm.policy.presets import config_dir
 from pyramid_vllm.tools.json_settings import first_problem
 from pyramid_vllm.tools.simulate.model import ModelWork
 
-#: vLLM's default of ``gpu_memory_utilization``, and what of it is left for
-#: activations, graphs and buffers: a round figure of what its profiling finds.
+#: vLLM's default of ``gpu_memory_utilization``, and the memory for activations, graphs
+#: and buffers: roughly what its profiling finds.
 _UTILIZATION, _ACTIVATION_BYTES = 0.92, 4e9
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -29,23 +29,23 @@ class Efficiency(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bandwidth: Share = 0.8
-    """Of the memory's bandwidth, where weights and keys and values are read."""
+    """Share of the memory's bandwidth at which weights, keys and values are read."""
     flops: Share = 0.6
-    """Of the peak, in the matrices of layers and of the logits."""
+    """Share of the peak in the matrices of layers and of the logits."""
     attention_flops: Share = 0.5
-    """Of the peak, in a prompt's attention."""
+    """Share of the peak in a prompt's attention."""
     score_flops: Share = 0.3
-    """Of the peak, where a policy scores tokens."""
+    """Share of the peak when a policy scores tokens."""
     move_bandwidth: Share = 0.5
-    """Of the memory's bandwidth, where a policy selects and compacts."""
+    """Share of the memory's bandwidth when a policy selects and compacts."""
     link: Share = 0.7
-    """Of the links between devices."""
+    """Share of the bandwidth of links between devices."""
     step_ms: float = Field(default=0.5, ge=0)
-    """Of every step: launches, sampling, what is not modelled."""
+    """Time of every step: launches, sampling, what is not modelled."""
     sequence_us: float = Field(default=0.0, ge=0)
-    """Of every sequence in a step."""
+    """Time of every sequence in a step."""
     compaction_us: float = Field(default=0.0, ge=0)
-    """Of every layer that compacts a sequence."""
+    """Time of every layer that compacts a sequence."""
     all_reduce_us: float = Field(default=10.0, ge=0)
     """Latency of one all-reduce."""
 
@@ -57,13 +57,13 @@ class Device(BaseModel):
 
     name: str
     memory_gb: Positive
-    """In 10^9 bytes."""
+    """Memory in 10^9 bytes."""
     bandwidth_gb_s: Positive
-    """Of its memory, in 10^9 bytes a second."""
+    """Bandwidth of its memory, in 10^9 bytes a second."""
     tflops: Mapping[str, Positive]
     """Peak of dense matrix products, in 10^12 FLOPs a second, by dtype."""
     link_gb_s: Positive
-    """To the other devices, one direction, in 10^9 bytes a second."""
+    """Bandwidth to the other devices, one direction, in 10^9 bytes a second."""
     block_size: PositiveInt = 16
     """vLLM's default number of tokens of a page."""
     async_scheduling: bool = True

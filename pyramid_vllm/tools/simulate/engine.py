@@ -26,7 +26,7 @@ SAMPLED_TOKEN = 7
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What vLLM's engine is given, the same on every side."""
+    """The arguments of vLLM's engine, the same on every side."""
 
     model: ModelWork
     kv_bytes: int
@@ -64,7 +64,7 @@ class SimulatedEngine:
         config.cache_config.num_gpu_blocks = self._kv_config.num_blocks
         self._block_sizes = resolve_kv_cache_block_sizes(self._kv_config, config)
         self.max_model_len = int(config.model_config.max_model_len)
-        # As vLLM's engine core: without a prefix cache nothing is hashed.
+        # vLLM's engine core hashes nothing without a prefix cache either.
         self._hasher = (
             _block_hasher(self._block_sizes[1]) if settings.prefix_caching else None
         )
@@ -150,7 +150,7 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
             "kv_policy": policy and policy.model_dump(),
         }
         config = EngineArgs(**arguments).create_engine_config()
-    # What the platform at hand has decided for itself.
+    # The platform of this machine has chosen other values for these.
     config.cache_config.block_size = settings.block_size
     config.cache_config.kv_cache_layout = "LBNHC"
     config.scheduler_config.async_scheduling = settings.async_scheduling
@@ -158,7 +158,7 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
 
 
 def _planning() -> Any:
-    """Where vLLM plans KV caches: from 0.33 on a module of its own."""
+    """The module in which vLLM plans KV caches: since 0.33, its own module."""
     name = "vllm.v1.core.kv_cache_planning"
     return import_module(name if find_spec(name) else "vllm.v1.core.kv_cache_utils")
 

@@ -28,7 +28,7 @@ METRICS = (
     Metric("cpu_ms_per_step", "scheduler's CPU time a step, ms", ",.2f"),
     Metric("wall_s", "seconds that the simulation took", ",.1f"),
 )
-#: Figures that are times of this machine: they are not the same twice.
+#: Times of this machine, which differ from run to run.
 MEASURED = ("cpu_ms_per_step", "wall_s")
 _PERCENTILES = (50, 99)
 

@@ -25,7 +25,7 @@ from pyramid_vllm.tools.json_settings import first_problem
 #: Tokens of an entry of ``hash_ids`` in Mooncake's traces.
 TRACE_BLOCK = 512
 _VOCABULARY = 32_000
-#: Keeps pieces that sessions have to themselves apart from those that they share.
+#: Separates the sources of a session's own pieces from those of shared pieces.
 _OWN = 1 << 32
 
 Piece = tuple[int, int]
@@ -37,7 +37,7 @@ class Turn:
     """One request of a session."""
 
     pieces: tuple[Piece, ...]
-    """What it adds to the session's tokens, in front of its answer."""
+    """Tokens that it adds to the session before its answer."""
     num_outputs: int
     wait: float = 0.0
     """Seconds from the answer before it: a person who thinks, a tool that runs."""
@@ -58,13 +58,13 @@ class Session:
 
     @property
     def num_tokens(self) -> int:
-        """Of the last request, answer included."""
+        """Tokens of the last request, with its answer."""
         return sum(turn.num_tokens + turn.num_outputs for turn in self.turns)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of an engine."""
+    """The sessions that an engine gets."""
 
     name: str
     sessions: tuple[Session, ...]
@@ -114,18 +114,18 @@ class LoadSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_sessions: PositiveInt = 200
+    num_requests: PositiveInt = 200
     """Requests, or sessions where these have several turns."""
     prompt_tokens: PositiveInt = 1024
-    """That each turn adds, and that only its session has."""
+    """Tokens that each turn adds and that only its session has."""
     output_tokens: PositiveInt = 256
-    """Of each answer."""
+    """Tokens of each answer."""
     shared_prefix: NonNegativeInt = 0
-    """That sessions start with and have in common."""
+    """Tokens that sessions start with and have in common."""
     num_prefixes: PositiveInt = 1
     """Different ones; session i starts with number i modulo this."""
     turns: PositiveInt = 1
-    think_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    think_time: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Mean time from an answer to the next turn, drawn from an exponential
     distribution."""
     spread: float = Field(0.0, ge=0, lt=1)
@@ -143,22 +143,22 @@ NAMED: dict[str, dict[str, Any]] = {
     "shared": {"shared_prefix": 16384, "prompt_tokens": 512},
     "documents": {"shared_prefix": 16384, "prompt_tokens": 512, "num_prefixes": 10},
     "chat": {
-        "num_sessions": 100,
+        "num_requests": 100,
         "shared_prefix": 512,
         "prompt_tokens": 200,
         "output_tokens": 300,
         "turns": 8,
-        "think_s": 30.0,
+        "think_time": 30.0,
         "spread": 0.8,
     },
     # Peers report a median of 43 turns and 142k tokens in for 444 out a session.
     "agent": {
-        "num_sessions": 40,
+        "num_requests": 40,
         "shared_prefix": 8192,
         "prompt_tokens": 1500,
         "output_tokens": 100,
         "turns": 40,
-        "think_s": 2.0,
+        "think_time": 2.0,
         "spread": 0.8,
     },
     "reasoning": {"prompt_tokens": 512, "output_tokens": 8192, "spread": 0.5},
@@ -190,7 +190,7 @@ def named_load(name: str, changes: dict[str, Any]) -> Load:
 def _sessions(settings: LoadSettings) -> Iterator[Session]:
     rng = np.random.default_rng(settings.seed)
     arrival, own = 0.0, _OWN * (1 + settings.seed)
-    for index in range(settings.num_sessions):
+    for index in range(settings.num_requests):
         if settings.rate is not None and index:
             arrival += float(rng.exponential(1 / settings.rate))
         turns = []
@@ -202,7 +202,7 @@ def _sessions(settings: LoadSettings) -> Iterator[Session]:
             if number == 0 and settings.shared_prefix:
                 prefix = 1 + index % settings.num_prefixes
                 pieces = ((prefix, settings.shared_prefix), *pieces)
-            wait = float(rng.exponential(settings.think_s)) if number else 0.0
+            wait = float(rng.exponential(settings.think_time)) if number else 0.0
             outputs = _length(rng, settings.output_tokens, settings.spread)
             turns.append(Turn(pieces, outputs, wait))
         yield Session(tuple(turns), arrival)
@@ -219,7 +219,7 @@ class _TraceRow(BaseModel):
     model_config = ConfigDict(strict=True)
 
     timestamp: NonNegativeFloat
-    """In milliseconds."""
+    """Milliseconds."""
     input_length: PositiveInt
     output_length: NonNegativeInt
     hash_ids: list[NonNegativeInt]
@@ -257,7 +257,7 @@ def read_trace(file: Path, limit: int | None, speed: float) -> Load:
         raise ValueError(f"--trace {file} has no requests: valid is one or more")
     start = min(session.arrival for session in sessions)
     shifted = [replace(s, arrival=s.arrival - start) for s in sessions]
-    # Traces may be sorted only nearly.
+    # Lines of traces may not be in order.
     return Load(file.name, tuple(sorted(shifted, key=lambda s: s.arrival)))
 
 
@@ -281,6 +281,6 @@ def _traced(line: str, speed: float) -> Session:
         (of_block, min(TRACE_BLOCK, prompt - index * TRACE_BLOCK))
         for index, of_block in enumerate(row.hash_ids[:needed])
     )
-    # vLLM generates one token at least.
+    # vLLM generates at least one token.
     turn = Turn(pieces, max(1, row.output_length))
     return Session((turn,), row.timestamp / 1000 / speed)

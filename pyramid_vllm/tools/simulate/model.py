@@ -1,4 +1,4 @@
-"""What a model costs, from its configuration alone: parameters, bytes, FLOPs."""
+"""Parameters, bytes and FLOPs of a model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class ModelWork:
     config: Mapping[str, Any]
     """The content of ``config.json``."""
     dtype: str
-    """Of activations and of the KV cache."""
+    """Dtype of activations and of the KV cache."""
     tensor_parallel: int
     num_layers: int
-    """Of any kind."""
+    """Layers of every kind."""
     hidden_size: int
     num_heads: int
     num_kv_heads_per_device: int
@@ -45,15 +45,15 @@ class ModelWork:
     windows: tuple[int | None, ...]
     """Sliding window of each layer; None: full attention."""
     attention_params: int
-    """Of a layer: the four projections."""
+    """Parameters of a layer's four projections."""
     expert_params: int
-    """Of a layer's MLP, or of one expert of it."""
+    """Parameters of a layer's MLP, or of one of its experts."""
     num_experts: int
-    """Of a layer; 1: a dense MLP."""
+    """Experts of a layer; 1: a dense MLP."""
     num_active_experts: int
     """Experts that a token passes."""
     head_params: int
-    """Of the matrix from the last hidden state to logits."""
+    """Parameters of the matrix from the last hidden state to logits."""
     mlp_bytes: float
     """Bytes of a number of the MLPs' weights."""
 
@@ -155,7 +155,7 @@ def load_model(model: str, dtype: str | None, tensor_parallel: int) -> ModelWork
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden,
         num_heads=heads,
-        # vLLM gives each device one at least.
+        # vLLM gives each device at least one head.
         num_kv_heads_per_device=max(1, kv_heads // tensor_parallel),
         head_size=head_size,
         windows=_windows(config),

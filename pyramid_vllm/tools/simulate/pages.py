@@ -1,4 +1,4 @@
-"""What the pages of a block pool are used for, and which of them are read together."""
+"""How the pages of a block pool are used, and which of them are read together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PageCount:
     running: float
     """Held by requests."""
     cached: float
-    """Held by nobody, in the prefix cache."""
+    """In the prefix cache, held by no request."""
     free: float
 
 

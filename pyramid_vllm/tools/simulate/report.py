@@ -8,7 +8,13 @@ from rich.table import Table
 
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.policy import NONE
-from pyramid_vllm.tools.figures import Figures, bars, side_label, side_table
+from pyramid_vllm.tools.figures import (
+    Figures,
+    bars,
+    right_table,
+    side_label,
+    side_table,
+)
 from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.engine import SimulatedEngine
@@ -28,7 +34,7 @@ def run_simulation(settings: SimulateSettings) -> None:
         ValueError: an option is not valid, or something does not fit; names it.
         RuntimeError: a request was not served, or matplotlib is missing.
     """
-    # vLLM says on import what its own device lacks; the simulated one is another.
+    # On import, vLLM warns about this machine, which is not the simulated device.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if settings.plots is not None:
         check_matplotlib()
@@ -136,9 +142,10 @@ def _capacity_table(
         )
         if bound is not None
     ]
-    table = Table(title=f"Highest rate with {' and '.join(bounds)}")
-    for column in ("", "requests/s an engine", "of the load's rate", "devices"):
-        table.add_column(column, justify="right")
+    table = right_table(
+        ("", "requests/s an engine", "of the load's rate", "devices"),
+        f"Highest rate with {' and '.join(bounds)}",
+    )
     for name, capacity in capacities.items():
         num = capacity.num_engines
         devices = f"{num * settings.tensor_parallel}" if num else "no number"

@@ -24,7 +24,7 @@ _PAGES_EVERY = 64
 
 @dataclass
 class RequestRecord:
-    """What happened to a request. Times are in seconds since the start."""
+    """Times and counts of a request. Times are in seconds since the start."""
 
     num_prompt_tokens: int
     num_outputs: int
@@ -34,17 +34,17 @@ class RequestRecord:
     num_received: int = 0
     """Tokens of its answer so far."""
     num_cached_tokens: int = 0
-    """Of its prompt, found in the prefix cache when it was first scheduled."""
+    """Prompt tokens in the prefix cache when it was first scheduled."""
 
 
 @dataclass
 class StepRecord:
-    """What was seen of a step."""
+    """Times and counts of a step."""
 
     end: float
     """Seconds since the start, when its tokens were there."""
     seconds: float
-    """Of the device."""
+    """Seconds of the device."""
     num_running: int
     cpu_s: float
 
@@ -57,7 +57,7 @@ class SimulatedRun:
     requests: dict[str, RequestRecord] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
     works: list[StepWork] = field(default_factory=list)
-    """Of each step, where they are asked for."""
+    """The work of each step, if ``keep_works`` is set."""
     pages: list[PageCount] = field(default_factory=list)
     num_preemptions: int = 0
     num_prompt_tokens_computed: int = 0
@@ -94,7 +94,7 @@ class Simulation:
         self._work = _work_model(self.engine)
         self._depth = 2 if self.engine.settings.async_scheduling else 1
         self.run_record = SimulatedRun(self.name)
-        # The host's time, and when the device is done with all it was given.
+        # The host's time, and when the device has finished all its steps.
         self._now = self._device_free = 0.0
         self._flying: deque[tuple[Any, Any, float]] = deque()
         self._events: list[tuple[float, int, int]] = []
@@ -102,7 +102,7 @@ class Simulation:
         self._tokens: dict[int, list[int]] = {}
         self._origin: dict[str, tuple[int, int]] = {}
         self._num_finished = 0
-        # Sessions from this one on are sent when others end.
+        # Sessions from this one on start when others end.
         num, clients = len(self.load.sessions), self.load.num_clients
         self._next_session = min(clients or num, num)
         for index, session in enumerate(self.load.sessions[: self._next_session]):
@@ -178,7 +178,7 @@ class Simulation:
     def _schedule(self) -> bool:
         """Schedule a step and give it to the device; False: it is empty."""
         scheduler, record = self._scheduler, self.run_record
-        # Of this thread alone: other work on the machine does not count.
+        # Time of this thread alone: other work on the machine does not count.
         start = time.thread_time()
         output = scheduler.schedule()
         cpu_s = time.thread_time() - start
@@ -225,7 +225,7 @@ class Simulation:
         cpu_s = time.thread_time() - start
         if self.run_record.steps:
             self.run_record.steps[-1].cpu_s += cpu_s
-        # Clients get their tokens before the host goes on.
+        # Clients get their tokens before the host continues.
         for of_client in outputs.values():
             for news in of_client.outputs:
                 self._take(news)

@@ -1,4 +1,4 @@
-"""The options of ``pyramid-vllm simulate``, and what they mean."""
+"""The options of ``pyramid-vllm simulate``."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,25 +10,12 @@ from pyramid_vllm.tools.options import JSON_FILE, POLICIES, argument, option
 from pyramid_vllm.tools.sides import Side, parse_sides
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings
-from pyramid_vllm.tools.simulate.loads import Load, named_load, read_trace
+from pyramid_vllm.tools.simulate.loads import Load, LoadSettings, named_load, read_trace
 from pyramid_vllm.tools.simulate.model import load_model
 from pyramid_vllm.tools.simulate.run import RunOptions
 from pyramid_vllm.tools.simulate.slo import Objective, check_arrivals
 from pyramid_vllm.tools.sizes import parse_bytes, parse_seconds
 
-#: Options that change a named load, by the names of its settings.
-_LOAD_OPTIONS = {
-    "num_sessions": "num_requests",
-    "prompt_tokens": "prompt_tokens",
-    "output_tokens": "output_tokens",
-    "shared_prefix": "shared_prefix",
-    "num_prefixes": "num_prefixes",
-    "turns": "turns",
-    "think_s": "think_time",
-    "spread": "spread",
-    "rate": "rate",
-    "clients": "clients",
-}
 _DEVICE_DEFAULT = "Default: vLLM's for the device."
 
 
@@ -113,7 +100,7 @@ class SimulateSettings:
 
     @cached_property
     def device(self) -> Device:
-        """What an engine runs on."""
+        """The device of an engine."""
         changes = json_object("--efficiency", self.efficiency)
         return load_device(self.gpu).changed(changes)
 
@@ -145,15 +132,13 @@ class SimulateSettings:
 
     @cached_property
     def traffic(self) -> Load:
-        """What is asked of an engine: a named load, or a trace."""
-        changes = {
-            setting: getattr(self, option)
-            for setting, option in _LOAD_OPTIONS.items()
-            if getattr(self, option) is not None
-        }
+        """The load of an engine: a named load, or a trace."""
+        values = {name: getattr(self, name) for name in LoadSettings.model_fields}
+        seed = values.pop("seed")
+        changes = {name: value for name, value in values.items() if value is not None}
         if self.trace is None:
-            return named_load(self.load, changes | {"seed": self.seed})
-        limit = changes.pop("num_sessions", None)
+            return named_load(self.load, changes | {"seed": seed})
+        limit = changes.pop("num_requests", None)
         if changes:
             given = ", ".join(f"{key}={value}" for key, value in changes.items())
             raise ValueError(

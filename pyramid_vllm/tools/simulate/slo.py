@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pyramid_vllm.tools.figures import Figures
 from pyramid_vllm.tools.simulate.loads import Load
 
-#: The highest rate is found to this ratio.
+#: The search ends when its bounds differ by this ratio.
 _PRECISION = 1.05
 _MAX_DOUBLINGS = 8
 
@@ -27,7 +27,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one engine carries of a load."""
+    """The part of a load that one engine can serve."""
 
     speed: float
     """Highest factor on the load's rate at which the objective holds, found to 5%; 0:
