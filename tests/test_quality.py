@@ -1,6 +1,8 @@
 """Samples, windows and statistics of the quality evaluation, without an engine."""
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,10 +15,11 @@ from tokenizers.trainers import WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 
 from pyramid_vllm.tools.quality import gsm8k
-from pyramid_vllm.tools.quality.puzzles import INTRO, KINDS, make_puzzle
+from pyramid_vllm.tools.quality.puzzles import PUZZLES
 from pyramid_vllm.tools.quality.retrieval import (
     TASKS,
     Sample,
+    has_depth,
     make_samples,
     score,
     split_sentences,
@@ -24,7 +27,7 @@ from pyramid_vllm.tools.quality.retrieval import (
 from pyramid_vllm.tools.quality.statistics import mean_interval, ratio_interval
 from pyramid_vllm.tools.quality.tasks import match_length
 from pyramid_vllm.tools.quality.texts import read_part, windows
-from pyramid_vllm.tools.quality.words import KEYS, sentences
+from pyramid_vllm.tools.quality.words import PLAIN_WORDS, sentences
 
 TEMPLATE = (
     "{% for m in messages %}<role> {{ m.content }} <end>{% endfor %}"
@@ -36,10 +39,10 @@ TEMPLATE = (
 def tokenizer() -> Any:
     """A tokenizer of words and single digits, with a chat template."""
     lines = [next(hay) for hay in [sentences(Random(0))] for _ in range(300)]
-    for kind in KINDS.values():
-        puzzle = make_puzzle(kind, Random(0))
-        lines += [INTRO, puzzle.question, puzzle.answer_start, *puzzle.needles]
-    lines += [" ".join(KEYS), "0 1 2 3 4 5 6 7 8 9"]
+    for make in PUZZLES.values():
+        puzzle = make(Random(0))
+        lines += [puzzle.intro, puzzle.question, puzzle.answer_start, *puzzle.needles]
+    lines += [" ".join(PLAIN_WORDS), "0 1 2 3 4 5 6 7 8 9", " ".join("ABCDEFGHIJKLM")]
     model = Tokenizer(WordLevel(unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
@@ -104,6 +107,23 @@ def test_several_needles_lie_around_their_depth(task: str, tokenizer: Any) -> No
         assert places == sorted(places)
         middle = sum(places) / 3
         assert abs(middle - (0.1 + 0.8 * depth)) < 0.06
+
+
+def test_chains_are_assigned_in_order() -> None:
+    puzzle = PUZZLES["variable_tracking"](Random(3))
+    first, *others = puzzle.needles
+    assert first.endswith(f"= {puzzle.question.split('value ')[1].split(',')[0]}.")
+    for line, (before, name) in zip(others, pairwise(puzzle.answers), strict=True):
+        assert line == f"VAR {name} = VAR {before}."
+
+
+def test_common_words_are_the_most_common(tokenizer: Any) -> None:
+    for sample in make_samples("common_words", tokenizer, 900, 0.5, 3, seed=0):
+        text = tokenizer.decode(sample.prompt_ids)
+        counts = Counter(word for word in text.split() if word in PLAIN_WORDS)
+        common = {word for word, _ in counts.most_common(3)}
+        assert common == set(sample.answers)
+    assert not has_depth("common_words")
 
 
 def test_a_text_is_the_haystack(tokenizer: Any) -> None:

@@ -1,76 +1,134 @@
-"""The kinds of retrieval task: which numbers are hidden, which of them are asked for.
+"""The kinds of retrieval task: what is hidden, what is asked.
 
 The kinds are RULER's (arXiv 2404.06654), the wording is ours.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from random import Random
-from typing import NamedTuple
 
-from pyramid_vllm.tools.quality.words import KEYS
+from pyramid_vllm.tools.quality.words import KEYS, PLAIN_WORDS
 
-INTRO = (
-    "Some special magic numbers are hidden in the text below. Memorize them: you will "
-    "be asked for them afterwards."
-)
-
-
-class Kind(NamedTuple):
-    """What a task hides: numbers under keys."""
-
-    num_keys: int = 1
-    """Keys that are asked for."""
-    num_values: int = 1
-    """Numbers of each of these keys."""
-    num_others: int = 0
-    """Keys that are not asked for, with a number each."""
-
-
-KINDS = {
-    "single_needle": Kind(),
-    "multi_key": Kind(num_others=4),
-    "multi_value": Kind(num_values=3),
-    "multi_query": Kind(num_keys=3),
-}
+_NUM_DISTRACTORS = 4
+_NUM_VALUES = 3
+_NUM_COMMON = 3
+_CHAIN = 3
 
 
 @dataclass(frozen=True)
 class Puzzle:
     """One sample before its haystack."""
 
+    intro: str
     question: str
     answer_start: str
     """How the assistant's answer begins; the model goes on from there."""
     answers: tuple[str, ...]
-    needles: tuple[str, ...]
-    """Asked for: they lie around the depth."""
-    distractors: tuple[str, ...]
+    needles: tuple[str, ...] = ()
+    """Asked for: lie around the depth."""
+    distractors: tuple[str, ...] = ()
     """Not asked for: spread over the whole haystack."""
-
-
-def make_puzzle(kind: Kind, rng: Random) -> Puzzle:
-    """Draw keys and numbers."""
-    keys = rng.sample(KEYS, kind.num_keys + kind.num_others)
-    keys, others = keys[: kind.num_keys], keys[kind.num_keys :]
-    distractors = [(key, _number(rng)) for key in others]
-    hidden = [(key, _number(rng)) for key in keys for _ in range(kind.num_values)]
-    names = keys[-1] if len(keys) == 1 else f"{', '.join(keys[:-1])} and {keys[-1]}"
-    what, verb, number = "is the", "is", "number"
-    if len(hidden) > 1:
-        what, verb, number = "are all the", "are", "numbers"
-    return Puzzle(
-        question=f"What {what} special magic {number} for {names} mentioned above?",
-        answer_start=f"The special magic {number} for {names} {verb}:",
-        answers=tuple(number for _, number in hidden),
-        needles=tuple(map(_needle, hidden)),
-        distractors=tuple(map(_needle, distractors)),
-    )
-
-
-def _needle(pair: tuple[str, str]) -> str:
-    key, number = pair
-    return f"The special magic number for {key} is: {number}."
+    haystack: Iterator[str] | None = None
+    """The task's own, instead of sentences."""
 
 
 def _number(rng: Random) -> str:
     return str(rng.randrange(1_000_000, 10_000_000))
+
+
+def _magic_numbers(
+    hidden: list[tuple[str, str]], names: str, others: list[tuple[str, str]]
+) -> Puzzle:
+    """Keys and their numbers, of which those of ``hidden`` are asked for."""
+
+    def needles(pairs: list[tuple[str, str]]) -> tuple[str, ...]:
+        return tuple(f"The special magic number for {k} is: {n}." for k, n in pairs)
+
+    what, verb, number = "is the", "is", "number"
+    if len(hidden) > 1:
+        what, verb, number = "are all the", "are", "numbers"
+    return Puzzle(
+        intro="Some special magic numbers are hidden in the text below. Memorize "
+        "them: you will be asked for them afterwards.",
+        question=f"What {what} special magic {number} for {names} mentioned above?",
+        answer_start=f"The special magic {number} for {names} {verb}:",
+        answers=tuple(number for _, number in hidden),
+        needles=needles(hidden),
+        distractors=needles(others),
+    )
+
+
+def _single_needle(rng: Random) -> Puzzle:
+    key = rng.choice(KEYS)
+    return _magic_numbers([(key, _number(rng))], key, [])
+
+
+def _multi_key(rng: Random) -> Puzzle:
+    key, *others = rng.sample(KEYS, 1 + _NUM_DISTRACTORS)
+    distractors = [(other, _number(rng)) for other in others]
+    return _magic_numbers([(key, _number(rng))], key, distractors)
+
+
+def _multi_value(rng: Random) -> Puzzle:
+    key = rng.choice(KEYS)
+    return _magic_numbers([(key, _number(rng)) for _ in range(_NUM_VALUES)], key, [])
+
+
+def _multi_query(rng: Random) -> Puzzle:
+    keys = rng.sample(KEYS, _NUM_VALUES)
+    names = f"{', '.join(keys[:-1])} and {keys[-1]}"
+    return _magic_numbers([(key, _number(rng)) for key in keys], names, [])
+
+
+def _chain(rng: Random, names: list[str]) -> tuple[str, tuple[str, ...]]:
+    value = str(rng.randrange(10_000, 100_000))
+    later = [f"VAR {name} = VAR {before}." for before, name in pairwise(names)]
+    return value, (f"VAR {names[0]} = {value}.", *later)
+
+
+def _variable_tracking(rng: Random) -> Puzzle:
+    triples = map("".join, combinations("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3))
+    names = rng.sample(list(triples), 2 * _CHAIN)
+    value, lines = _chain(rng, names[:_CHAIN])
+    _, others = _chain(rng, names[_CHAIN:])
+    return Puzzle(
+        intro="Variables are assigned in the text below. Memorize the assignments.",
+        question=f"Which variables have the value {value}, directly or through others?",
+        answer_start=f"The {_CHAIN} variables that have the value {value} are: VAR",
+        answers=tuple(names[:_CHAIN]),
+        needles=lines,
+        distractors=others,
+    )
+
+
+def _common_words(rng: Random) -> Puzzle:
+    common = tuple(rng.sample(PLAIN_WORDS, _NUM_COMMON))
+    return Puzzle(
+        intro="Below is a list of words. Some appear far more often than others.",
+        question=f"What are the {_NUM_COMMON} most common words in the list above?",
+        answer_start=f"The {_NUM_COMMON} most common words are:",
+        answers=common,
+        haystack=_word_list(rng, common),
+    )
+
+
+def _word_list(rng: Random, common: tuple[str, ...]) -> Iterator[str]:
+    """Endless runs of words, in which half of the words are the common ones."""
+    rest = [word for word in PLAIN_WORDS if word not in common]
+    while True:
+        words = [*common, *common, *rng.sample(rest, 2 * len(common))]
+        rng.shuffle(words)
+        yield ", ".join(words) + ","
+
+
+PUZZLES: dict[str, Callable[[Random], Puzzle]] = {
+    "single_needle": _single_needle,
+    "multi_key": _multi_key,
+    "multi_value": _multi_value,
+    "multi_query": _multi_query,
+    "variable_tracking": _variable_tracking,
+    "common_words": _common_words,
+}
+#: Tasks without a needle: their answer lies everywhere.
+WITHOUT_DEPTH = frozenset({"common_words"})

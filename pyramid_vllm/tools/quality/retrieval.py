@@ -8,11 +8,11 @@ from random import Random
 from typing import Any
 
 from pyramid_vllm.tools.chat import chat_ids, encode, has_template
-from pyramid_vllm.tools.quality.puzzles import INTRO, KINDS, Puzzle, make_puzzle
+from pyramid_vllm.tools.quality.puzzles import PUZZLES, WITHOUT_DEPTH, Puzzle
 from pyramid_vllm.tools.quality.words import sentences
 
 #: Names of the tasks.
-TASKS = tuple(KINDS)
+TASKS = tuple(PUZZLES)
 #: Share of the haystack over which several needles of one question spread.
 _SPREAD = 0.2
 #: Output tokens beyond those of the answers, for each answer.
@@ -42,6 +42,11 @@ def score(sample: Sample, text: str) -> float:
     return sum(match is not None for match in found) / len(found)
 
 
+def has_depth(task: str) -> bool:
+    """Whether a task's answer lies at one place."""
+    return task not in WITHOUT_DEPTH
+
+
 def make_samples(
     task: str,
     tokenizer: Any,
@@ -65,7 +70,7 @@ def make_samples(
     Raises:
         ValueError: an argument is not valid.
     """
-    if task not in KINDS:
+    if task not in PUZZLES:
         raise ValueError(f"retrieval is '{task}': valid tasks are {', '.join(TASKS)}")
     if not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}: valid is 0 (oldest) to 1 (newest)")
@@ -73,8 +78,10 @@ def make_samples(
     samples = []
     for index in range(num_samples):
         rng = Random(f"{seed} {task} {num_tokens} {depth} {index}")
-        puzzle = make_puzzle(KINDS[task], rng)
-        hay = sentences(rng) if texts is None else _cycle(texts, rng)
+        puzzle = PUZZLES[task](rng)
+        hay = puzzle.haystack
+        if hay is None:
+            hay = sentences(rng) if texts is None else _cycle(texts, rng)
         ids = _fit(tokenizer, puzzle, hay, num_tokens, depth)
         answer = encode(tokenizer, " " + ", ".join(puzzle.answers))
         length = len(answer) + _SLACK * len(puzzle.answers)
@@ -103,7 +110,7 @@ def _cycle(texts: list[str], rng: Random) -> Iterator[str]:
 
 
 def _prompt_ids(tokenizer: Any, puzzle: Puzzle, lines: list[str]) -> list[int]:
-    message = f"{INTRO}\n\n{' '.join(lines)}\n\n{puzzle.question}"
+    message = f"{puzzle.intro}\n\n{' '.join(lines)}\n\n{puzzle.question}"
     if has_template(tokenizer):
         return chat_ids(tokenizer, message, answer_start=puzzle.answer_start)
     ids: list[int] = tokenizer.encode(f"{message}\n{puzzle.answer_start}")

@@ -18,7 +18,7 @@ from pyramid_vllm.policy.requests import RETENTION_ARG
 from pyramid_vllm.tools import options
 from pyramid_vllm.tools.options import option
 from pyramid_vllm.tools.quality.gsm8k import read_problems
-from pyramid_vllm.tools.quality.retrieval import TASKS, make_samples
+from pyramid_vllm.tools.quality.retrieval import TASKS, has_depth, make_samples
 from pyramid_vllm.tools.quality.tasks import (
     Task,
     agreement_task,
@@ -149,7 +149,7 @@ def make_tasks(
             asked = settings.samples, settings.seed, text
             samples = [
                 sample
-                for depth in _depths(settings.depths)
+                for depth in _depths(name, settings.depths)
                 for sample in make_samples(name, tokenizer, length, depth, *asked)
             ]
             tasks.append(retrieval_task(samples, tokenizer, stop_ids))
@@ -179,8 +179,8 @@ def _text_tasks(
     return tasks
 
 
-def _depths(num_depths: int) -> list[float]:
+def _depths(task: str, num_depths: int) -> list[float]:
     """Depths from the oldest to the newest, evenly spread."""
-    if num_depths == 1:
+    if num_depths == 1 or not has_depth(task):
         return [0.5]
     return [round(i / (num_depths - 1), 4) for i in range(num_depths)]

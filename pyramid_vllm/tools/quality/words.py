@@ -50,6 +50,8 @@ _REASONS = (
     "as everybody had hoped",
     "without saying a word",
 )
+#: What lists of words are made of.
+PLAIN_WORDS = KEYS + _PEOPLE + _ADJECTIVES + _PLACES
 
 
 def sentences(rng: Random) -> Iterator[str]:
