@@ -13,10 +13,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class PolicyLogging:
-    """Sums up what engines tell between two lines; stands for a connector's logging.
+    """Adds up engines' stats between two lines, in place of a connector's logging.
 
     Args:
-        name: of the engines' policy.
+        name: the policy's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,7 +30,7 @@ class PolicyLogging:
         self._times: list[float] = []
 
     def observe(self, transfer_stats_data: dict[str, Any]) -> None:
-        """Add what an engine tells."""
+        """Add an engine's stats."""
         stats = PolicyStats.of(transfer_stats_data)
         self._counters = self._counters.plus(stats.counters)
         self._held += stats.tokens_held
