@@ -52,7 +52,7 @@ class PolicyLogging:
         ]
         if self._times:
             mean = sum(self._times) / len(self._times)
-            parts.append(f"{mean * 1e3:.1f} ms a step that compacts")
+            parts.append(f"{mean * 1e3:.1f} ms per compacting step")
         if counters.rows_computed < counters.rows_scheduled:
             share = counters.rows_computed / counters.rows_scheduled
             parts.append(f"{share:.1%} of the prompts' rows computed")

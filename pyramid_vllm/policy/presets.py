@@ -48,7 +48,7 @@ def resolve_policy(
         The policy; None: the plugin stays off.
 
     Raises:
-        KVPolicyError: the policy is unknown or a setting of it is not valid.
+        KVPolicyError: the policy is unknown or one of its settings is not valid.
     """
     changes = _mapping(overrides, "kv_policy_config")
     changes = _canonical(changes, "kv_policy_config")

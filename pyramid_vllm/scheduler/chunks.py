@@ -51,8 +51,8 @@ class ChunkEnds:
         if to_prompt_end > 0:
             if rule.prunes and needs_all_rows(request):
                 num_new = min(num_new, self._lengths.max_unpruned_chunk)
-            behind = (e for e in self._noted.get(request, ()) if e > num_computed)
-            to_chunk_end = next(behind, request.num_prompt_tokens) - num_computed
+            later = (e for e in self._noted.get(request, ()) if e > num_computed)
+            to_chunk_end = next(later, request.num_prompt_tokens) - num_computed
             return min(num_new, to_prompt_end, to_chunk_end)
         if num_new > 1 and rule.config.generation:
             return to_next_group(rule, request, num_computed, num_new)
