@@ -162,9 +162,9 @@ class PolicyConfig(BaseModel):
                 "with it are prune_from none and evict 'prompt_end'"
             )
         if self.capacity is not None and self.budget != "arithmetic":
-            raise ValueError("capacity is a setting of budget='arithmetic' alone")
+            raise ValueError("capacity is valid only with budget='arithmetic'")
         if self.given_weights is not None and self.budget != "retention":
-            raise ValueError("layer_weights is a setting of budget='retention' alone")
+            raise ValueError("layer_weights is valid only with budget='retention'")
         window = self.sinks + self.recent
         if self.capacity is not None and self.capacity < window:
             raise ValueError(
