@@ -1,7 +1,7 @@
 """A pyramid KV cache for stock vLLM: fewer tokens in deeper layers.
 
-Importing this package makes ``LLM(..., kv_policy="pyramid")`` work; see the README for
-the other ways in.
+Importing this package makes ``LLM(..., kv_policy="pyramid")`` work. The README has the
+other ways to use it.
 """
 
 from pyramid_vllm._arguments_on_import import expect_vllm

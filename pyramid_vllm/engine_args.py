@@ -1,8 +1,8 @@
 """Policy arguments on vLLM's command line and on ``LLM``.
 
-Cause: vLLM has no registry for engine arguments or for plugins that choose the
+Cause: vLLM has no registry for engine arguments, or for plugins that choose the
 scheduler and worker classes. Removal: once it has, see ``patches/``. Without a policy
-every wrapper hands over to vLLM's own function unchanged.
+every wrapper calls vLLM's function unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER_CLS = "pyramid_vllm.scheduler.PyramidScheduler"
-#: By vLLM's device; another one is refused by ``check_engine``.
+#: By vLLM's device; ``check_engine`` refuses other devices.
 WORKER_CLS = {
     "cpu": "pyramid_vllm.worker.PyramidCPUWorker",
     "cuda": "pyramid_vllm.worker.PyramidGPUWorker",
@@ -38,7 +38,7 @@ _INSTALLED = "_pyramid_vllm_installed"
 
 
 def install() -> None:
-    """Wrap vLLM's engine arguments. Can be called again."""
+    """Wrap vLLM's engine arguments. Idempotent."""
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
     if getattr(EngineArgs, _INSTALLED, False):
@@ -56,7 +56,7 @@ def install() -> None:
 
 
 def _merged(additional_config: Any, policy: Any, overrides: Any) -> Any:
-    """``additional_config`` with the policy's arguments in it."""
+    """``additional_config`` with the policy's arguments."""
     if policy is None and overrides is None:
         return additional_config
     if not isinstance(additional_config, dict):
@@ -138,7 +138,7 @@ def _with_policy_namespace(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        # Here, for vLLM is whole by now: plugins are loaded while it is imported.
+        # Installed late: plugins load while vLLM is only partly imported.
         request_args.install()
         metrics.install()
         policy = configured_policy(self.additional_config)
@@ -148,7 +148,7 @@ def _with_policy_classes(original: Callable[..., Any]) -> Callable[..., Any]:
         _choose_class(self, "scheduler_cls", SCHEDULER_CLS, unset=(None,))
         _choose_class(self, "worker_cls", _worker_cls(), unset=("auto",))
         _switch_prefix_caching_off(self, policy)
-        # Resolved here: a file's path may mean nothing on another node.
+        # Resolved to settings: a file may be missing on other nodes.
         self.additional_config = {
             key: value
             for key, value in self.additional_config.items()
@@ -188,11 +188,11 @@ def _switch_prefix_caching_off(args: EngineArgs, policy: PolicyConfig) -> None:
     if args.enable_prefix_caching is False:
         return
     if policy.prune_from is not None:
-        reason = "prunes prompts: what later layers compute of one is not all of it"
+        reason = "prunes prompts: later layers do not compute every row"
     elif policy.evict == "chunk":
-        reason = "evicts after every chunk: later pages depend on what was evicted"
+        reason = "evicts after every chunk: later pages depend on the eviction"
     else:
         return
     log = logger.warning if args.enable_prefix_caching else logger.info
-    log("KV policy %s: prefix caching is switched off, for it %s", policy.name, reason)
+    log("KV policy %s: prefix caching is switched off: it %s", policy.name, reason)
     args.enable_prefix_caching = False

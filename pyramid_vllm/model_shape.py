@@ -1,4 +1,4 @@
-"""What a model's configuration says of its KV cache, without loading the model."""
+"""KV cache sizes from a model's configuration, without loading the model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def num_full_attention_layers(config: Any) -> int:
-    """Layers with full attention.
+    """Number of layers with full attention.
 
     Args:
         config: a Hugging Face text configuration.
@@ -27,7 +27,7 @@ def num_full_attention_layers(config: Any) -> int:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide a model's KV memory."""
+    """The sizes that determine a model's KV memory."""
 
     num_layers: int
     """Layers with full attention."""
@@ -46,7 +46,7 @@ class ModelShape:
         """Read a Hugging Face configuration.
 
         Raises:
-            ValueError: the dtype is none that a KV cache has.
+            ValueError: a KV cache cannot have the dtype.
         """
         text = config.get_text_config()
         heads = text.num_attention_heads

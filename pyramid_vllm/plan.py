@@ -1,4 +1,4 @@
-"""The one object that crosses from the scheduler to the workers."""
+"""The plan of a step, which the scheduler sends to the workers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,59 +12,58 @@ PLAN_ATTRIBUTE = "kv_policy_plan"
 
 @dataclass(frozen=True, slots=True)
 class PromptWindow:
-    """A request in its prompt whose newest queries matter in this step.
+    """A prompt with work for the policy in this step.
 
     Set by the scheduler; read by every tiered attention layer.
     """
 
     req_id: str
     policy: str
-    """Name of the request's policy: how its layers choose."""
+    """Name of the request's policy."""
     num_tokens: int
-    """Prompt tokens computed once this step is over."""
+    """Prompt tokens computed after this step."""
     num_queries: int
-    """Newest of them whose queries score, or will score in a later step."""
+    """Number of newest tokens whose queries score, now or in a later step."""
     retain: bool
-    """Whether a later step of the same prompt needs these queries, or their scores."""
+    """Whether a later step of the prompt needs these queries or their scores."""
     num_kept: tuple[int, ...] | None
     """Cache length of each tier after this step's compaction; None: no compaction."""
     num_recent: int
-    """Newest tokens that always stay."""
+    """Number of newest tokens that are always kept."""
     num_rows: tuple[int, ...] | None = None
-    """Rows that each tier computes, where that is fewer than were scheduled in any."""
+    """Rows that each tier computes; None: all tiers compute all scheduled rows."""
     pages: tuple[tuple[int, ...] | None, ...] | None = None
-    """By KV cache group, of which a tier may have several: pages that it gathers the
-    kept tokens into, where those that they lie in are shared; None: the first ones of
-    those."""
+    """Destination pages of the kept tokens for each KV cache group, if the source pages
+    may be shared; None: in place."""
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedWindow:
     """A request some of whose generated tokens this step compresses.
 
-    Set by the scheduler; read by the worker once the step's forward pass is over.
+    Set by the scheduler; read by the worker after the step's forward pass.
     """
 
     req_id: str
     policy: str
-    """Name of the request's policy: how its layers choose."""
+    """Name of the request's policy."""
     num_tokens: int
-    """Tokens computed once this step is over."""
+    """Tokens computed after this step."""
     num_queries: int
-    """Newest generated tokens whose queries score the window."""
+    """Number of newest generated tokens whose queries score the window."""
     starts: tuple[int, ...]
     """First cached token of the window, per tier."""
     size: int
-    """Tokens of the window."""
+    """Number of tokens in the window."""
     num_chosen: tuple[int, ...]
-    """How many of them each tier keeps."""
+    """Number of them that each tier keeps."""
     num_kept: tuple[int, ...]
     """Cache length of each tier after the compaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that workers need to know of one step. Numbers only; no scores, no tokens."""
+    """The counts that workers need for one step; it has no scores and no tokens."""
 
     req_ids: tuple[str, ...]
     """The scheduled requests. Read by the worker to map them to its batch rows."""
@@ -93,7 +92,7 @@ class StepPlan:
 
     @property
     def cache_lengths(self) -> dict[str, tuple[int, ...]]:
-        """Of each request that this step takes tokens from: what each tier keeps."""
+        """Cache lengths per tier of each request from which this step evicts tokens."""
         kept = {window.req_id: window.num_kept for window in self.generated}
         for window in self.windows:
             if window.num_kept is not None:
@@ -102,11 +101,11 @@ class StepPlan:
 
 
 def attach_plan(output: Any, plan: StepPlan) -> None:
-    """Send a plan with vLLM's ``SchedulerOutput``."""
+    """Attach a plan to vLLM's ``SchedulerOutput``."""
     setattr(output, PLAN_ATTRIBUTE, plan)
 
 
 def plan_of(output: Any) -> StepPlan | None:
-    """The plan that came with a ``SchedulerOutput``; None: vLLM's own step."""
+    """The plan of a ``SchedulerOutput``; None: a step of vLLM itself."""
     found: StepPlan | None = getattr(output, PLAN_ATTRIBUTE, None)
     return found

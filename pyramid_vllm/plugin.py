@@ -2,10 +2,10 @@
 
 
 def register() -> None:
-    """Teach vLLM the policy's arguments.
+    """Add the policy's arguments to vLLM.
 
-    vLLM calls this in every process: front end, engine core and workers. It may run
-    several times. Nothing else of vLLM changes until a policy is asked for.
+    vLLM calls this in every process, possibly several times: front end, engine core and
+    workers. vLLM is otherwise unchanged until a policy is configured.
     """
     from pyramid_vllm.engine_args import install
 

@@ -1,8 +1,8 @@
-"""What a single request says of its policy, checked where clients are answered.
+"""Checks a request's policy arguments in the front end.
 
 Cause: vLLM checks a request's ``extra_args`` only for logits processors. Removal: once
-plugins can validate sampling parameters, see ``patches/``. A request that asks for
-nothing is handed over unchanged, and so is every request of an engine without a policy.
+plugins can validate sampling parameters, see ``patches/``. Requests without policy
+arguments pass unchanged, and so do all requests of an engine without a policy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CHECK = "_pyramid_vllm_check"
 
 
 def install() -> None:
-    """Wrap vLLM's input processor. Can be called again."""
+    """Wrap vLLM's input processor. Idempotent."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     if not getattr(InputProcessor, _INSTALLED, False):
@@ -51,11 +51,11 @@ def install() -> None:
 
 
 class KVRequestError(VLLMClientError, KVPolicyError):
-    """A request that is refused: over HTTP a 400."""
+    """A request is refused; over HTTP with status 400."""
 
 
 class RequestCheck:
-    """Refuses what an engine cannot serve, before the engine sees it.
+    """Refuses requests that an engine cannot serve, before the engine gets them.
 
     Args:
         vllm_config: the engine's configuration.
@@ -73,23 +73,23 @@ class RequestCheck:
             )
 
     def trace(self, rule: LengthRule | None, request: EngineCoreRequest) -> None:
-        """Let a traced request's span tell its policy; ``rule`` as it was asked for."""
+        """Add the policy to a traced request's span; ``rule``: from ``before``."""
         traces = self._config.observability_config.otlp_traces_endpoint is not None
         if traces and self._policies is not None:
             note_policy(request, rule or self._policies.rule)
 
     def before(self, params: Any, resumable: bool) -> LengthRule | None:
-        """Check a request as it comes in.
+        """Check the policy arguments of a new request.
 
         Returns:
-            The counts that it asked for; None: it asked for nothing.
+            The counts of its policy; None: it has no policy arguments.
 
         Raises:
             KVPolicyError: names the argument, its value and what is valid.
         """
         if self._policies is not None and resumable:
             raise KVPolicyError(
-                "resumable is True: a KV policy evicts a prompt where it ends; valid "
+                "resumable is True: a KV policy evicts at the prompt's end; valid "
                 "is False"
             )
         extra_args: dict[str, Any] = getattr(params, "extra_args", None) or {}
@@ -105,13 +105,13 @@ class RequestCheck:
         return None
 
     def after(self, rule: LengthRule, request: EngineCoreRequest) -> None:
-        """Check that the KV cache can ever hold the prompt.
+        """Check that the whole KV cache can hold the prompt.
 
         Raises:
             KVPolicyError: names the policy and the memory.
         """
         cache = self._config.cache_config
-        # Of all engines of a data-parallel group together.
+        # `num_gpu_blocks` is the sum over the engines of a data-parallel group.
         num_engines = self._config.parallel_config.data_parallel_size
         if not cache.num_gpu_blocks or request.prompt_token_ids is None:
             return
@@ -123,7 +123,7 @@ class RequestCheck:
         if needed > valid:
             raise KVPolicyError(
                 f"{POLICY_ARG} is {rule.config.name!r}: a prompt of {num_prompt} "
-                f"tokens then needs {needed} pages of the KV cache, which has {valid}"
+                f"tokens needs {needed} pages of the KV cache, which has {valid}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The scorers of ``pyramid_vllm.policy.SCORERS``."""
+"""Score functions of the built-in scorers."""
 
 from typing import NamedTuple, Protocol
 
@@ -16,10 +16,10 @@ from pyramid_vllm.policy import PolicyConfig
 
 
 class ScoreInputs(NamedTuple):
-    """What one layer knows of one request."""
+    """The input of a scorer: one request in one layer."""
 
     query: torch.Tensor | None
-    """``[num_queries, num_heads, head_size]``, the newest tokens; None if unread."""
+    """``[num_queries, num_heads, head_size]``, newest tokens; None: not read."""
     key: torch.Tensor
     """``[num_tokens, num_kv_heads, head_size]``, oldest first."""
     scale: float
@@ -27,19 +27,19 @@ class ScoreInputs(NamedTuple):
     sink_logits: torch.Tensor | None
     """``[num_heads]``: see ``window_scores``."""
     num_recent: int
-    """Newest tokens that stay whatever their score."""
+    """Number of newest tokens that are kept whatever their score."""
 
     @property
     def softmax(self) -> tuple[float, torch.Tensor | None]:
-        """What attention is, but for queries, keys and scale."""
+        """Soft cap and sink logits of the layer's attention."""
         return self.logits_soft_cap, self.sink_logits
 
 
 class ScoreFunction(Protocol):
-    """From a layer's queries and keys to scores: what a ``Scorer`` calls."""
+    """Computes scores from a layer's queries and keys for a ``Scorer``."""
 
     def __call__(self, inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
-        """``[num_kv_heads or 1, num_tokens]``, float32; more is more important."""
+        """``[num_kv_heads or 1, num_tokens]``, float32; high scores are kept."""
 
 
 def attention(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
@@ -62,23 +62,23 @@ def votes(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
 
 
 def key_norm(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
-    """Small keys stay: see ``key_norm_scores``."""
+    """Keys of small norm score high: see ``key_norm_scores``."""
     return key_norm_scores(inputs.key)
 
 
 def recency(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
-    """Newer is better: see ``recency_scores``."""
+    """Newer tokens score higher: see ``recency_scores``."""
     return recency_scores(inputs.key.shape[0], inputs.key.device)
 
 
 def scored(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
-    """What a policy's scorer gives for one request in one layer.
+    """Scores of a policy's scorer for one request in one layer.
 
     Returns:
         ``[num_kv_heads or 1, num_tokens]``, float32.
 
     Raises:
-        RuntimeError: the scorer gave something else.
+        RuntimeError: the scorer returned another shape or type.
     """
     scores: torch.Tensor = config.scoring(inputs, config)
     num_tokens, num_heads, _ = inputs.key.shape
@@ -92,7 +92,7 @@ def scored(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
 
 
 def layer_scores(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
-    """The same, pooled where the policy says so."""
+    """``scored``, pooled if the policy pools."""
     scores = scored(inputs, config)
     if not config.pools:
         return scores

@@ -1,4 +1,4 @@
-"""The KV cache spec of a tiered layer, shared by scheduler and workers."""
+"""The KV cache spec of a tiered layer, and the engine's policy."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pyramid_vllm.policy import (
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-#: Keys of vLLM's ``additional_config`` that name the policy and its changes.
+#: Keys of vLLM's ``additional_config``: the policy, and settings that replace its.
 POLICY_KEY = "kv_policy"
 OVERRIDES_KEY = "kv_policy_config"
 
 
 def configured_policy(additional_config: Any) -> PolicyConfig | None:
-    """The policy that vLLM's ``additional_config`` names, or None.
+    """The policy in vLLM's ``additional_config``; None: no policy.
 
     Raises:
-        KVPolicyError: the policy is unknown or a setting of it is not valid.
+        KVPolicyError: the policy is unknown or one of its settings is not valid.
     """
     if not isinstance(additional_config, dict):
         return None
@@ -47,18 +47,18 @@ def configured_policy(additional_config: Any) -> PolicyConfig | None:
 
 
 def model_weights(vllm_config: VllmConfig) -> tuple[float, ...] | None:
-    """The measured layer weights of the engine's model, if it has a profile."""
+    """The measured layer weights of the engine's model; None: it has no profile."""
     return profile_weights(vllm_config.model_config.hf_text_config)
 
 
 def engine_policy(vllm_config: VllmConfig) -> PolicyConfig | None:
-    """The configured policy as it is for the engine's model, or None."""
+    """The configured policy, fitted to the engine's model; None: no policy."""
     policy = configured_policy(vllm_config.additional_config)
     return None if policy is None else fitted(policy, model_weights(vllm_config))
 
 
 def required_policy(vllm_config: VllmConfig) -> PolicyConfig:
-    """The engine's policy, where classes that exist only for one are in use.
+    """The engine's policy, for classes that need one.
 
     Raises:
         KVPolicyError: no policy is configured.
@@ -82,13 +82,13 @@ def length_rule(policy: PolicyConfig, num_layers: int) -> LengthRule:
 def request_policies(
     policy: PolicyConfig, num_layers: int, weights: tuple[float, ...] | None
 ) -> RequestPolicies:
-    """What requests of an engine with that policy may ask for."""
+    """The policies that requests of an engine may ask for."""
     return RequestPolicies(policy, num_layers, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TierAttentionSpec(FullAttentionSpec):
-    """A full-attention layer that belongs to a tier. vLLM groups layers by it."""
+    """The spec of a full-attention layer in a tier. vLLM groups layers by spec."""
 
     tier: int
     num_layers: int
@@ -96,12 +96,12 @@ class TierAttentionSpec(FullAttentionSpec):
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, tier: int, num_layers: int) -> Self:
-        """The same layer's spec, in a tier."""
+        """A layer's spec, in a tier."""
         return replace_as(spec, cls, tier=tier, num_layers=num_layers)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        # vLLM merges by listing the fields that it knows, and would reset `tier`.
+        # vLLM merges only the fields that it knows, and would reset `tier`.
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("layers of different tiers share no KV cache group")
         return specs[0]
@@ -109,11 +109,11 @@ class TierAttentionSpec(FullAttentionSpec):
     def is_uniform_with_collection(
         self, kv_cache_specs: dict[str, KVCacheSpec]
     ) -> bool:
-        # Else all tiers would fall into one group.
+        # Otherwise all tiers would be in one group.
         return all(spec == self for spec in kv_cache_specs.values())
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of this tier at the worst point of a prompt of ``max_model_len``."""
+        """Peak bytes of a layer of this tier, for a prompt of ``max_model_len``."""
         rule = length_rule(required_policy(vllm_config), self.num_layers)
         max_model_len = vllm_config.model_config.max_model_len
         lengths = rule.peak_lengths(
@@ -123,7 +123,7 @@ class TierAttentionSpec(FullAttentionSpec):
 
 
 def group_page_bytes(kv_cache_config: KVCacheConfig) -> int:
-    """Bytes of one page of the block pool: that of the largest group."""
+    """Bytes of a page of the block pool: a page of the largest group."""
     return max(
         group.kv_cache_spec.page_size_bytes * len(group.layer_names)
         for group in kv_cache_config.kv_cache_groups

@@ -1,4 +1,4 @@
-"""What a policy has done: counted by the scheduler, shown by the front end."""
+"""A policy's counters: made by the scheduler, shown by the front end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Attribute of ``ModelRunnerOutput`` with the seconds of a worker's compactions.
+#: Attribute of ``ModelRunnerOutput``: seconds of a worker's compactions.
 TIMES_ATTRIBUTE = "kv_policy_compaction_times"
-#: Key of the stats among those that vLLM carries from the scheduler to its loggers.
+#: Key of the policy's stats in those that vLLM sends from the scheduler to loggers.
 STATS_KEY = "kv_policy"
 
-#: Why requests are served unpruned.
+#: Reasons why requests are served unpruned.
 PROMPT_LOGPROBS = "prompt_logprobs"
 SHORT_PROMPT = "short_prompt"
 KEEPS_ALL = "keeps_all"
@@ -19,7 +19,7 @@ KEEPS_ALL = "keeps_all"
 
 @dataclass
 class PolicyCounters:
-    """What the policy has done since start-up, or since another such count.
+    """Counters of a policy since start-up, or since an earlier copy.
 
     A KV entry is the key and value of one token in one layer.
     """
@@ -27,49 +27,49 @@ class PolicyCounters:
     evicted_tokens: dict[str, int] = field(default_factory=dict)
     """KV entries evicted or pruned, by tier."""
     pages_freed: dict[str, int] = field(default_factory=dict)
-    """Pages that evictions gave back to the block pool, by tier; less those that a
-    prompt took to leave shared ones."""
+    """Pages that evictions returned to the block pool, by tier, less the pages that
+    prompts took to gather tokens of shared pages."""
     requests: dict[str, int] = field(default_factory=dict)
-    """Requests taken on, by the name of their policy."""
+    """Accepted requests, by the name of their policy."""
     unpruned: dict[str, int] = field(default_factory=dict)
-    """Of these, by reason: those of whose prompts every row is computed though the
-    policy prunes, and those of whose prompts nothing is evicted."""
+    """Requests whose prompt is computed whole although the policy prunes, or whose
+    prompt is not evicted; by reason."""
     num_compactions: int = 0
-    """Times that a request was compacted."""
+    """Compactions of requests."""
     num_groups: int = 0
-    """Of these: groups of generated tokens that were compressed."""
+    """Compactions of generated tokens: compressed groups."""
     rows_scheduled: int = 0
-    """Prompt tokens that steps were scheduled with, times layers."""
+    """Scheduled prompt tokens, times layers."""
     rows_computed: int = 0
-    """Of these, the rows that layers computed."""
+    """Scheduled rows that layers computed."""
     max_num_running: int = 0
-    """Most sequences running at once."""
+    """Maximum number of concurrent sequences."""
     num_refused_requests: int = 0
-    """Requests that could not be served, and ended with an error."""
+    """Requests that ended with an error because they cannot be served."""
     num_capped_outputs: int = 0
-    """Requests that may end where the whole pool does, before their own limit."""
+    """Requests whose output is capped at what the whole pool can hold."""
 
     @property
     def num_evicted_tokens(self) -> int:
-        """Of all tiers."""
+        """Evicted KV entries of all tiers."""
         return sum(self.evicted_tokens.values())
 
     @property
     def num_pages_freed(self) -> int:
-        """Of all tiers."""
+        """Freed pages of all tiers."""
         return sum(self.pages_freed.values())
 
     def since(self, before: PolicyCounters) -> PolicyCounters:
-        """What came in addition to an earlier count of the same engine."""
+        """The difference from an earlier copy of the same engine's counters."""
         return self._combined(before, -1)
 
     def plus(self, other: PolicyCounters) -> PolicyCounters:
-        """Both counts together."""
+        """The sum of both counters."""
         return self._combined(other, 1)
 
     def copy(self) -> PolicyCounters:
-        """A count that does not change."""
-        # In every step: `asdict` copies each count deeply, and more slowly.
+        """A copy of the counters."""
+        # Runs in every step: `asdict` makes deep copies, which is slower.
         values: dict[str, Any] = {
             name: dict(value) if isinstance(value, dict) else value
             for name, value in vars(self).items()
@@ -89,27 +89,27 @@ class PolicyCounters:
 
 
 def add(counts: dict[str, int], key: str, count: int = 1) -> None:
-    """Count something under a name."""
+    """Add ``count`` to a counter."""
     counts[key] = counts.get(key, 0) + count
 
 
 @dataclass(frozen=True)
 class PolicyStats:
-    """What one engine tells its front end after a step."""
+    """The stats that an engine sends to its front end after a step."""
 
     counters: PolicyCounters
-    """Counted since the last ones."""
+    """Counts since the last stats."""
     tokens_held: int
     """KV entries of running requests in the cache."""
     tokens_represented: int
-    """KV entries that the uncompressed cache would hold of them."""
+    """KV entries that the uncompressed cache would hold instead."""
     num_above_stock: int
-    """Running sequences that the uncompressed cache would have had no room for."""
+    """Running sequences that would not fit into the uncompressed cache."""
     compaction_times: tuple[float, ...]
-    """Seconds, of each step that compacted and is over."""
+    """Seconds of each finished step that compacted."""
 
     def payload(self) -> dict[str, Any]:
-        """Plain values, as they cross to another process; the counts are not copied."""
+        """Plain values to send to another process; the counts are not copied."""
         return {STATS_KEY: {**vars(self), "counters": vars(self.counters)}}
 
     @classmethod

@@ -163,11 +163,11 @@ def test_what_a_user_asks_for_goes_before_a_profile() -> None:
         ({"layer_weights": "some"}, ["'layer_weights' is 'some'", "'auto'"]),
         (
             {"layer_weights": [1, 2], "budget": "arithmetic"},
-            ["layer_weights", "budget='retention' alone"],
+            ["layer_weights", "only with budget='retention'"],
         ),
         (
             {"layer_weights": [1, 2], "budget": "pyramidinfer"},
-            ["layer_weights", "budget='retention' alone"],
+            ["layer_weights", "only with budget='retention'"],
         ),
     ],
 )

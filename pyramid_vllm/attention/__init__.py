@@ -1,1 +1,1 @@
-"""Stock attention backends with a KV policy; one file a backend."""
+"""Stock attention backends with a KV policy, one file each."""

@@ -1,4 +1,4 @@
-"""How the policy reads and moves what a layer's attention has cached."""
+"""Access to a layer's KV cache, to score and move its tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyramid_vllm.policy import KVPolicyError
 
 
 class KVAccess(ABC):
-    """A layer's cache, by its backend.
+    """A layer's cache in the layout of its backend.
 
     Args:
         layer: vLLM's attention layer.
@@ -23,7 +23,7 @@ class KVAccess(ABC):
         self.layer, self.impl = layer, layer.impl
 
     def check_movable(self) -> None:
-        """Refuse attention that depends on a token's place in the cache.
+        """Refuse attention that depends on a token's slot in the cache.
 
         Raises:
             KVPolicyError: names the feature.
@@ -35,7 +35,7 @@ class KVAccess(ABC):
 
     @abstractmethod
     def views(self, cache: torch.Tensor) -> KVViews:
-        """A cache of the layer's kind as keys and values."""
+        """Views of keys and values in a cache with the layer's layout."""
 
     @abstractmethod
     def kernels(self) -> KernelSet:
@@ -43,11 +43,11 @@ class KVAccess(ABC):
 
     @abstractmethod
     def check(self, builder: Any) -> None:
-        """Check ``views`` by the backend's own write.
+        """Check ``views`` against the backend's own write.
 
         Args:
             builder: the metadata builder of the layer's group.
 
         Raises:
-            KVPolicyError: this backend keeps keys or values elsewhere.
+            KVPolicyError: the backend has another layout.
         """

@@ -30,7 +30,7 @@ from pyramid_vllm.policy import KVPolicyError
 def cpu_views(cache: torch.Tensor) -> KVViews:
     """Views of ``CPU_ATTN``'s cache on x86 without AMX (isa ``vec`` and ``vec16``).
 
-    A block is ``[block_size, 2 * head_size]`` a KV head: first the keys as
+    For each KV head a block is ``[block_size, 2 * head_size]``: first the keys as
     ``[head_size, block_size]``, then the values as ``[block_size, head_size]``.
     """
     num_blocks, num_kv_heads, block_size, width = cache.shape
@@ -45,7 +45,7 @@ def check_cpu_layout(cache: torch.Tensor, isa: str) -> None:
     """Check ``cpu_views`` for one layer's cache.
 
     Raises:
-        KVPolicyError: this machine's kernels keep keys or values elsewhere.
+        KVPolicyError: this machine's kernels have another layout.
     """
 
     def write(
@@ -64,7 +64,7 @@ class PyramidCPUMetadataBuilder(TieredBuilder, CPUAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-        """As stock: there are no graphs on CPU."""
+        """The stock value: there are no graphs on CPUs."""
         return CPUAttentionMetadataBuilder.get_cudagraph_support(*args, **kwargs)
 
     def build(
@@ -73,12 +73,12 @@ class PyramidCPUMetadataBuilder(TieredBuilder, CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
-        """Metadata of one step for this builder's group."""
+        """The metadata of one step for this builder's group."""
         tiers = self.tiers
         if tiers is None or not tiers.has_stock_lengths:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = tiers.for_tier(self.tier, common_attn_metadata)
-        # Tiers then differ in their pages alone: build once.
+        # Tiers differ only in their pages: build once.
         key = (self.num_heads, self.num_kv_heads, self.head_dim, self.window_size)
         built = tiers.shared.get(key)
         if built is None:
@@ -100,14 +100,14 @@ class CPUAccess(KVAccess):
         return cpu_views(cache)
 
     def kernels(self) -> KernelSet:
-        """Torch."""
+        """The torch kernels."""
         return on_torch
 
     def check(self, builder: Any) -> None:
         """See ``check_cpu_layout``.
 
         Raises:
-            KVPolicyError: also for quantized keys, which the references do not read.
+            KVPolicyError: also for quantized keys, which the torch kernels do not read.
         """
         cache = self.layer.kv_cache
         if cache.dtype == torch.uint8:

@@ -1,4 +1,4 @@
-"""The caches of the backends for GPUs: one layout, eight-bit floats."""
+"""KV caches of the GPU backends: one layout, also with eight-bit floats."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _FLOAT8 = {
 
 
 class DeviceAccess(KVAccess):
-    """The cache of all backends for GPUs."""
+    """The KV cache of the GPU backends."""
 
     def views(self, cache: torch.Tensor) -> KVViews:
-        """A layer's cache as keys and values; bytes as the floats that they are."""
+        """Views of keys and values; bytes are viewed as eight-bit floats."""
         dtype = _FLOAT8.get(self.impl.kv_cache_dtype)
         typed = cache if dtype is None else cache.view(dtype)
         return split_views(typed, self.impl.head_size)
 
     def kernels(self) -> KernelSet:
-        """Triton."""
+        """The Triton kernels."""
         return on_triton
 
     def check(self, builder: Any) -> None:
-        """Check the views by the backend's own write.
+        """Check ``views`` against the backend's own write.
 
         Raises:
-            KVPolicyError: this backend keeps keys or values elsewhere.
+            KVPolicyError: the backend has another layout.
         """
         cache, impl = self.layer.kv_cache, self.impl
         one = torch.ones(1, dtype=torch.float32, device=cache.device)

@@ -1,4 +1,4 @@
-"""Where a backend keeps each token's key and value, checked by writing and reading."""
+"""Layout of a backend's KV cache, checked by writing and reading it back."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pyramid_vllm.policy import KVPolicyError
 class KVViews(NamedTuple):
     """Strided views of one layer's paged cache.
 
-    Both are ``[num_blocks, num_kv_heads, block_size, head_size]``: writing to them
-    writes to the cache.
+    Both are ``[num_blocks, num_kv_heads, block_size, head_size]``. Writes to them go
+    to the cache.
     """
 
     key: torch.Tensor
     value: torch.Tensor
 
 
-#: From a layer's raw cache to its views.
+#: Maps a layer's raw cache to its views.
 KVLayout = Callable[[torch.Tensor], KVViews]
 #: Writes keys and values ``[num_tokens, num_kv_heads, head_size]`` to int64 slots.
 WriteKV = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -38,13 +38,13 @@ def check_layout(
 
     Args:
         name: the layout's name, for the error.
-        like: a layer's cache; the check runs on a small one of its kind.
+        like: a layer's cache; the check runs on a small cache with its layout.
         layout: the views under test.
         write: the backend's operator, given the cache, keys, values and slots.
-        dtype: of keys and values where the cache quantizes them, without a factor.
+        dtype: of keys and values if the cache quantizes them, with factor 1.
 
     Raises:
-        KVPolicyError: the tokens do not lie where the views say.
+        KVPolicyError: the views do not find the tokens.
     """
     num_blocks = 3
     cache = _small_cache(like, num_blocks)
@@ -52,7 +52,7 @@ def check_layout(
     generator = torch.Generator().manual_seed(0)
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:-3]
     shape = (2, len(slots), num_kv_heads, width // 2)
-    # Whole numbers that even eight-bit floats hold exactly.
+    # Integers that even eight-bit floats represent exactly.
     numbers = torch.randint(-8, 9, shape, generator=generator)
     key, value = numbers.to(like.device, dtype or like.dtype)
     slots = slots.to(like.device)
@@ -69,7 +69,7 @@ def check_layout(
 
 
 def _small_cache(like: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Zeros of a few blocks, whose dimensions lie in memory in the same order."""
+    """A few blocks of zeros, with the same order of dimensions in memory."""
     shape = (num_blocks, *like.shape[1:])
     order = sorted(range(len(shape)), key=like.stride, reverse=True)
     in_order = like.new_zeros([shape[dim] for dim in order])
@@ -77,9 +77,9 @@ def _small_cache(like: torch.Tensor, num_blocks: int) -> torch.Tensor:
 
 
 def split_views(cache: torch.Tensor, head_size: int) -> KVViews:
-    """Views of a cache whose tokens have their key first, then their value.
+    """Views of a cache that stores each token's key before its value.
 
-    vLLM's layout of all backends for GPUs: logically ``[num_blocks, num_kv_heads,
-    block_size, 2 * head_size]``, whatever the order in memory (NHD or HND).
+    This is the layout of all GPU backends: logically ``[num_blocks, num_kv_heads,
+    block_size, 2 * head_size]``, with either order in memory (NHD or HND).
     """
     return KVViews(cache[..., :head_size], cache[..., head_size:])

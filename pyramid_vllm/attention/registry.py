@@ -1,4 +1,4 @@
-"""The backends that are wrapped, by vLLM's names."""
+"""The wrapped attention backends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 if TYPE_CHECKING:
     from pyramid_vllm.attention.access import KVAccess
 
-#: By vLLM's name of the backend. Classes are named, not imported: a backend's module
-#: needs libraries that only machines which choose it have.
+#: By vLLM's backend. Classes are named, not imported: a backend's module may need
+#: libraries that other machines lack.
 WRAPPED = {
     AttentionBackendEnum.CPU_ATTN: "cpu.PyramidCPUAttentionBackend",
     AttentionBackendEnum.TRITON_ATTN: "triton.PyramidTritonBackend",
@@ -22,12 +22,12 @@ WRAPPED = {
 
 @functools.cache
 def register_backends() -> None:
-    """Put our backends in the places of the stock ones, in this process. Idempotent."""
+    """Replace the stock backends by ours in this process. Idempotent."""
     from vllm.v1.attention.selector import _cached_get_attn_backend
 
     for backend, path in WRAPPED.items():
         register_backend(backend, f"pyramid_vllm.attention.{path}")
-    # A stock engine of the same process may have chosen already.
+    # A stock engine in this process may have cached its choice.
     _cached_get_attn_backend.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""The KV cache specs of a model's layers, by tier."""
+"""KV cache specs of a model's layers, by tier."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def tiers_by_name(
     """The tier of each full-attention layer, first to last.
 
     Args:
-        names: of the runner's layers.
-        policy: the engine's.
-        num_layers: full-attention layers of the model, by its configuration.
+        names: names of the runner's full-attention layers.
+        policy: the engine's policy.
+        num_layers: full-attention layers in the model's configuration.
 
     Raises:
-        KVPolicyError: the runner has other layers.
+        KVPolicyError: the runner has another number of layers.
     """
     if len(names) != num_layers:
         raise KVPolicyError(
@@ -40,15 +40,15 @@ def tiers_by_name(
 def tiered_specs(
     specs: dict[str, KVCacheSpec], policy: PolicyConfig, num_layers: int
 ) -> dict[str, KVCacheSpec]:
-    """Specs by layer, those of full attention in tiers.
+    """Specs by layer, with full-attention layers in tiers.
 
     Args:
-        specs: a runner's own, by name of the layer.
-        policy: the engine's.
-        num_layers: full-attention layers of the model, by its configuration.
+        specs: the runner's specs, by layer name.
+        policy: the engine's policy.
+        num_layers: full-attention layers in the model's configuration.
 
     Raises:
-        KVPolicyError: the runner has other layers.
+        KVPolicyError: the runner has another number of layers.
     """
     names = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec]
     tiered = {

@@ -1,4 +1,4 @@
-"""What every wrapped backend has in common: a tier's metadata, a layer's part."""
+"""Mixins of wrapped backends: metadata by tier, and work after attention."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 
 class TierMetadata(Protocol):
-    """A step's lengths and slots; bound to the builder of each tier by the worker."""
+    """A step's lengths and slots. The worker binds it to each tier's builder."""
 
     shared: dict[Hashable, Any]
 
     @property
     def has_stock_lengths(self) -> bool:
-        """Whether all tiers have the lengths and rows of stock vLLM."""
+        """Whether all tiers have stock vLLM's lengths and rows."""
 
     def for_tier(
         self, tier: int, common: CommonAttentionMetadata
     ) -> CommonAttentionMetadata:
-        """The same metadata with the tier's lengths, its slots written in place."""
+        """``common`` with the tier's lengths; its slots are written in place."""
 
 
 class TierLayer(Protocol):
-    """One layer's part in the policy; bound to its attention by the worker."""
+    """One layer of the policy. The worker binds it to the layer's attention."""
 
     @property
     def is_active(self) -> bool:
@@ -36,12 +36,12 @@ class TierLayer(Protocol):
 
 
 class TieredBuilder:
-    """Mixed into a stock builder: metadata from a tier's lengths. Unbound, it is stock.
+    """Mixin of stock builders: metadata from a tier's lengths. Unbound, it is stock.
 
-    For captured graphs the lengths lie in one buffer, the same at capture and replay.
+    Captured graphs need the lengths in the same buffer at capture and replay.
     """
 
-    # Else one tier's lengths would be reused for the next tier.
+    # Otherwise the next tier would reuse this tier's lengths.
     supports_update_block_table = False
     tiers: TierMetadata | None = None
     tier = -1
@@ -52,7 +52,7 @@ class TieredBuilder:
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        """Metadata of one step for this builder's group."""
+        """The metadata of one step for this builder's group."""
         if self.tiers is not None:
             common_attn_metadata = self.tiers.for_tier(self.tier, common_attn_metadata)
         stock: Any = super()
@@ -60,7 +60,7 @@ class TieredBuilder:
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-        """Decode steps at most: in a replayed prompt no layer could score."""
+        """At most decode steps: layers cannot score in a replayed prompt."""
         stock: Any = super()
         support: AttentionCGSupport = stock.get_cudagraph_support(*args, **kwargs)
         most = AttentionCGSupport.UNIFORM_BATCH
@@ -68,7 +68,7 @@ class TieredBuilder:
 
 
 class TieredImpl:
-    """Mixed into a stock implementation: its layer's part follows the attention."""
+    """Mixin of stock implementations: the layer's policy runs after attention."""
 
     tier_layer: TierLayer | None = None
 
@@ -89,11 +89,11 @@ class TieredImpl:
             layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
         )
         part = self.tier_layer
-        # Steps in which vLLM profiles its memory have no metadata.
+        # vLLM's memory profiling steps have no metadata.
         if part is not None and attn_metadata is not None and part.is_active:
             part.after_attention(query)
         return output
 
 
 class TieredBackend:
-    """Mixed into a stock backend, whose name it keeps."""
+    """Mixin of stock backends; keeps the backend's name."""

@@ -1,1 +1,1 @@
-"""The policy's metrics in vLLM's own: counters, gauges, the log line, spans."""
+"""The policy's metrics in vLLM's: counters, gauges, log line, spans."""

@@ -1,9 +1,9 @@
-"""The configuration of an engine whose front end expects the policy's stats.
+"""Marks the configuration of an engine whose front end can read the policy's stats.
 
-The stats take the way that a KV connector's would take. A front end that knows nothing
-of the policy would take them for those of a connector that it does not have, and fail.
-So they are sent only where the configuration has kept the mark which says that every
-process that had it in hand has loaded this plugin.
+The stats use the field of a KV connector. A front end without this plugin would take
+them for those of a missing connector, and fail. So the scheduler sends them only if the
+configuration still has a mark, which shows that every process that had it has loaded
+this plugin.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm import envs
 
 
 class MarkedConfig(dict[str, Any]):
-    """vLLM's ``additional_config``; whoever unpickles it has the plugin at work."""
+    """vLLM's ``additional_config``; unpickling it installs the plugin."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _marked, (dict(self),)
@@ -29,7 +29,7 @@ def _marked(additional_config: Mapping[str, Any]) -> MarkedConfig:
 
 
 def reaches_plugins(additional_config: Any) -> bool:
-    """Whether every process that has the configuration has this plugin at work."""
+    """Whether every process with this configuration has installed the plugin."""
     # vLLM's Rust front end loads no plugin.
     is_python = not envs.VLLM_USE_RUST_FRONTEND
     return is_python and isinstance(additional_config, MarkedConfig)

@@ -1,10 +1,10 @@
 """Puts the policy's stats where vLLM shows those of a KV connector.
 
-Cause: vLLM's scheduler stats have no field for plugins, and its plugin group of stat
-loggers turns statistics on for every server of an environment, is not asked for
-``LLM``, and registers before vLLM's own logger removes all that is named ``vllm:``.
-Removal: once ``SchedulerStats`` has a field for plugins, see ``patches/``. Without a
-policy every wrapper hands over to vLLM's own function unchanged.
+Cause: vLLM's scheduler stats have no field for plugins. Its plugin group of stat
+loggers turns statistics on for every server of an environment, ignores ``LLM``, and
+registers before vLLM's logger removes all metrics named ``vllm:``. Removal: once
+``SchedulerStats`` has a field for plugins, see ``patches/``. Without a policy every
+wrapper calls vLLM's function unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _INSTALLED = "_pyramid_vllm_installed"
 
 
 def install() -> None:
-    """Wrap vLLM's loggers. Can be called again."""
+    """Wrap vLLM's loggers. Idempotent."""
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
     from vllm.v1.metrics.loggers import LoggingStatLogger
 
@@ -54,7 +54,7 @@ def _with_metrics(original: Callable[..., None]) -> Callable[..., None]:
 
         from pyramid_vllm.metrics.prometheus import PolicyMetrics
 
-        # On Ray these are Ray's own.
+        # On Ray these are Ray's metrics.
         types = {
             Counter: self._counter_cls,
             Gauge: self._gauge_cls,

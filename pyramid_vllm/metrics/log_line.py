@@ -13,10 +13,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class PolicyLogging:
-    """Sums up what engines tell between two lines; stands for a connector's logging.
+    """Adds up engines' stats between two lines, in place of a connector's logging.
 
     Args:
-        name: of the engines' policy.
+        name: the policy's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,7 +30,7 @@ class PolicyLogging:
         self._times: list[float] = []
 
     def observe(self, transfer_stats_data: dict[str, Any]) -> None:
-        """Add what an engine tells."""
+        """Add an engine's stats."""
         stats = PolicyStats.of(transfer_stats_data)
         self._counters = self._counters.plus(stats.counters)
         self._held += stats.tokens_held
@@ -52,7 +52,7 @@ class PolicyLogging:
         ]
         if self._times:
             mean = sum(self._times) / len(self._times)
-            parts.append(f"{mean * 1e3:.1f} ms a step that compacts")
+            parts.append(f"{mean * 1e3:.1f} ms per compacting step")
         if counters.rows_computed < counters.rows_scheduled:
             share = counters.rows_computed / counters.rows_scheduled
             parts.append(f"{share:.1%} of the prompts' rows computed")

@@ -1,4 +1,4 @@
-"""The policy's Prometheus metrics, beside vLLM's and with the same labels."""
+"""The policy's Prometheus metrics, with vLLM's labels."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ if TYPE_CHECKING:
     from pyramid_vllm.policy import LengthRule
 
 PREFIX = "vllm:kv_policy_"
-#: Name -> documentation and labels beside vLLM's.
+#: Name -> documentation and labels in addition to vLLM's.
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokens_evicted": (
         "KV entries (one token in one layer) evicted or pruned, by tier.",
         ("tier",),
     ),
     "pages_freed": (
-        "Pages that evictions gave back to the block pool, by tier; less those that "
-        "a prompt took to leave shared ones.",
+        "Pages that evictions returned to the block pool, by tier, less the pages that "
+        "prompts took to gather tokens of shared pages.",
         ("tier",),
     ),
     "compactions": (
-        "Times that a request was compacted, at its prompt or in generation.",
+        "Compactions of requests, of the prompt or of generated tokens.",
         ("kind",),
     ),
     "prefill_rows_scheduled": ("Prompt tokens of all steps, times layers.", ()),
-    "prefill_rows_computed": ("Of the scheduled rows, those that layers computed.", ()),
-    "requests": ("Requests taken on, by the policy they run under.", ("kv_policy",)),
+    "prefill_rows_computed": ("Scheduled rows that layers computed.", ()),
+    "requests": ("Accepted requests, by their policy.", ("kv_policy",)),
     "requests_unpruned": (
-        "Requests of whose prompts nothing is pruned or evicted, by reason: "
-        "'prompt_logprobs' needs every row, 'short_prompt' is at most min_context "
-        "tokens, 'keeps_all' is the policy's own count.",
+        "Requests with no pruned or no evicted prompt token, by reason: "
+        "'prompt_logprobs' needs every row, 'short_prompt' has at most min_context "
+        "tokens, 'keeps_all' keeps every token by policy.",
         ("reason",),
     ),
-    "requests_refused": ("Requests that ended with an error: they cannot fit.", ()),
+    "requests_refused": ("Requests refused because they can never fit.", ()),
     "outputs_capped": (
-        "Requests whose output may end where the whole KV cache does.",
+        "Requests whose output is capped at what the whole KV cache can hold.",
         (),
     ),
 }
 GAUGES = {
     "tokens_held": "KV entries of running requests in the cache.",
-    "tokens_represented": "KV entries that the uncompressed cache would hold of them.",
-    "num_requests_above_stock": "Running requests that the uncompressed cache would "
-    "have no room for.",
-    "retention": "Share of a prompt of half max_model_len that the policy keeps, mean "
-    "over layers.",
+    "tokens_represented": "KV entries that the uncompressed cache would hold instead.",
+    "num_requests_above_stock": "Running requests that would not fit into the "
+    "uncompressed cache.",
+    "retention": "Share kept of a prompt of half max_model_len tokens, mean over "
+    "layers.",
 }
 BUCKETS = [1e-4 * step * 10**power for power in range(5) for step in (1, 2.5, 5)]
 
 
 class PolicyMetrics(KVConnectorPromMetrics):
-    """Counts what engines tell; see ``PolicyStats``.
+    """Counts the engines' stats; see ``PolicyStats``.
 
     Args:
-        vllm_config: of the engines.
-        metric_types: what stands for Prometheus' own metrics: on Ray, Ray's.
-        labelnames: vLLM's.
-        per_engine_labelvalues: of these, by engine.
+        vllm_config: the engines' configuration.
+        metric_types: classes to use for Prometheus' metrics: on Ray, Ray's.
+        labelnames: vLLM's labels.
+        per_engine_labelvalues: their values, by engine.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class PolicyMetrics(KVConnectorPromMetrics):
         }
         self._time = self._histogram_cls(
             name=f"{PREFIX}compaction_time_seconds",
-            documentation="Time that a step took to score, select and compact.",
+            documentation="Time of a step to score, select and compact.",
             buckets=BUCKETS,
             labelnames=labelnames,
         )
         self._show_policy(vllm_config)
 
     def _show_policy(self, vllm_config: VllmConfig) -> None:
-        """The gauges that stay as they are."""
+        """Set the gauges that never change."""
         policy = required_policy(vllm_config)
         num_layers = num_full_attention_layers(vllm_config.model_config.hf_text_config)
         rule = length_rule(policy, num_layers)
@@ -122,8 +122,8 @@ class PolicyMetrics(KVConnectorPromMetrics):
                 self._start(engine, name, rule)
 
     def _start(self, engine: int, name: str, rule: LengthRule) -> None:
-        """Let a series of known labels exist before it counts, so that rates of its
-        first steps are seen."""
+        """Create the series of known labels before they count, so that rates include
+        their first steps."""
         (_, labels), values = COUNTERS[name], self.per_engine_labelvalues[engine]
         known: dict[tuple[str, ...], list[str]] = {
             (): [],
@@ -137,7 +137,7 @@ class PolicyMetrics(KVConnectorPromMetrics):
             self._counters[name].labels(*values, label)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add what an engine tells."""
+        """Add an engine's stats."""
         stats = PolicyStats.of(transfer_stats_data)
         counters = stats.counters
         for name, counts in {
@@ -172,7 +172,7 @@ class PolicyMetrics(KVConnectorPromMetrics):
 
 
 def _info(rule: LengthRule, retention: float) -> dict[str, str]:
-    """What the info metric's labels say."""
+    """Labels of the info metric."""
     config = rule.config
     return {
         "kv_policy": config.name,

@@ -1,9 +1,9 @@
 """The policy in vLLM's OpenTelemetry spans of requests.
 
 Cause: vLLM builds a request's span in its front end, from fields that plugins cannot
-add to; of what a plugin knows of a request there, only trace headers come back with its
-last output. Removal: once plugins can add attributes to spans, see ``patches/``.
-Nothing changes where vLLM does not trace.
+extend. Only trace headers travel with a request and return with its last output.
+Removal: once plugins can add attributes to spans, see ``patches/``. Without tracing
+nothing changes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ NAME = "vllm.kv_policy.name"
 RETAINED = "vllm.kv_policy.retained_tokens"
 RETAINED_BY_TIER = "vllm.kv_policy.retained_tokens_by_tier"
 
-#: Beside W3C's trace headers; never leaves the engine.
+#: In addition to W3C's trace headers; never leaves the engine.
 _HEADER = "x-vllm-kv-policy"
 _INSTALLED = "_pyramid_vllm_installed"
 _attributes: ContextVar[Mapping[str, Any]] = ContextVar("attributes")
 
 
 def install() -> None:
-    """Wrap vLLM's tracing of requests. Can be called again."""
+    """Wrap vLLM's tracing of requests. Idempotent."""
     from vllm.v1.engine import output_processor
 
     processor: Any = output_processor.OutputProcessor
@@ -44,10 +44,10 @@ def install() -> None:
 
 
 def note_policy(request: EngineCoreRequest, rule: LengthRule) -> None:
-    """Let a request's span tell its policy, and the prompt's tokens that it keeps.
+    """Add a request's policy and kept prompt tokens to its span.
 
     Args:
-        request: on its way to the engine.
+        request: a request that goes to the engine.
         rule: the counts of its policy.
     """
     if request.prompt_token_ids is None:

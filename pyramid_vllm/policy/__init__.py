@@ -1,4 +1,4 @@
-"""Integer policy: which share of a request's tokens each layer keeps."""
+"""Token counts: how many of a request's tokens each layer keeps."""
 
 from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError

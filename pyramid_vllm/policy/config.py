@@ -16,7 +16,7 @@ from pydantic import (
 from pyramid_vllm.policy.errors import KVPolicyError
 from pyramid_vllm.policy.scorers import Queries, Scorer, find_scorer
 
-#: Names of PyramidInfer's released code for settings that have another name here.
+#: Names in PyramidInfer's released code of settings that we name otherwise.
 ALIASES = {
     "streamingllm_sink_len": "sinks",
     "min_context_length": "min_context",
@@ -39,78 +39,78 @@ class PolicyConfig(BaseModel):
 
     name: str = Field(min_length=1)
     budget: Literal["retention", "pyramidinfer", "arithmetic"] = "retention"
-    """How the kept tokens are shared out among layers: see ``policy.budgets``."""
+    """How the kept tokens are divided among layers: see ``policy.budgets``."""
     retention: float = Field(default=0.5, gt=0, le=1)
-    """Mean fraction of the prompt's tokens kept, over layers."""
+    """Fraction of the prompt's tokens kept, mean over layers."""
     shape: Decay = "cosine"
     """How the kept fraction falls from the first layer to the last."""
     steepness: float = Field(default=0.5, ge=0, le=1)
-    """0 keeps equally much in every layer; 1 is the steepest fall that still meets
+    """0: every layer keeps equally much; 1: the steepest fall that still meets
     ``retention``. Budget ``retention`` only."""
     layer_weights: tuple[Weight, ...] | Literal["auto"] | None = None
-    """Share of each full-attention layer in what is kept, relative to the others',
-    in place of ``shape`` and ``steepness``; tiers are then of layers with like
-    weights. ``auto``: the measured ones, if the model has a profile and nothing is
-    pruned. Budget ``retention`` only."""
+    """Relative share of each full-attention layer in the kept tokens. Replaces
+    ``shape`` and ``steepness``; tiers then group layers with similar weights.
+    ``auto``: the measured weights, if the model has a profile and nothing is pruned.
+    Budget ``retention`` only."""
     prefill_decay_ratio: float | None = Field(default=None, ge=0, le=1)
-    """What the last of the decays leaves; none: solved from ``retention``. Budget
+    """Fraction left after the last decay; none: solved from ``retention``. Budget
     ``pyramidinfer`` only."""
     layerwise_downsample_interval: PositiveInt = 1
     """Layers from one decay to the next. Budget ``pyramidinfer`` only."""
     capacity: PositiveInt | None = None
-    """Mean tokens kept a layer, whatever the prompt's length; none: by ``retention``.
-    Budget ``arithmetic`` only."""
+    """Mean tokens kept per layer, whatever the prompt's length; none: ``retention``
+    decides. Budget ``arithmetic`` only."""
     beta: PositiveInt = 1
-    """Mean over smallest budget of a layer; 1 is the same budget for all. Budget
-    ``arithmetic`` only."""
+    """Ratio of the mean layer budget to the smallest; 1: all layers have the same.
+    Budget ``arithmetic`` only."""
     tiers: PositiveInt | Literal["auto", "layers"] = "auto"
-    """Number of runs of layers that share one count; ``layers`` is one a layer."""
+    """Number of runs of layers that share one count; ``layers``: one for each layer."""
     sinks: int = Field(default=4, ge=0)
     """First tokens of the prompt that are always kept."""
     recent: int = Field(default=64, ge=1)
-    """Newest tokens that are always kept and whose queries do the scoring."""
+    """Newest tokens, which are always kept and whose queries score."""
     recent_ratio: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the prompt that the recent window grows by."""
+    """Share of the prompt that is added to the recent window."""
     min_context: int = Field(default=128, ge=0)
-    """A prompt up to this length is kept whole, and no layer ever keeps less. Budget
-    ``pyramidinfer``: of the tokens before the recent window."""
+    """Prompts up to this length are kept whole, and no layer keeps fewer tokens. Budget
+    ``pyramidinfer``: counts the tokens before the recent window."""
     scorer: str = "attention"
     """How tokens are ranked: a name of ``policy.scorers``, or ``module:name``."""
     distance_weight: float = Field(default=1.2, ge=1)
     """Weight of the newest query in the scores; the oldest in the window has 1."""
     queries: PositiveInt | None = None
-    """Newest tokens whose queries score; none: those of the recent window, as at most
-    where prompts are pruned or evicted chunk by chunk."""
+    """Newest tokens whose queries score; none: the recent window, which is also the
+    maximum under ``prune_from`` or ``evict: chunk``."""
     query_ratio: float = Field(default=1.0, gt=0, le=1)
-    """Most queries that score, as a share of the prompt, for scoring takes time; those
-    of the recent window always do."""
+    """Maximum number of scoring queries, as a share of the prompt, because scoring
+    takes time; queries of the recent window always score."""
     pooling: Literal["none", "avg", "max"] = "none"
-    """How neighbours before the recent window share their scores."""
+    """How scores of adjacent tokens before the recent window are combined."""
     pool_kernel: PositiveInt = 5
-    """Tokens that are pooled, an odd number."""
+    """Tokens in a pooling window; odd."""
     selection: Literal["layer", "head"] = "layer"
-    """Whether the KV heads of a layer keep the same tokens or each its own."""
+    """Whether all KV heads of a layer keep the same tokens, or each its own."""
     evict: Literal["prompt_end", "chunk"] = "prompt_end"
-    """Evict once, at the prompt's end, or after every chunk of a chunked prefill."""
+    """When to evict: once, at the prompt's end, or after every chunk of a prefill."""
     prune_from: int | None = Field(default=None, ge=0)
-    """First layer whose input is pruned: from the next tier on, deeper layers compute
+    """First layer whose input may be pruned: from the next tier on, layers compute
     only the rows that they keep. None: every layer computes every row."""
     exceed_length_to_compress: int | None = Field(default=None, ge=2)
-    """Generated tokens that leave the recent window are compressed in groups of this
-    length; none: generated tokens are all kept."""
+    """Group length in which generated tokens are compressed once they leave the recent
+    window; none: all generated tokens are kept."""
     gen_compress_ratio: float = Field(default=0.9, gt=0, le=1)
     """Fraction of a group that the first layer keeps."""
     gen_decay_ratio: float = Field(default=0.1, ge=0, le=1)
-    """What the last layer keeps of ``gen_compress_ratio``."""
+    """Share of ``gen_compress_ratio`` that the last layer keeps."""
     gen_decay_strategy: Decay = "cosine"
     """How the kept fraction of a group falls from the first layer to the last."""
     gen_queries: PositiveInt = 16
     """Newest generated tokens whose queries score a group."""
 
     growth_reserve: NonNegativeInt | Literal["all"] = 64
-    """Generated tokens that each running sequence is left pages for when another one
-    is admitted; all that it may still generate, where that is at most twice as much.
-    An engine's setting: that of a single request's policy is not read."""
+    """Generated tokens for which each running sequence keeps free pages when another
+    is admitted. A sequence that can generate at most twice as many gets pages for all.
+    Read from the engine's policy, not from a single request's."""
 
     @field_validator("scorer")
     @classmethod
@@ -135,7 +135,7 @@ class PolicyConfig(BaseModel):
     @classmethod
     def _odd(cls, value: int) -> int:
         if value % 2 == 0:
-            raise ValueError("valid are odd numbers: the token lies in the middle")
+            raise ValueError("valid are odd numbers, centred on a token")
         return value
 
     @model_validator(mode="after")
@@ -158,13 +158,13 @@ class PolicyConfig(BaseModel):
             self.prune_from is not None or self.evict == "chunk"
         ):
             raise ValueError(
-                "budget='arithmetic' takes from deep layers as a prompt grows: valid "
+                "budget='arithmetic' may keep less as a prompt grows: valid "
                 "with it are prune_from none and evict 'prompt_end'"
             )
         if self.capacity is not None and self.budget != "arithmetic":
-            raise ValueError("capacity is a setting of budget='arithmetic' alone")
+            raise ValueError("capacity is valid only with budget='arithmetic'")
         if self.given_weights is not None and self.budget != "retention":
-            raise ValueError("layer_weights is a setting of budget='retention' alone")
+            raise ValueError("layer_weights is valid only with budget='retention'")
         window = self.sinks + self.recent
         if self.capacity is not None and self.capacity < window:
             raise ValueError(
@@ -185,7 +185,7 @@ class PolicyConfig(BaseModel):
 
     @property
     def given_weights(self) -> tuple[float, ...] | None:
-        """``layer_weights``, where they are known."""
+        """``layer_weights`` as numbers; None: not set, or still ``auto``."""
         return None if self.layer_weights == "auto" else self.layer_weights
 
     @property
@@ -215,7 +215,7 @@ class PolicyConfig(BaseModel):
 
     @property
     def fixes_decay(self) -> bool:
-        """Whether the decay is given, so that ``retention`` is not read."""
+        """Whether the decay is set, so that ``retention`` is not read."""
         return self.budget == "pyramidinfer" and self.prefill_decay_ratio is not None
 
 
@@ -223,7 +223,7 @@ def validated(settings: dict[str, Any], source: str) -> PolicyConfig:
     """Build a ``PolicyConfig``.
 
     Raises:
-        KVPolicyError: names every setting that is wrong, its value and what is valid.
+        KVPolicyError: names every invalid setting, its value and what is valid.
     """
     try:
         return PolicyConfig.model_validate(settings)

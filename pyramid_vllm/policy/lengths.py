@@ -14,10 +14,10 @@ Counts = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LengthRule:
-    """What each tier computes and holds of a request, from its lengths alone.
+    """Rows that each tier computes and tokens that it holds, from lengths alone.
 
-    The prompt's share is the policy's budget; behind it come the generated tokens,
-    compressed in groups where the policy says so.
+    The budget decides how much of the prompt is kept. Generated tokens follow; a
+    policy may compress them in groups.
     """
 
     config: PolicyConfig
@@ -25,7 +25,7 @@ class LengthRule:
 
     @cached_property
     def budget(self) -> Budget:
-        """Tokens kept of a prompt."""
+        """The policy's budget."""
         return make_budget(self.config, self.layout)
 
     def num_recent(self, num_tokens: int) -> int:
@@ -33,24 +33,24 @@ class LengthRule:
         return self.budget.num_recent(num_tokens)
 
     def num_queries(self, num_tokens: int) -> int:
-        """Newest of ``num_tokens`` prompt tokens whose queries score."""
+        """Number of newest prompt tokens, of ``num_tokens``, whose queries score."""
         if not self.config.needs_queries:
             return 0
         recent = self.num_recent(num_tokens)
         most = as_units(self.config.query_ratio) * num_tokens // UNIT
         queries = min(self.config.queries or recent, max(recent, most))
         if self.config.prune_from is not None or self.config.evict == "chunk":
-            # Older tokens may have no row any more, or no key.
+            # The rows or keys of older tokens may be gone.
             queries = min(queries, recent)
         return min(num_tokens, queries)
 
     def cache_lengths(self, num_tokens: int) -> Counts:
-        """Tokens of a prompt of ``num_tokens`` tokens that each tier keeps."""
+        """Tokens that each tier keeps of a prompt of ``num_tokens`` tokens."""
         return self.budget.cache_lengths(num_tokens)
 
     def held_lengths(self, num_prompt_tokens: int, num_computed_tokens: int) -> Counts:
-        """Tokens each tier holds once the step that computed the last of
-        ``num_computed_tokens`` is over."""
+        """Tokens that each tier holds after the step that computed the last of
+        ``num_computed_tokens``."""
         prompt = min(num_computed_tokens, num_prompt_tokens)
         kept = self.cache_lengths(prompt)
         if prompt < num_prompt_tokens and self.config.evict == "prompt_end":
@@ -69,7 +69,7 @@ class LengthRule:
 
     @cached_property
     def first_pruned_tier(self) -> int:
-        """First tier whose input is pruned; the number of tiers where none is."""
+        """First tier with pruned input; the number of tiers if there is none."""
         num_tiers = self.layout.num_tiers
         if self.config.prune_from is None:
             return num_tiers
@@ -92,20 +92,19 @@ class LengthRule:
     def num_rows(self, num_before: int, num_after: int) -> Counts:
         """Rows that each tier computes of a chunk of a prompt.
 
-        A pruned tier computes the tokens that its count grows by, and never fewer
-        than the chunk has of the recent window; what it holds beyond its count
-        afterwards, it compacts away.
+        A pruned tier computes as many rows as its count grows by, and at least the
+        chunk's part of the recent window. Compaction then removes the surplus.
 
         Args:
             num_before: prompt tokens computed before the chunk.
-            num_after: the same with it.
+            num_after: prompt tokens computed with the chunk.
         """
         chunk, first = num_after - num_before, self.first_pruned_tier
         recent = min(chunk, self.num_recent(num_after))
         before, after = self.cache_lengths(num_before), self.cache_lengths(num_after)
         rows: list[int] = []
         most = recent
-        # From the last tier back: rows that a tier drops are gone for all behind it.
+        # From the last tier back: rows that a tier drops are gone for all later tiers.
         for tier in range(self.layout.num_tiers - 1, first - 1, -1):
             most = max(most, after[tier] - before[tier])
             rows.append(most)
@@ -115,7 +114,7 @@ class LengthRule:
 
     @cached_property
     def group_kept(self) -> Counts:
-        """Tokens that each tier keeps of a group of generated ones.
+        """Tokens that each tier keeps of a group of generated tokens.
 
         PyramidInfer's released code: ``gen_compress_ratio`` of the group times a
         decay from 1 to ``gen_decay_ratio`` over layers, at least one token.
@@ -143,7 +142,7 @@ class LengthRule:
     def num_groups(self, num_prompt_tokens: int, num_generated: int) -> int:
         """Groups of generated tokens that have left the recent window.
 
-        The window is that of all tokens so far, prompt and output.
+        The window spans all tokens so far, prompt and output.
         """
         group = self.config.exceed_length_to_compress
         if group is None:
@@ -161,7 +160,7 @@ class LengthRule:
         )
 
     def num_group_queries(self, num_tokens: int) -> int:
-        """Newest of ``num_tokens`` tokens whose queries score a group."""
+        """Number of newest tokens, of ``num_tokens``, whose queries score a group."""
         if not self.config.needs_queries:
             return 0
         return min(self.config.gen_queries, self.num_recent(num_tokens))
@@ -175,13 +174,13 @@ class LengthRule:
         max_chunk: int,
         pruned: bool = True,
     ) -> Counts:
-        """Most tokens each tier holds on the way to ``num_tokens`` computed ones.
+        """Most tokens that each tier holds until ``num_tokens`` are computed.
 
         Args:
             num_prompt_tokens: length of the prompt.
-            num_tokens: prompt and generated tokens, at the end of the way.
+            num_tokens: prompt and generated tokens at the end.
             max_chunk: most prompt tokens that one step computes.
-            pruned: whether the request's rows are pruned where the policy says so.
+            pruned: whether the policy's pruning applies to the request.
         """
         prompt = min(num_tokens, num_prompt_tokens)
         first = self.first_pruned_tier if pruned else self.layout.num_tiers
@@ -189,7 +188,7 @@ class LengthRule:
         chunk = min(prompt, max_chunk)
         by_chunk = self._with_rows(prompt, chunk)
         recent = min(chunk, self.num_recent(prompt))
-        # Counts of two tiers, both rounded, may differ by one in what they grow by.
+        # Both tiers' counts are rounded, so their growth may differ by one.
         by_rows = tuple(length + 1 for length in self._with_rows(prompt, recent))
         if self.config.evict == "prompt_end":
             whole = self.first_pruned_tier
@@ -204,8 +203,8 @@ class LengthRule:
         )
 
     def generation_peak(self, num_prompt_tokens: int, num_tokens: int) -> Counts:
-        """Most tokens each tier holds at the end of any step from the prompt's end to
-        ``num_tokens`` computed tokens, or during it."""
+        """Most tokens that each tier holds during or after any step from the prompt's
+        end to ``num_tokens`` computed tokens."""
         held = self.held_lengths(num_prompt_tokens, num_tokens)
         if not self.num_groups(num_prompt_tokens, num_tokens - num_prompt_tokens):
             return held

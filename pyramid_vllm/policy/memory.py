@@ -1,4 +1,4 @@
-"""What cache lengths mean in pages, bytes and sequences at once."""
+"""Cache lengths in pages, bytes and concurrent sequences."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class MemoryModel:
         return pages * self.layer_page_bytes * self.rule.layout.num_layers
 
     def concurrency(self, kv_bytes: int, num_prompt: int, num_output: int) -> float:
-        """Such requests that fit into ``kv_bytes`` at once, at their full length."""
+        """Requests of full length that fit into ``kv_bytes`` at once."""
         usable = kv_bytes // self.page_bytes - 1  # vLLM keeps one null block
         return usable * self.page_bytes / self.request_bytes(num_prompt, num_output)
 

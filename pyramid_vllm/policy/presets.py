@@ -1,4 +1,4 @@
-"""From what a user typed to a ``PolicyConfig``: a name, a file or inline JSON."""
+"""Resolves user input to a ``PolicyConfig``: a name, a file or inline JSON."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def config_dir(name: str) -> Path:
-    """A folder of shipped files: inside the wheel, or beside a source checkout."""
+    """A folder of shipped files, in the wheel or in a source checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs" / name
     return installed if installed.is_dir() else package.parent / "configs" / name
@@ -39,16 +39,16 @@ def resolve_policy(
     """Resolve a policy.
 
     Args:
-        policy: a preset's name, the path of a YAML or JSON file, inline JSON, the
-            same as a mapping, or None. A mapping starts from the preset that its
-            ``base`` or ``name`` names, else from ``pyramid``.
+        policy: a preset's name, the path of a YAML or JSON file, inline JSON, a
+            mapping, or None. A mapping starts from the preset that ``base`` or
+            ``name`` gives, else from ``pyramid``.
         overrides: settings, as a mapping or as JSON, that replace the policy's.
 
     Returns:
-        The policy, or None where the plugin is to stay off.
+        The policy; None: the plugin stays off.
 
     Raises:
-        KVPolicyError: the policy is unknown or a setting of it is not valid.
+        KVPolicyError: the policy is unknown or one of its settings is not valid.
     """
     changes = _mapping(overrides, "kv_policy_config")
     changes = _canonical(changes, "kv_policy_config")
@@ -82,7 +82,7 @@ def _settings(policy: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _inherit(settings: dict[str, Any]) -> dict[str, Any]:
-    """Lay the settings over the preset that they start from."""
+    """The settings on top of their base preset."""
     name = settings.get("name")
     base = settings.pop("base", name if name in preset_names() else "pyramid")
     if base not in preset_names():
@@ -92,7 +92,7 @@ def _inherit(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The same settings by the names of ``PolicyConfig``."""
+    """The settings with aliases replaced by the names of ``PolicyConfig``."""
     names = [ALIASES.get(name, name) for name in settings]
     for name in names:
         if names.count(name) > 1:
@@ -104,13 +104,13 @@ def _canonical(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay changes over settings."""
+    """Settings with ``changes`` applied."""
     settings = {**base, **changes}
     if "retention" in changes and "prefill_decay_ratio" not in changes:
-        # A retention asked for is met: it replaces the decay that the base gives.
+        # An explicit retention replaces the base's decay, which would hide it.
         settings.pop("prefill_decay_ratio", None)
     if changes.keys() & {"shape", "steepness"} and "layer_weights" not in changes:
-        # Weights would hide the shape asked for.
+        # The base's weights would hide an explicit shape.
         settings.pop("layer_weights", None)
     return settings
 

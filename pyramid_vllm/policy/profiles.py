@@ -1,4 +1,4 @@
-"""Measured layer weights of known models: what ``layer_weights: auto`` stands for."""
+"""Measured layer weights of known models, for ``layer_weights: auto``."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -12,8 +12,8 @@ from pyramid_vllm.policy.presets import config_dir
 
 Weights = tuple[float, ...]
 
-#: Settings of a model's text configuration by which a profile knows it, whatever it
-#: was fine-tuned for.
+#: Settings of a model's text configuration that identify its profile, also for
+#: fine-tuned models.
 IDENTITY = (
     "model_type",
     "num_hidden_layers",
@@ -36,14 +36,13 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def profile_weights(text_config: Any) -> Weights | None:
-    """The measured weights of a model like this one.
+    """The measured weights of a model.
 
     Args:
         text_config: a Hugging Face text configuration.
 
     Returns:
-        One number for each full-attention layer; None where no profile is of such a
-        model.
+        One number for each full-attention layer; None: the model has no profile.
     """
     identity = {name: getattr(text_config, name, None) for name in IDENTITY}
     for profile in _profiles():
@@ -56,9 +55,10 @@ def fitted(policy: PolicyConfig, weights: Weights | None) -> PolicyConfig:
     """The policy for one model: ``layer_weights: auto`` replaced by the model's.
 
     Args:
-        policy: as it was asked for.
-        weights: from ``profile_weights``; None leaves ``shape`` and ``steepness``, as
-            do budgets that read no weights, and pruning, whose tiers follow depth.
+        policy: as configured.
+        weights: from ``profile_weights``. ``shape`` and ``steepness`` apply if this is
+            None, if the budget reads no weights, or if prompts are pruned, because
+            pruned tiers follow depth.
     """
     if policy.layer_weights != "auto":
         return policy

@@ -1,4 +1,4 @@
-"""Policies that single requests may ask for on an engine with a policy of its own."""
+"""Policies of single requests on an engine that has a policy."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -11,28 +11,28 @@ from pyramid_vllm.policy.presets import NONE, preset_names, resolve_policy
 from pyramid_vllm.policy.profiles import Weights, fitted
 from pyramid_vllm.policy.tiers import TierLayout, tier_layout
 
-#: Keys of ``SamplingParams.extra_args``, over HTTP of ``vllm_xargs``.
+#: Keys of ``SamplingParams.extra_args``, or of ``vllm_xargs`` over HTTP.
 POLICY_ARG = "kv_policy"
 RETENTION_ARG = "kv_retention"
-#: Lengths of prompts at which two policies are compared.
+#: Prompt lengths at which two policies are compared.
 _SAMPLES = (1, 100, 1000, 4096)
-#: Rules kept ready; clients may ask for any retention.
+#: Cached rules; bounded because clients may ask for any retention.
 _MAX_RULES = 256
 
-#: Keeps every token: what a request gets that asks for no policy.
+#: Keeps every token: the policy of a request that asks for ``none``.
 KEEP_ALL = PolicyConfig(name=NONE, retention=1.0, steepness=0.0, min_context=0)
 
 
 def asks_for_policy(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request names a policy of its own."""
+    """Whether a request names a policy or a retention."""
     return any(key in (extra_args or ()) for key in (POLICY_ARG, RETENTION_ARG))
 
 
 class RequestPolicies:
-    """Resolves what requests ask for, always on the engine's own tiers.
+    """Resolves the policies of requests on the engine's tiers.
 
     Args:
-        server: the engine's policy, which requests without a wish get.
+        server: the engine's policy, for requests that name no policy.
         num_layers: the model's full-attention layers.
         weights: the model's measured layer weights, if it has a profile.
     """
@@ -44,9 +44,9 @@ class RequestPolicies:
         self._weights = weights
         self.layout = tier_layout(server, num_layers)
         self.rule = LengthRule(server, self.layout)
-        """The engine's own counts."""
+        """The counts of the engine's policy."""
         self.valid = self._valid()
-        """By name: what a request may ask for."""
+        """Policies that a request may ask for, by name."""
         self._rule: Callable[[Any, Any], LengthRule]
         self._rule = lru_cache(_MAX_RULES)(self._make_rule)
 
@@ -54,7 +54,7 @@ class RequestPolicies:
         """The counts of a request.
 
         Args:
-            extra_args: of the request's sampling parameters.
+            extra_args: from the request's sampling parameters.
 
         Raises:
             KVPolicyError: names the argument, its value and what is valid.
@@ -109,7 +109,7 @@ class RequestPolicies:
         return valid | {self.server.name: self.server}
 
     def _is_served(self, config: PolicyConfig) -> bool:
-        """Whether the engine's tiers and buffers serve a preset as it is."""
+        """Whether the engine's tiers and buffers can serve a preset unchanged."""
         server, num_layers = self.server, self.layout.num_layers
         if config.generation and config.needs_queries:
             held = server.gen_queries if server.generation else None

@@ -1,4 +1,4 @@
-"""Scorers by name, and what the policy knows of each without running it."""
+"""Scorers by name, with the properties that the scheduler needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-#: Installed packages offer scorers by entry points of this group.
+#: Entry point group in which installed packages offer scorers.
 ENTRY_POINTS = "pyramid_vllm.scorers"
 
 
@@ -17,9 +17,9 @@ class Queries(Enum):
 
     NONE = "none"
     WINDOW = "window"
-    """Those of the newest tokens."""
+    """Queries of the newest tokens."""
     ALL = "all"
-    """Every one; scores add up from chunk to chunk."""
+    """All queries; the scores of chunks are added up."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,22 @@ class Scorer:
     """A function from a layer's queries and keys to scores, and its properties."""
 
     function: Callable[..., Any] | str
-    """A ``scorers.ScoreFunction``, or the ``module:name`` of one: what is built
-    in is imported when it is called, for policies are read without torch."""
+    """A ``scorers.ScoreFunction``, or its ``module:name``. Built-in functions are
+    imported when they are called, because policies are read without torch."""
     queries: Queries
     is_same_for_all_heads: bool = False
-    """Whether it gives all heads, on all ranks, one score a token."""
+    """Whether a token has the same score in all heads, on all ranks."""
     is_pooled: bool = False
     """Whether ``pooling`` is applied to its scores."""
     scores_groups: bool = False
-    """Whether it may score groups of generated tokens too: only what is tested there
-    may."""
+    """Whether it may also score groups of generated tokens: only tested scorers may."""
 
     def __post_init__(self) -> None:
         if self.is_pooled and self.queries is Queries.ALL:
             raise ValueError("is_pooled is True: scores that add up are never pooled")
 
     def __call__(self, inputs: Any, config: Any) -> Any:
-        """Scores, as ``scorers.ScoreFunction`` says."""
+        """Scores: see ``scorers.ScoreFunction``."""
         return self._loaded(inputs, config)
 
     @cached_property
@@ -55,10 +54,10 @@ class Scorer:
 def scorer(
     queries: Queries, *, is_same_for_all_heads: bool = False, is_pooled: bool = False
 ) -> Callable[[Callable[..., Any]], Scorer]:
-    """Decorator that makes a scorer of a ``scorers.ScoreFunction``.
+    """Decorator that makes a ``scorers.ScoreFunction`` a ``Scorer``.
 
     Args:
-        queries: which queries it reads.
+        queries: the queries that it reads.
         is_same_for_all_heads: see ``Scorer``.
         is_pooled: see ``Scorer``.
     """
@@ -71,7 +70,7 @@ def scorer(
 
 _HERE = "pyramid_vllm.scorers"
 
-#: What is built in; another one is a line here, or none: see ``find_scorer``.
+#: Built-in scorers; ``find_scorer`` also finds others.
 SCORERS: dict[str, Scorer] = {
     "attention": Scorer(
         f"{_HERE}:attention", Queries.WINDOW, is_pooled=True, scores_groups=True
@@ -90,10 +89,10 @@ SCORERS: dict[str, Scorer] = {
 
 @lru_cache
 def find_scorer(name: str) -> Scorer:
-    """A scorer that is built in, an entry point's, or ``module:name``.
+    """A built-in scorer, that of an entry point, or ``module:name``.
 
     Raises:
-        ValueError: there is none of that name, or it is no scorer.
+        ValueError: no scorer has that name, or the object is not a scorer.
     """
     if name in SCORERS:
         return SCORERS[name]

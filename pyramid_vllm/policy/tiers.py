@@ -1,4 +1,4 @@
-"""Tiers: full-attention layers that share one count, runs by depth or by need."""
+"""Tiers: full-attention layers that share one count, grouped by depth or by weight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
 
 _AUTO_TIERS = range(4, 9)
-#: Layers of like need lie apart: more tiers tell them apart better, but cost time.
+#: Most tiers first: they follow the weights more closely. Each tier costs time.
 _AUTO_TIERS_BY_WEIGHT = range(6, 3, -1)
 
 
@@ -16,18 +16,17 @@ _AUTO_TIERS_BY_WEIGHT = range(6, 3, -1)
 class TierLayout:
     """``num_layers`` full-attention layers cut into ``num_tiers`` runs, first to last.
 
-    Where the number of tiers does not divide the layers, the first tiers have one
-    layer more.
+    If the layers do not divide evenly, the first tiers have one layer more.
     """
 
     num_layers: int
     num_tiers: int
     order: tuple[int, ...] | None = None
-    """The layers as they are cut into tiers; none: by depth."""
+    """Layers in the order in which they are cut into tiers; None: by depth."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Layers of each tier."""
+        """Number of layers of each tier."""
         size, longer = divmod(self.num_layers, self.num_tiers)
         return tuple(size + (tier < longer) for tier in range(self.num_tiers))
 
@@ -50,28 +49,28 @@ class TierLayout:
         return tuple(tiers[layer] for layer in range(self.num_layers))
 
     def mean(self, counts: Sequence[int]) -> float:
-        """Mean over layers of what each tier has in each of its layers."""
+        """Mean over layers of a count per tier."""
         return sum(map(int.__mul__, counts, self.sizes)) / self.num_layers
 
     @property
     def group_size(self) -> int:
-        """Layers of one KV cache group: vLLM gives all groups the same number."""
+        """Layers of a KV cache group: vLLM gives all groups the same number."""
         smallest, largest = min(self.sizes), max(self.sizes)
         return largest if largest < 1.5 * smallest else smallest
 
     @property
     def groups_per_tier(self) -> tuple[int, ...]:
-        """KV cache groups that vLLM makes of each tier."""
+        """Number of KV cache groups that vLLM makes of each tier."""
         return tuple(-(-size // self.group_size) for size in self.sizes)
 
     @property
     def num_padding_layers(self) -> int:
-        """Layers' worth of memory that equal groups waste."""
+        """Memory that padding to equal groups wastes, in layers."""
         return self.group_size * sum(self.groups_per_tier) - self.num_layers
 
 
 def runs(layers: tuple[int, ...]) -> str:
-    """Ascending layers for people: ``0-3, 7``."""
+    """Ascending layers as text: ``0-3, 7``."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and parts[-1][-1] == layer - 1:
@@ -87,7 +86,8 @@ def tier_layout(config: PolicyConfig, num_layers: int) -> TierLayout:
     """Cut a model's full-attention layers into the policy's tiers.
 
     Raises:
-        KVPolicyError: the model has no full-attention layer, or fewer than tiers.
+        KVPolicyError: the model has no full-attention layer, or fewer layers than
+            ``tiers``.
     """
     if num_layers < 1:
         raise KVPolicyError(
@@ -109,7 +109,7 @@ def tier_layout(config: PolicyConfig, num_layers: int) -> TierLayout:
 
 
 def _order(config: PolicyConfig, num_layers: int) -> tuple[int, ...] | None:
-    """Layers by falling weight, so that tiers are of layers with like needs."""
+    """Layers by falling weight, so that a tier's layers have similar weights."""
     weights = config.given_weights
     if weights is None:
         return None
@@ -120,12 +120,12 @@ def _order(config: PolicyConfig, num_layers: int) -> tuple[int, ...] | None:
             "full attention"
         )
     if config.prune_from is not None:
-        return None  # rows that a tier drops are gone for all deeper layers
+        return None  # all deeper layers lack the rows that a tier drops
     return tuple(sorted(range(num_layers), key=lambda layer: -weights[layer]))
 
 
 def _auto_tiers(num_layers: int, tried: range) -> int:
-    """The first number of tiers among those that waste the least memory."""
+    """The first number in ``tried`` that wastes the least memory."""
     layouts = [TierLayout(num_layers, tiers) for tiers in tried if tiers <= num_layers]
     if not layouts:
         return num_layers

@@ -1,4 +1,4 @@
-"""vLLM on Ray clusters without GPUs. With GPUs vLLM needs nothing of this."""
+"""vLLM on Ray clusters without GPUs. Clusters with GPUs do not need this."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["CPURayExecutor"]
 
 
 def __getattr__(name: str) -> Any:
-    # It imports vLLM, which calls the entry point in `platform` while it is imported.
+    # Imported late: importing vLLM calls the entry point in `platform`.
     if name == "CPURayExecutor":
         from pyramid_vllm.ray.executor import CPURayExecutor
 

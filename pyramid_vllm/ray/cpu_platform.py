@@ -6,6 +6,6 @@ from pyramid_vllm.ray.platform import DEVICE_KEY
 
 
 class RayCpuPlatform(CpuPlatform):
-    """Takes one logical GPU a worker."""
+    """Takes one logical GPU for each worker."""
 
     ray_device_key: str = DEVICE_KEY

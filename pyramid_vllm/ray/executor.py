@@ -1,7 +1,7 @@
 """vLLM's Ray executor on clusters without GPUs.
 
-Cause: ``CpuPlatform`` has no Ray device key, so that vLLM says it does not support Ray.
-Removal: once it has one, by ``distributed_executor_backend="ray"``.
+Cause: ``CpuPlatform`` has no Ray device key, so vLLM refuses Ray on it. Removal: once
+it has one; then use ``distributed_executor_backend="ray"``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pyramid_vllm.ray.platform import DEVICE_KEY, VARIABLE
 
 
 class CPURayExecutor(RayExecutorV2):
-    """Given as ``distributed_executor_backend``: one logical GPU a worker.
+    """A ``distributed_executor_backend`` that takes one logical GPU for each worker.
 
-    With or without a KV policy.
+    Works with or without a KV policy.
     """
 
     def _build_runtime_env(self) -> dict[str, Any]:
-        """Workers choose their platform by themselves, while they import vLLM."""
+        """Set the variable by which workers choose their platform on import."""
         runtime_env: dict[str, Any] = super()._build_runtime_env()
         runtime_env["env_vars"][VARIABLE] = "1"
         return runtime_env
@@ -33,7 +33,7 @@ class CPURayExecutor(RayExecutorV2):
         """Start the workers.
 
         Raises:
-            ValueError: here or in the cluster there is not what they need.
+            ValueError: this platform or the cluster lacks what the workers need.
         """
         _check_platform()
         if not ray.is_initialized():
@@ -57,7 +57,7 @@ def _check_platform() -> None:
 
 
 def _connect(runtime_env: Any) -> None:
-    """Join a cluster that runs: one that vLLM starts would have no logical GPUs."""
+    """Join a running cluster: one that vLLM starts has no logical GPUs."""
     try:
         ray.init("auto", runtime_env=runtime_env)
     except ConnectionError as error:
@@ -68,20 +68,20 @@ def _connect(runtime_env: Any) -> None:
 
 
 def _check_cluster(world_size: int) -> None:
-    """Refuse what vLLM would wait for in vain, for half an hour."""
+    """Refuse a cluster for which vLLM would wait half an hour in vain."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     num_devices = int(resources.get(DEVICE_KEY, 0))
     if num_devices < world_size:
         raise ValueError(
-            f"an engine of {world_size} workers (tensor_parallel_size) takes as many "
-            f"logical GPUs, of which the Ray cluster has {num_devices}: start its "
-            "nodes with `ray start ... --num-gpus=N`, N the workers that each may have"
+            f"an engine of {world_size} workers (tensor_parallel_size) needs as many "
+            f"logical GPUs, the Ray cluster has {num_devices}: start its nodes with "
+            "`ray start ... --num-gpus=N`, where N is a node's number of workers"
         )
 
 
 @contextmanager
 def _device_key() -> Iterator[None]:
-    """Let this process's platform have a device key, while vLLM places its workers."""
+    """Give this process's platform a device key while vLLM places its workers."""
     before = current_platform.ray_device_key
     current_platform.ray_device_key = DEVICE_KEY
     try:

@@ -1,13 +1,13 @@
-"""Whether vLLM's CPU platform may be used with Ray."""
+"""Chooses the CPU platform that can be used with Ray."""
 
 import logging
 import os
 
-#: Set to 1 before vLLM is imported: on nodes, and where an engine is started.
+#: Set to 1 before vLLM is imported, on nodes and in the process of the engine.
 VARIABLE = "PYRAMID_VLLM_RAY_CPU"
-#: Ray's resource that stands for a worker's place. vLLM asks Ray for the identifiers
-#: that a worker got of it, and Ray gives those of known accelerators alone; a node may
-#: offer as many GPUs as one likes, without having any.
+#: Ray's resource for a worker's place. vLLM asks Ray for a worker's identifiers of the
+#: resource, and Ray returns them only for known accelerators. A node may offer any
+#: number of GPUs without having one.
 DEVICE_KEY = "GPU"
 
 logger = logging.getLogger(f"vllm.{__name__}")

@@ -1,4 +1,4 @@
-"""The scheduler's side of a KV policy: counts and pages."""
+"""vLLM's scheduler with a KV policy: counts and pages."""
 
 from pyramid_vllm.scheduler.scheduler import PyramidScheduler
 

@@ -1,4 +1,4 @@
-"""How much of the pool a waiting request must leave to those that run."""
+"""Pages that an admitted request must leave free for running requests."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class GrowthReserve:
     """Pages that running requests will still need, for the admission gate.
 
     Stock vLLM admits a request as soon as its prompt fits, and preempts when outputs
-    outgrow the pool. With more sequences in the same pool that would happen more often.
-    Here two things must fit: the peak of the request's prompt, beside those that run
-    meanwhile; and what is left of it, beside those that run, when all have grown.
+    outgrow the pool. More sequences in the same pool would be preempted more often.
+    This gate admits a request if its prompt's peak fits now, and if all requests still
+    fit after each has generated ``growth`` more tokens.
 
     Args:
-        growth: tokens that each sequence is given to generate, but all that it may
-            still generate where that is at most twice as much; None: always all.
+        growth: generated tokens to reserve for each sequence. A sequence that can
+            generate at most twice as many reserves all of them. None: always all.
         max_model_len: longest sequence.
         max_chunk: most prompt tokens of a step.
-        lengths: what requests hold.
-        managers: who holds the pages.
+        lengths: cached tokens of requests.
+        managers: the tiers' block managers.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class GrowthReserve:
         """Start a step.
 
         Args:
-            running: the scheduler's own list; requests that the step admits join it.
+            running: the scheduler's list, to which it appends requests that it admits.
         """
         self._running = running
         self._num_counted = self._soon = self._later = 0
 
     def num_pages(self, request: Request, num_free: int) -> int:
-        """Pages that must stay free beside the peak of a waiting request's prompt.
+        """Pages that must stay free in addition to the peak of a request's prompt.
 
         Args:
-            request: to be admitted now.
+            request: the waiting request.
             num_free: free pages of the pool.
         """
         if self._growth == 0 or not self._running:
-            return 0  # alone, a request may take what there is
+            return 0  # a request that runs alone may take the whole pool
         peak = self._pages(self._lengths.peaks(request, request.num_tokens))
         if peak > num_free:
-            return 0  # it does not fit anyway: most steps of a full pool end here
+            return 0  # the request does not fit anyway: the usual case in a full pool
         for running in self._running[self._num_counted :]:
             held = self._num_held(running)
             self._soon += max(0, self._pages(self._soon_held(running)) - held)
@@ -84,16 +84,16 @@ class GrowthReserve:
         return sum(len(m.req_to_blocks.get(req_id, ())) for m in self._managers)
 
     def _soon_held(self, request: Request) -> Lengths:
-        """Most that a running request holds while another's prompt is computed."""
+        """Most tokens that a running request holds while another prompt is computed."""
         if request.num_computed_tokens < request.num_prompt_tokens:
             return self._lengths.peaks(request, request.num_prompt_tokens)
         return self._held(request, request.num_tokens + self._num_prompt_steps)
 
     def _held_later(self, request: Request) -> Lengths:
-        """What a request holds once it has generated what it is given."""
+        """Tokens that a request holds once it has generated its reserve."""
         start = max(request.num_prompt_tokens, request.num_tokens)
         rest = request.num_prompt_tokens + request.max_tokens - start
-        # A short limit is kept to; a long one says little of the true length.
+        # A low `max_tokens` predicts the output's length; a high one does not.
         if self._growth is not None and rest > 2 * self._growth:
             rest = self._growth
         return self._held(request, start + rest)
@@ -103,7 +103,7 @@ class GrowthReserve:
         end = min(num_tokens, prompt + request.max_tokens, self._max_model_len)
         rule = self._lengths.rule_of(request)
         if request.num_computed_tokens >= prompt and not rule.config.generation:
-            # Nothing more is evicted: no need to ask the rule, which is slower.
+            # Nothing more is evicted, and this is faster than the rule.
             evicted = self._lengths.evicted(request.request_id)
             return tuple(end - gone for gone in evicted)
         return rule.generation_peak(prompt, end)

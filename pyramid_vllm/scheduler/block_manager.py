@@ -1,4 +1,4 @@
-"""Pages of one tier: allocated by cache length, freed the moment tokens are evicted."""
+"""Pages of one tier: allocated by cache length, freed as soon as tokens are evicted."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Compaction:
-    """Pages for what a prompt keeps, secured when its last chunk is scheduled."""
+    """Pages for a prompt's kept tokens, secured when its last chunk is scheduled."""
 
     in_place: list[int]
-    """Places in the table of pages that only this request reads, ascending. They are
-    in no prefix cache, so that nobody comes to read them."""
+    """Ascending block table indices of pages that only this request reads. They are not
+    in the prefix cache, so that no other request can hit them."""
     reserved: list[KVCacheBlock]
-    """New pages, where the request owns too few."""
+    """New pages, if the request owns too few."""
 
 
 class _Gathered(NamedTuple):
-    """What a prompt's tokens are gathered into."""
+    """Pages into which a prompt's kept tokens are gathered."""
 
     pages: list[KVCacheBlock]
     num_taken: int
-    """New ones among them."""
+    """Number of new pages among them."""
 
 
 class TierBlockManager(FullAttentionManager):
     """vLLM's manager of full attention, counting cache lengths instead of positions.
 
-    With prefix caching a prompt's pages are shared until its last chunk. What is kept
-    of it is then gathered into pages of its own, and the shared ones are let go: they
-    stay in vLLM's cache. Pages to gather into are secured before the chunk runs, so
-    that a compaction never fails for want of them.
+    With prefix caching a prompt's pages are shared until its last chunk. Its kept
+    tokens are then gathered into pages of its own. The shared pages are released and
+    stay in vLLM's cache. The target pages are secured before the chunk runs, so that
+    a compaction cannot run out of pages.
 
     ``lengths`` and ``reserve`` are set by the scheduler, before the first request.
     """
 
     lengths: TierLengths
     reserve: Callable[[Request, int], int] | None = None
-    """Set on one manager alone: pages to leave free when a request is admitted."""
+    """Pages to leave free when a request is admitted; set on one manager only."""
     kv_cache_spec: TierAttentionSpec
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class TierBlockManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        """Pages that the request still needs; the admission gate asks for the peak."""
+        """Pages that the request still needs; for the admission gate, at its peak."""
         if apply_admission_cap:
             request = self.lengths.request(request_id)
             num_slots = self.lengths.peaks(request, num_tokens)[self._tier]
@@ -110,8 +110,8 @@ class TierBlockManager(FullAttentionManager):
         return num_blocks
 
     def _num_target(self, request_id: str, num_tokens: int) -> int:
-        """Pages of what the tier keeps, if a step up to ``num_tokens`` tokens gathers
-        it from pages that others may read; else 0."""
+        """Pages of the tier's kept tokens, if a step up to ``num_tokens`` gathers them
+        from pages that other requests may read; else 0."""
         if not self.enable_caching:
             return 0
         num_kept = self.lengths.kept_of_prompt(request_id, num_tokens)
@@ -129,9 +129,9 @@ class TierBlockManager(FullAttentionManager):
         return new
 
     def _secure(self, request_id: str, num_target: int) -> None:
-        """Choose pages that a compaction can write whatever happens in this step."""
+        """Choose pages that a compaction can write in any case."""
         blocks, pool = self.req_to_blocks[request_id], self.block_pool
-        # The last pages: those of the first ones are the likeliest to be hit.
+        # The last pages: the first ones are the likeliest to be hit.
         own = [i for i in reversed(range(len(blocks))) if blocks[i].ref_cnt == 1]
         in_place = sorted(own[:num_target])
         pool.evict_blocks(
@@ -143,7 +143,7 @@ class TierBlockManager(FullAttentionManager):
     def cache_blocks(
         self, request: Request, num_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
-        """Offer full pages to other requests, but those that will be written."""
+        """Offer full pages to other requests, except those that will be written."""
         num_tokens = self.lengths.num_shareable(request, num_tokens)
         if not num_tokens:
             return
@@ -153,19 +153,19 @@ class TierBlockManager(FullAttentionManager):
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Also called by ``free``: counts and secured pages go with the pages."""
+        """Release a request's pages, secured pages and counts; ``free`` calls it."""
         self.lengths.forget(request_id)
         compaction = self._compactions.pop(request_id, None)
         reserved = [] if compaction is None else compaction.reserved
         return super().pop_blocks_for_free(request_id) + reserved
 
     def gather_pages(self, request: Request) -> tuple[int, ...] | None:
-        """Settle which pages a prompt is gathered into; ``free_evicted`` makes them its
-        table.
+        """Choose the pages into which a prompt is gathered; ``free_evicted`` makes them
+        its block table.
 
-        Call it once ``schedule()`` has returned, when every request of the step has
-        its pages: what is free then goes to pages of the prefix cache that would have
-        to be written otherwise.
+        Call it after ``schedule()`` has returned, when every request of the step has
+        its pages. Pages that are free then replace pages that would otherwise leave
+        the prefix cache.
 
         Returns:
             The ids of the pages; None: the request compacts in place.
@@ -176,7 +176,7 @@ class TierBlockManager(FullAttentionManager):
         blocks, pool = self.req_to_blocks[request.request_id], self.block_pool
         num_full = request.num_prompt_tokens // self.block_size
         full = [i for i in compaction.in_place if i < num_full]
-        # From the first one on: a page can only be hit where all before it are.
+        # The first pages first: a page can only be hit if all before it are.
         saved = set(full[: pool.get_num_free_blocks()])
         fresh = pool.get_new_blocks(len(saved))
         if saved:
@@ -190,7 +190,7 @@ class TierBlockManager(FullAttentionManager):
     def _offer(
         self, request: Request, blocks: list[KVCacheBlock], saved: set[int]
     ) -> None:
-        """Put pages that are not written after all into the prefix cache."""
+        """Put pages that need not be written into the prefix cache."""
         first, end = min(saved), max(saved) + 1
         self.block_pool.cache_full_blocks(
             request=request,
@@ -205,12 +205,12 @@ class TierBlockManager(FullAttentionManager):
     def free_evicted(self, request_id: str, num_held: int) -> int:
         """Free the pages that a request's first ``num_held`` cached tokens do not need.
 
-        Call it only after ``schedule()`` has returned and every ``gather_pages`` of
-        the step: the step that compacts still reads these pages, in this tier or, for
-        tiers share memory, in another one.
+        Call it only after ``schedule()`` and every ``gather_pages`` of the step have
+        returned: the step that compacts still reads these pages, in this tier or,
+        because tiers share memory, in another one.
 
         Returns:
-            Pages that the request holds fewer.
+            Decrease in the request's number of pages.
         """
         pages, num_taken = self._gathered.pop(request_id, (None, 0))
         return self._truncate(request_id, num_held, pages) - num_taken
@@ -218,10 +218,10 @@ class TierBlockManager(FullAttentionManager):
     def _truncate(
         self, request_id: str, num_held: int, pages: list[KVCacheBlock] | None
     ) -> int:
-        """Leave a request the first pages, or those that are given; free the others.
+        """Keep a request's first pages, or the first of ``pages``; free the others.
 
         Returns:
-            Number of pages that are freed.
+            Number of freed pages.
         """
         held = self.req_to_blocks[request_id]
         source = held if pages is None else pages
@@ -234,17 +234,17 @@ class TierBlockManager(FullAttentionManager):
         return len(freed)
 
     def check_settled(self) -> None:
-        """Check that nothing that a step secured or left outlives it.
+        """Check that no secured or gathered pages outlive their step.
 
         Raises:
             AssertionError: names the requests.
         """
         assert not self._compactions, f"secured: {list(self._compactions)}"
-        assert not self._gathered, f"left behind: {list(self._gathered)}"
+        assert not self._gathered, f"gathered: {list(self._gathered)}"
 
 
 def register_spec(vllm_config: VllmConfig | None) -> None:
-    """Tell vLLM which manager serves a tier. Can be called again."""
-    # The registry fills itself only while it is empty: vLLM's own specs go first.
+    """Register the manager of tiers with vLLM. Idempotent."""
+    # vLLM fills the registry only while it is empty, so its specs come first.
     register_all_kvcache_specs(vllm_config)
     KVCacheSpecRegistry.register(TierAttentionSpec, manager_class=TierBlockManager)

@@ -1,4 +1,4 @@
-"""Where a chunk has to end, for a replay to see what was seen at first."""
+"""Ends of chunks, so that a replay computes what was computed at first."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 class ChunkEnds:
-    """Ends chunks where tokens are to be evicted.
+    """Ends chunks at points of eviction.
 
     Args:
-        lengths: what requests hold.
+        lengths: cached tokens of requests.
     """
 
     def __init__(self, lengths: TierLengths) -> None:
         self._lengths = lengths
         self._noted: WeakKeyDictionary[Request, list[int]] = WeakKeyDictionary()
-        """Where prompts were cut whose eviction depends on it."""
+        """Chunk ends of prompts whose eviction depends on them."""
 
     def note(self, request: Request) -> None:
-        """Remember where a chunk of a prompt ended, if what is evicted depends on it.
+        """Record the end of a prompt's chunk, if eviction depends on it.
 
         Args:
-            request: with the chunk's tokens counted as computed.
+            request: its computed tokens include the chunk.
         """
         if can_share(self._lengths.rule_of(request)):
             return
@@ -39,21 +39,20 @@ class ChunkEnds:
             ends.append(request.num_computed_tokens)
 
     def limit(self, request: Request, num_computed: int, num_new: int) -> int:
-        """Of ``num_new`` tokens, those up to the next end.
+        """Number of tokens, at most ``num_new``, up to the next end of a chunk.
 
-        That is the prompt's end, before it where a chunk ended at first if that
-        matters, and behind it wherever a group of generated tokens is compressed. Only
-        the replay of a preempted request would go past these.
+        A chunk may not cross a recorded end, the prompt's end, or a compression of
+        generated tokens. Only the replay of a preempted request would cross these.
         """
         if num_computed + num_new > request.num_tokens:
-            return num_new  # a last token with drafts behind it
+            return num_new  # a last token with drafts after it
         rule = self._lengths.rule_of(request)
         to_prompt_end = request.num_prompt_tokens - num_computed
         if to_prompt_end > 0:
             if rule.prunes and needs_all_rows(request):
                 num_new = min(num_new, self._lengths.max_unpruned_chunk)
-            behind = (e for e in self._noted.get(request, ()) if e > num_computed)
-            to_chunk_end = next(behind, request.num_prompt_tokens) - num_computed
+            later = (e for e in self._noted.get(request, ()) if e > num_computed)
+            to_chunk_end = next(later, request.num_prompt_tokens) - num_computed
             return min(num_new, to_prompt_end, to_chunk_end)
         if num_new > 1 and rule.config.generation:
             return to_next_group(rule, request, num_computed, num_new)

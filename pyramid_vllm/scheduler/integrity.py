@@ -1,4 +1,4 @@
-"""Laws of the block pool, for tests and for whoever suspects a leak."""
+"""Invariants of the block pool, for tests and to find leaks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def check_pool(pool: BlockPool, managers: Iterable[SingleTypeKVCacheManager]) -> None:
-    """Check that every page is either free or held, and that only pages of the prefix
-    cache are held by several requests.
+    """Check that every page is either free or held, and that requests share only pages
+    of the prefix cache.
 
     Raises:
-        AssertionError: says which page is held twice, or how many are lost.
+        AssertionError: names the page that is held twice, or the number lost.
     """
     null = pool.null_block.block_id
     queue = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]

@@ -1,4 +1,4 @@
-"""How many tokens each running request holds in each tier."""
+"""Cached tokens of each running request in each tier."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ Counts = tuple[int, ...]
 
 
 class RequestLengths(Protocol):
-    """What is read of vLLM's requests."""
+    """The fields of vLLM's requests that we read."""
 
     request_id: str
     num_prompt_tokens: int
@@ -27,8 +27,8 @@ def needs_all_rows(request: RequestLengths) -> bool:
 
 
 def can_share(rule: LengthRule) -> bool:
-    """Whether prompts under a policy are computed whole before anything is evicted,
-    as pages of a prefix cache have to be."""
+    """Whether a policy evicts only after the whole prompt is computed, which the pages
+    of a prefix cache require."""
     return not rule.prunes and rule.config.evict == "prompt_end"
 
 
@@ -36,7 +36,7 @@ class TierLengths:
     """The one record of evicted tokens; block managers and the plan read it.
 
     Args:
-        policies: the engine's policy, and those that requests may ask for.
+        policies: policies of the engine and of requests.
         max_chunk: most prompt tokens that one step computes.
         requests: the scheduler's requests.
     """
@@ -50,7 +50,7 @@ class TierLengths:
         self._policies = policies
         self.max_chunk = max_chunk
         self.max_unpruned_chunk = max_chunk
-        """The same for a request whose rows are not pruned; set by the scheduler."""
+        """``max_chunk`` of requests whose rows are not pruned; set by the scheduler."""
         self._requests = requests
         self._none = (0,) * policies.layout.num_tiers
         self._evicted: dict[str, Counts] = {}
@@ -59,11 +59,11 @@ class TierLengths:
         self._last_end: tuple[str, Counts | None] | None = None
 
     def __len__(self) -> int:
-        """Requests that have evicted tokens."""
+        """Number of requests that have evicted tokens."""
         return len(self._evicted)
 
     def rule_of(self, request: RequestLengths) -> LengthRule:
-        """The counts of the policy that a request asked for, else of the engine's."""
+        """The counts of a request's own policy, else of the engine's."""
         sampling = request.sampling_params
         extra_args = None if sampling is None else sampling.extra_args
         return (
@@ -75,7 +75,7 @@ class TierLengths:
         return self._evicted.get(req_id, self._none)
 
     def evicted_rows(self, req_ids: list[str]) -> npt.NDArray[np.int32]:
-        """``[len(req_ids), num_tiers]``: the evicted tokens of several requests."""
+        """Evicted tokens of several requests: ``[len(req_ids), num_tiers]``."""
         rows = np.zeros((len(req_ids), len(self._none)), dtype=np.int32)
         if self._evicted:
             for row, req_id in enumerate(req_ids):
@@ -86,7 +86,7 @@ class TierLengths:
     def rows(
         self, request: RequestLengths, num_before: int, num_after: int
     ) -> Counts | None:
-        """Rows that each tier computes of a request's step; None: all of them."""
+        """Rows that each tier computes in a request's step; None: all of them."""
         rule = self.rule_of(request)
         if (
             not rule.prunes
@@ -98,14 +98,14 @@ class TierLengths:
         return rows if rows[-1] < num_after - num_before else None
 
     def slots(self, req_id: str, num_tokens: int, tier: int) -> int:
-        """Tokens that a tier holds while the step that computes up to ``num_tokens``
-        runs, before it evicts any."""
+        """Tokens that a tier holds during the step that computes up to ``num_tokens``,
+        before eviction."""
         request = self._requests[req_id]
         computed = request.num_computed_tokens
         if computed >= request.num_prompt_tokens or not self.rule_of(request).prunes:
             return num_tokens - self.evicted(req_id)[tier]
         key = (req_id, computed, num_tokens)
-        # Every tier's manager asks, one after the other and several times.
+        # Every tier's manager asks several times.
         if self._last_slots is None or self._last_slots[0] != key:
             rows = self.rows(request, computed, num_tokens)
             scheduled = num_tokens - computed
@@ -117,11 +117,11 @@ class TierLengths:
         return self._last_slots[1][tier]
 
     def request(self, req_id: str) -> Any:
-        """The scheduler's request of that name."""
+        """The scheduler's request with that id."""
         return self._requests[req_id]
 
     def peaks(self, request: RequestLengths, num_tokens: int) -> Counts:
-        """Most tokens each tier holds on the way to ``num_tokens`` computed ones."""
+        """Most tokens that each tier holds until ``num_tokens`` are computed."""
         key = (request.request_id, num_tokens)
         # As in `slots`, every tier asks.
         if self._last_peak is None or self._last_peak[0] != key:
@@ -136,13 +136,13 @@ class TierLengths:
         return self._last_peak[1]
 
     def advance(self, request: RequestLengths) -> Counts | None:
-        """Evict what the rule says once a request's step is over.
+        """Record what the rule evicts after a request's step.
 
         Args:
-            request: with the step's tokens counted as computed.
+            request: its computed tokens include the step's.
 
         Returns:
-            Cache lengths after the step, or None where nothing is evicted.
+            Cache lengths after the step; None: nothing is evicted.
         """
         computed = request.num_computed_tokens
         kept = self.rule_of(request).held_lengths(request.num_prompt_tokens, computed)
@@ -156,15 +156,15 @@ class TierLengths:
     # Prefix caching.
 
     def kept_of_prompt(self, req_id: str, num_tokens: int) -> Counts | None:
-        """Cache lengths after the step that ends a prompt, if it gathers them from
-        pages that others may read.
+        """Cache lengths after the step that ends a prompt, if the step gathers the
+        tokens from pages that other requests may read.
 
         Args:
             req_id: the request.
-            num_tokens: computed tokens with the step's.
+            num_tokens: computed tokens, with the step's.
 
         Returns:
-            A tier that keeps everything has 0: it gathers nothing.
+            0 for a tier that keeps everything, because it gathers nothing.
         """
         request = self._requests[req_id]
         prompt = request.num_prompt_tokens
@@ -183,11 +183,11 @@ class TierLengths:
     def max_shared(self, request: RequestLengths) -> int | None:
         """Most tokens of a request whose pages may come from the prefix cache.
 
-        The queries that choose what stays have to be computed, and so has whatever
-        comes behind an eviction.
+        The queries that score have to be computed, and so has every token after an
+        eviction.
 
         Returns:
-            None: as many as stock vLLM would take.
+            None: as many as in stock vLLM.
         """
         rule, prompt = self.rule_of(request), request.num_prompt_tokens
         if not can_share(rule) or needs_all_rows(request):
@@ -200,12 +200,12 @@ class TierLengths:
         return max(0, prompt - max(2, rule.num_queries(prompt)))
 
     def num_shareable(self, request: RequestLengths, num_tokens: int) -> int:
-        """Of a request's first ``num_tokens`` tokens, those whose keys and values are
-        what stock vLLM computes, in pages that nothing is written to any more."""
+        """Number of a request's first ``num_tokens`` tokens that have stock vLLM's keys
+        and values, in pages that are not written any more."""
         rule = self.rule_of(request)
         if request.request_id in self._evicted or not can_share(rule):
             return 0
-        # Groups of generated tokens are compressed where they lie.
+        # Groups of generated tokens are compressed in place.
         return (
             min(num_tokens, request.num_prompt_tokens)
             if rule.config.generation
@@ -213,6 +213,6 @@ class TierLengths:
         )
 
     def forget(self, req_id: str) -> None:
-        """Drop a request that holds no pages any more."""
+        """Drop a request that no longer holds pages."""
         self._evicted.pop(req_id, None)
         self._last_slots = self._last_peak = self._last_end = None

@@ -1,4 +1,4 @@
-"""Requests that cannot be served: each ends alone, with an error."""
+"""Refused requests: each ends with an error; other requests go on."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 class Refusals:
-    """What clients of refused requests are told with the next step."""
+    """Outputs of refused requests, sent to their clients with the next step."""
 
     def __init__(self) -> None:
         self._outputs: list[tuple[int, EngineCoreOutput]] = []
 
     def __len__(self) -> int:
-        """Clients that wait to be told."""
+        """Number of outputs to send."""
         return len(self._outputs)
 
     def add(self, request: Request) -> None:
-        """Note a request that the scheduler has ended."""
+        """Add the output of a request that the scheduler has ended."""
         output = EngineCoreOutput(
             request_id=request.request_id,
             new_token_ids=[],
@@ -32,7 +32,7 @@ class Refusals:
         self._outputs.append((request.client_index, output))
 
     def tell(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Add them to a step's outputs, by client."""
+        """Move the outputs to those of a step, by client."""
         for client, output in self._outputs:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         self._outputs.clear()

@@ -1,4 +1,4 @@
-"""What the policy means for this engine's memory: the start-up log."""
+"""Pages and concurrency of an engine under its policy, and the start-up log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class KVReport:
-    """Pages, bytes and sequences at once, counted on the engine's own groups."""
+    """Pages, bytes and concurrent sequences, by the engine's KV cache groups."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class KVReport:
         rule: LengthRule,
     ) -> None:
         self.rule = rule
-        """The engine's own policy."""
+        """The counts of the engine's policy."""
         self.max_model_len = vllm_config.model_config.max_model_len
         self._vllm_config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
@@ -41,7 +41,7 @@ class KVReport:
         return self.num_pages(self.rule.held_lengths(num_prompt_tokens, num_tokens))
 
     def num_pages(self, lengths: tuple[int, ...]) -> int:
-        """Pages of tiers that hold ``lengths`` tokens, other layers' included."""
+        """Pages for tiers of ``lengths`` tokens, and for layers without a tier."""
         return sum(self._group_pages(group, lengths) for group in self._groups)
 
     def _group_pages(self, group: KVCacheGroupSpec, lengths: tuple[int, ...]) -> int:
@@ -53,14 +53,14 @@ class KVReport:
         )
 
     def max_output_tokens(self, rule: LengthRule, num_prompt_tokens: int) -> int | None:
-        """Tokens that a request can generate with the whole pool to itself.
+        """Tokens that a request can generate if it has the whole pool.
 
         Args:
-            rule: of the request.
+            rule: the request's counts.
             num_prompt_tokens: length of its prompt.
 
         Returns:
-            None where the pool holds the request up to ``max_model_len``.
+            None: the pool holds the request up to ``max_model_len``.
         """
         low, high = num_prompt_tokens, self.max_model_len
 
@@ -81,8 +81,8 @@ class KVReport:
         return self.num_pages(lengths) <= self._num_pages
 
     def max_unpruned_chunk(self, max_chunk: int) -> int:
-        """Longest chunk of a prompt of ``max_model_len`` that fits into the pool
-        without pruning, at most ``max_chunk``."""
+        """Longest chunk, at most ``max_chunk``, with which a prompt of
+        ``max_model_len`` fits into the pool without pruning."""
         longest = self.max_model_len
 
         def fits(chunk: int) -> bool:
@@ -98,17 +98,17 @@ class KVReport:
         return low
 
     def num_stock_sequences(self, num_tokens: npt.NDArray[np.int64]) -> int:
-        """Most of some sequences that stock vLLM's cache holds at once in the pool.
+        """Number of the given sequences that fit into the pool in stock vLLM.
 
         Args:
             num_tokens: ``[num_sequences]``, computed tokens.
         """
-        # The shortest first: as many as could be there in any order.
+        # The shortest first: the most that any order allows.
         num_bytes = np.cumsum(self._stock_bytes(np.sort(num_tokens)))
         return int(np.count_nonzero(num_bytes <= self._num_pages * self._page_bytes))
 
     def lines(self) -> list[str]:
-        """The report, for a prompt of half the longest length."""
+        """The lines of the report, for a prompt of half ``max_model_len``."""
         rule, layout, config = self.rule, self.rule.layout, self.rule.config
         typical = max(1, self.max_model_len // 2)
         kept = rule.cache_lengths(typical)
@@ -151,7 +151,7 @@ class KVReport:
         return f"retention {config.retention:g}"
 
     def _method_lines(self, typical: int) -> list[str]:
-        """What is pruned and what is compressed in generation."""
+        """Lines on pruning and on compressed generation."""
         rule, lines = self.rule, []
         name, sizes = rule.config.name, rule.layout.sizes
         if rule.prunes:
@@ -194,6 +194,6 @@ class KVReport:
 
 
 def _run(values: tuple[int, ...]) -> str:
-    """``a-b`` where values differ, else ``a``."""
+    """``a-b`` if first and last differ, else ``a``."""
     low, high = values[0], values[-1]
     return f"{low}" if low == high else f"{low}-{high}"

@@ -47,9 +47,9 @@ _LOG_INTERVAL_S = 30.0
 
 
 class PyramidScheduler(AsyncScheduler):
-    """Counts and pages of a KV policy on top of vLLM's own scheduling.
+    """Adds a KV policy's counts and pages to vLLM's scheduling.
 
-    Everything it decides is a function of lengths: no step waits for a worker.
+    All decisions are functions of lengths: no step waits for a worker.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class PyramidScheduler(AsyncScheduler):
         self._tells_stats = reaches_plugins(vllm_config.additional_config)
         if self.log_stats and not self._tells_stats:
             logger.warning(
-                "KV policy: no metrics, for the front end is vLLM's Rust one, or the "
-                "configuration was not made by vLLM's EngineArgs, or changed behind it"
+                "KV policy: no metrics: the front end is vLLM's Rust one, or the "
+                "configuration was not made by vLLM's EngineArgs, or changed afterwards"
             )
         self.kv_report.log()
 
     @property
     def kv_counters(self) -> PolicyCounters:
-        """What the policy has done since start-up."""
+        """Counters since start-up."""
         return self._statistics.counters
 
     def _make_reserve(self, policies: RequestPolicies) -> GrowthReserve:
@@ -109,9 +109,9 @@ class PyramidScheduler(AsyncScheduler):
         )
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, its output no longer than the pool alone can hold.
+        """Queue a request, with its output capped at what the whole pool can hold.
 
-        One that cannot be served ends with finish reason "error", and alone.
+        A request that cannot be served ends with finish reason "error"; others go on.
         """
         try:
             rule = self._check_request(request)
@@ -132,7 +132,7 @@ class PyramidScheduler(AsyncScheduler):
         self._statistics.count_request(rule, request)
         if rule.prunes and needs_all_rows(request):
             logger.info_once(
-                "KV policy: requests for prompt_logprobs are served unpruned, for "
+                "KV policy: requests for prompt_logprobs are served unpruned, because "
                 "they need every row of the prompt"
             )
         super().add_request(request)
@@ -141,11 +141,11 @@ class PyramidScheduler(AsyncScheduler):
         """The counts of a request that can be served.
 
         Raises:
-            KVPolicyError: says why it cannot.
+            KVPolicyError: gives the reason why it cannot.
         """
         if request.resumable:
             raise KVPolicyError(
-                "streamed prompts are not supported: a prompt is evicted where it ends"
+                "streamed prompts are not supported: eviction needs the prompt's end"
             )
         rule = self.tier_lengths.rule_of(request)
         peak = self.tier_lengths.peaks(request, request.num_prompt_tokens)
@@ -161,27 +161,27 @@ class PyramidScheduler(AsyncScheduler):
         """End a request before it is scheduled."""
         self.kv_counters.num_refused_requests += 1
         logger.error("KV policy: request %s is refused: %s", request.request_id, error)
-        # Never looked at again: what it asked for must not be resolved once more.
+        # The request's policy must not be resolved again.
         request.sampling_params, request.resumable = None, False
         super().add_request(request)
         self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
         self._refusals.add(request)
 
     def has_requests(self) -> bool:
-        """Whether a step has anything to do, a refusal to be told included."""
+        """Whether a step has work, including refusals to report."""
         return bool(self._refusals) or super().has_requests()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take a step's tokens; tell clients of refused requests."""
+        """Take a step's tokens; report refused requests to their clients."""
         self._statistics.take_times(getattr(model_runner_output, TIMES_ATTRIBUTE, ()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._refusals.tell(outputs)
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's, with the policy's where those of a KV connector would be."""
+        """vLLM's statistics, with the policy's in the field of a KV connector."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self._tells_stats:
             stats.kv_connector_stats = self._statistics.payload(self.running)
@@ -192,7 +192,7 @@ class PyramidScheduler(AsyncScheduler):
         self._reserve.begin(self.running)
         output = super().schedule(*args, **kwargs)
         req_ids = list(output.num_scheduled_tokens)
-        # Evicted tokens as they are before this step, so before any `advance`.
+        # Evicted tokens before this step, so before any `advance`.
         num_evicted = self.tier_lengths.evicted_rows(req_ids)
         windows, generated, num_prompt_tokens = [], [], 0
         for req_id, num_scheduled in output.num_scheduled_tokens.items():
@@ -223,7 +223,7 @@ class PyramidScheduler(AsyncScheduler):
         return output
 
     def _with_pages(self, window: PromptWindow) -> PromptWindow:
-        """The window with pages to gather into, where its prompt's are shared."""
+        """The window, with target pages if its prompt's pages are shared."""
         if window.num_kept is None or not self.kv_cache_manager.enable_caching:
             return window
         request = self.requests[window.req_id]
@@ -238,7 +238,7 @@ class PyramidScheduler(AsyncScheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        """Take no more from the prefix cache than leaves a prompt its own eviction."""
+        """Limit a prefix hit, so that the prompt can still be evicted."""
         hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         most = self.tier_lengths.max_shared(request)
         if most is None or hit[1] <= most:
@@ -251,7 +251,7 @@ class PyramidScheduler(AsyncScheduler):
         return manager.create_kv_cache_blocks(blocks), num_tokens, boundary, False
 
     def check_integrity(self) -> None:
-        """Check that free and held pages add up, and no count outlives its pages."""
+        """Check that free and held pages add up and no count outlives its pages."""
         coordinator = self.kv_cache_manager.coordinator
         check_pool(coordinator.block_pool, coordinator.single_type_managers)
         for manager in self.tier_managers:
@@ -272,14 +272,14 @@ class PyramidScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """Also end a chunk where tokens are to be evicted: see ``ChunkEnds.limit``."""
+        """Also end chunks at points of eviction: see ``ChunkEnds.limit``."""
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
         return self._chunk_ends.limit(request, num_computed_tokens, num_new_tokens)
 
     def _free_evicted(self, plan: StepPlan) -> None:
-        """Give the evicted tokens' pages back, for later steps to use."""
+        """Return the pages of evicted tokens to the pool, for later steps."""
         if not plan.windows and not plan.generated:
             return
         before = dict(zip(plan.req_ids, plan.num_evicted.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What the scheduler counts of its policy, and tells the front end of it."""
+"""The scheduler's counters of its policy, and their report to the front end."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Statistics:
-    """Counts requests and steps; makes what goes to the front end.
+    """Counts requests and steps; makes the stats for the front end.
 
     Args:
-        lengths: what requests hold.
+        lengths: cached tokens of requests.
         report: pages and bytes of the engine's groups.
     """
 
@@ -44,7 +44,7 @@ class Statistics:
         self._num_layers, self._sizes = layout.num_layers, np.array(layout.sizes)
 
     def count_request(self, rule: LengthRule, request: Request) -> None:
-        """Count a request that is taken on, under ``rule``."""
+        """Count a request that is accepted under ``rule``."""
         add(self.counters.requests, rule.config.name)
         if rule.prunes and needs_all_rows(request):
             add(self.counters.unpruned, PROMPT_LOGPROBS)
@@ -59,9 +59,9 @@ class Statistics:
         """Count a request's compaction.
 
         Args:
-            before: evicted tokens of each tier before it.
-            after: with it.
-            pages: that it frees, of each tier.
+            before: evicted tokens of each tier before the compaction.
+            after: evicted tokens of each tier after it.
+            pages: freed pages of each tier.
         """
         counters = self.counters
         counters.num_compactions += 1
@@ -71,7 +71,7 @@ class Statistics:
             add(counters.pages_freed, str(tier), pages[tier])
 
     def count_step(self, plan: StepPlan, num_running: int) -> None:
-        """Count what a step computes."""
+        """Count a step's rows and groups."""
         counters, sizes = self.counters, self._sizes
         counters.max_num_running = max(counters.max_num_running, num_running)
         counters.num_groups += len(plan.generated)
@@ -86,11 +86,11 @@ class Statistics:
         counters.rows_computed += scheduled - pruned
 
     def take_times(self, times: Iterable[float]) -> None:
-        """Take over the seconds of compactions that a worker tells."""
+        """Take the seconds of compactions that a worker reports."""
         self._times += times
 
     def payload(self, running: Sequence[Request]) -> dict[str, Any]:
-        """What is new since the last payload, and what ``running`` requests hold."""
+        """Changes since the last payload, and the tokens of ``running`` requests."""
         computed = np.array([request.num_computed_tokens for request in running], int)
         evicted = self._lengths.evicted_rows([r.request_id for r in running])
         represented = int(computed.sum()) * self._num_layers

@@ -1,4 +1,4 @@
-"""What one step means for one request: which queries score, what is evicted."""
+"""Plans one step of one request: which queries score, and what is evicted."""
 
 import bisect
 
@@ -10,15 +10,15 @@ from pyramid_vllm.scheduler.lengths import RequestLengths, TierLengths
 def prompt_window(
     lengths: TierLengths, request: RequestLengths, num_before: int
 ) -> PromptWindow | None:
-    """Evict what a step of a prompt evicts.
+    """Plan one prefill step's eviction and record it in ``lengths``.
 
     Args:
         lengths: advanced to the step's end.
-        request: with the step's tokens counted as computed.
+        request: its computed tokens include the step's.
         num_before: tokens computed before the step.
 
     Returns:
-        None where the step neither scores, prunes nor evicts.
+        None: the step neither scores, prunes nor evicts.
     """
     rule = lengths.rule_of(request)
     computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
@@ -42,7 +42,7 @@ def prompt_window(
 def _queries(
     rule: LengthRule, num_prompt: int, num_before: int, computed: int
 ) -> tuple[bool, int]:
-    """Whether a later chunk needs queries of this one, and the window's length."""
+    """Whether a later chunk needs this chunk's queries, and how many queries score."""
     config = rule.config
     if not config.needs_queries or min(rule.cache_lengths(num_prompt)) == num_prompt:
         return False, 0
@@ -59,10 +59,10 @@ def _queries(
 def generated_window(
     lengths: TierLengths, request: RequestLengths, num_before: int
 ) -> GeneratedWindow | None:
-    """Evict what a step of a request's output evicts: arguments as above.
+    """Plan one decode step's compression: arguments as in ``prompt_window``.
 
     Returns:
-        None where no group of generated tokens has left the recent window.
+        None: no group of generated tokens has left the recent window.
     """
     rule = lengths.rule_of(request)
     computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
@@ -88,8 +88,8 @@ def generated_window(
 def to_next_group(
     rule: LengthRule, request: RequestLengths, num_computed: int, num_new: int
 ) -> int:
-    """Of ``num_new`` generated tokens, those up to and with the next one that lets a
-    group leave the recent window, or all."""
+    """Number of tokens, at most ``num_new``, until a group of generated tokens leaves
+    the recent window."""
     prompt = request.num_prompt_tokens
     generated = num_computed - prompt
     now = rule.num_groups(prompt, generated)

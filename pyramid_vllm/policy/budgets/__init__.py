@@ -1,4 +1,4 @@
-"""Budgets by name: how the kept tokens of a prompt are shared out among layers."""
+"""Budgets by name: how a prompt's kept tokens are divided among layers."""
 
 from pyramid_vllm.policy.budgets.arithmetic import ArithmeticBudget
 from pyramid_vllm.policy.budgets.base import Budget

@@ -9,11 +9,11 @@ from pyramid_vllm.policy.budgets.base import UNIT, Budget, as_units
 class ArithmeticBudget(Budget):
     """PyramidKV's budgets (arXiv 2406.02069).
 
-    With ``k`` the mean tokens kept before the recent window, the last of ``L`` layers
-    keeps ``k / beta`` of them, the first ``2k - k / beta``, those between lie on a
-    line; where the first would keep more than there are, it keeps them all and the
-    last layer gets what is left of the total. ``beta=1`` is the same budget for every
-    layer: SnapKV (arXiv 2404.14469).
+    ``k`` is the mean number of tokens kept before the recent window. The last of
+    ``L`` layers keeps ``k / beta``, the first ``2k - k / beta``; layers between are
+    interpolated linearly. If the first would keep more tokens than exist, it keeps
+    all, and the last layer gets the rest of the total. ``beta=1`` gives every layer
+    the same budget: SnapKV (arXiv 2404.14469).
     """
 
     def cache_lengths(self, num_tokens: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What every budget has in common."""
+"""Base class of budgets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ def as_units(fraction: float) -> int:
 class Budget(ABC):
     """``prompt tokens -> tokens kept per tier``, all integers.
 
-    Counts never rise from a tier to the next, and are never below the sinks and the
-    recent window or above the prompt. Those of a budget that pruning or ``evict:
-    chunk`` may use also never fall with length, nor grow by more than one a token.
+    Counts never rise from one tier to the next. They are at least the sinks and the
+    recent window, and at most the prompt. If the budget allows pruning and ``evict:
+    chunk``, they also never fall as the prompt grows, and grow by at most one a token.
     """
 
     config: PolicyConfig
@@ -30,7 +30,7 @@ class Budget(ABC):
 
     @abstractmethod
     def cache_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """Tokens of a prompt of ``num_tokens`` tokens that each tier keeps."""
+        """Tokens that each tier keeps of a prompt of ``num_tokens`` tokens."""
 
     def num_recent(self, num_tokens: int) -> int:
         """Length of the recent window of ``num_tokens`` tokens."""
@@ -38,7 +38,7 @@ class Budget(ABC):
         return min(num_tokens, self.config.recent + extra)
 
     def always(self, num_tokens: int) -> int:
-        """Sinks and recent window: what no layer goes below."""
+        """Sinks and recent window: the minimum that every layer keeps."""
         return min(num_tokens, self.config.sinks + self.num_recent(num_tokens))
 
     def by_tier(self, layers: Sequence[int]) -> tuple[int, ...]:

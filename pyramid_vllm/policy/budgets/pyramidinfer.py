@@ -1,4 +1,4 @@
-"""PyramidInfer's own budget: the context decays from layer to layer, compounding."""
+"""PyramidInfer's budget: the context decays from layer to layer, compounding."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _BISECTIONS = 50
 
 
 def decay(shape: str, ratio: float, layer: int, num_layers: int) -> float:
-    """Fall from 1 in the first layer towards ``ratio`` behind the last."""
+    """Fall from 1 in the first layer towards ``ratio`` after the last."""
     depth = layer / num_layers
     left = (math.cos(math.pi * depth) + 1) / 2 if shape == "cosine" else 1 - depth
     return (1 - ratio) * left + ratio
@@ -19,15 +19,15 @@ def decay(shape: str, ratio: float, layer: int, num_layers: int) -> float:
 
 @dataclass(frozen=True)
 class PyramidInferBudget(Budget):
-    """The context before the recent window shrinks as rows go deeper.
+    """The context before the recent window shrinks from layer to layer.
 
     PyramidInfer (arXiv 2405.12532, section 4, and its released code): layer ``i``,
-    where ``i`` is a multiple of ``layerwise_downsample_interval``, hands
-    ``r(i) = (1 - d) * (cos(pi * i / L) + 1) / 2 + d`` of its context on to layer
+    where ``i`` is a multiple of ``layerwise_downsample_interval``, passes
+    ``r(i) = (1 - d) * (cos(pi * i / L) + 1) / 2 + d`` of its context to layer
     ``i + 1``, where ``d`` is ``prefill_decay_ratio`` and ``L`` the number of layers.
-    The context includes the sinks and never falls below ``min_context``. (Where a
-    decay would end below that, the released code skips it whole; here the context
-    stops at ``min_context``, so that counts never fall as a prompt grows.)
+    The context includes the sinks and never falls below ``min_context``. (The
+    released code skips a decay that would end below that. This class stops at
+    ``min_context`` instead, so that counts never fall as a prompt grows.)
     """
 
     @cached_property
@@ -61,7 +61,7 @@ class PyramidInferBudget(Budget):
         return high
 
     def _decays(self, ratio: float) -> list[float]:
-        """What each layer hands on of its context."""
+        """Fraction of its context that each layer passes to the next."""
         num_layers = self.layout.num_layers
         interval = self.config.layerwise_downsample_interval
         return [
@@ -89,6 +89,6 @@ class PyramidInferBudget(Budget):
         layers = []
         for handed_on in self._handed_on:
             layers.append(recent + context)
-            # Half a billionth is lost in a unit: what should be whole must not fall.
+            # `as_units` may lose half a billionth; a whole context must not shrink.
             context = max(least, context * (handed_on + 1) // UNIT)
         return self.by_tier(layers)

@@ -21,17 +21,17 @@ class RetentionBudget(Budget):
     """Constant fractions whose mean over layers is ``retention``.
 
     Up to the length ``onset`` every tier keeps the floor: the sinks and the recent
-    window, or ``min_context``. Past it a tier grows by a constant fraction of a token
-    for each token of the prompt, a smaller one in later tiers.
+    window, or ``min_context``. Beyond it a tier grows by a constant fraction of a
+    token for each token of the prompt; the fraction is smaller in later tiers.
 
-    With ``layer_weights`` a tier keeps its fraction of the whole prompt, or the floor:
-    a layer that needs every token then has it. Where a floor is the larger, the mean is
+    With ``layer_weights`` a tier keeps its fraction of the whole prompt, at least the
+    floor, so that a layer can keep every token. If the floor is larger, the mean is
     above ``retention``.
     """
 
     @cached_property
     def growth(self) -> tuple[int, ...]:
-        """Tokens that each tier keeps of a billion prompt tokens past the onset."""
+        """Tokens that each tier keeps of a billion prompt tokens after the onset."""
         config, num_layers = self.config, self.layout.num_layers
         retention = as_units(config.retention)
         floor_growth = as_units(config.recent_ratio)
@@ -41,7 +41,7 @@ class RetentionBudget(Budget):
                 sum(layers[layer] for layer in tier) / len(tier)
                 for tier in self.layout.layers
             ]
-            # Rounded up, so that the mean is never short by a token and a fraction.
+            # Rounded up: rounding down twice could miss the mean by more than a token.
             growth = tuple(min(UNIT, math.ceil(mean * UNIT)) for mean in means)
             return self._not_rising(growth)
         # No layer grows faster than the prompt, or slower than its recent window.
@@ -54,8 +54,8 @@ class RetentionBudget(Budget):
         )
 
     def _weighted(self, weights: tuple[float, ...]) -> list[float]:
-        """The layers' growth by their weights, of mean ``retention``: none grows
-        faster than the prompt, or slower than its recent window."""
+        """Growth of each layer by its weight, with mean ``retention``. No layer grows
+        faster than the prompt or slower than its recent window."""
         config, num_layers = self.config, self.layout.num_layers
         low, high = 0.0, 1 / min(weights)
         for _ in range(_BISECTIONS):
@@ -68,7 +68,7 @@ class RetentionBudget(Budget):
         return [min(1.0, max(config.recent_ratio, high * w)) for w in weights]
 
     def _not_rising(self, growth: tuple[int, ...]) -> tuple[int, ...]:
-        """The same, where pruning allows it: pruned rows are gone for deeper tiers.
+        """Return ``growth`` if pruning allows it: deeper tiers lack pruned rows.
 
         Raises:
             KVPolicyError: a pruned tier would keep more than the one before it.
