@@ -47,7 +47,7 @@ class Finding:
     detail: str = ""
     where: str = ""
     digest: str = ""
-    """Of the source in this version, as ``DIGESTS`` has it."""
+    """Of the source in this version."""
 
     def __str__(self) -> str:
         parts = (self.status, self.kind, self.name, self.digest, self.where)
@@ -145,7 +145,7 @@ def check_tables(tree: Sources) -> Iterator[Finding]:
             status = "differs" if problem else "found" if found else "gone"
             yield Finding(kind, name, status, problem)
     for owner, names in ATTRIBUTES.items():
-        for name in names.split():
+        for name in names:
             found = tree.find(f"{owner}.{name}")
             yield Finding("read", f"{owner}.{name}", "found" if found else "gone")
 
@@ -281,7 +281,7 @@ def _override(
     name = path_of(theirs)
     listed = {name, name.rpartition(".")[0]} & digests.keys()
     if not listed:
-        return "unlisted", "DIGESTS has neither it nor its class"
+        return "unlisted", "the digests have neither it nor its class"
     if was and digest(was) == digest(theirs):
         return "same", detail
     known = ((tree.find(each), digests[each]) for each in listed)
