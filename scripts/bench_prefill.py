@@ -83,8 +83,7 @@ Report = dict[str, dict[str, Any]]
 def figures(results: dict[str, list[Any]], length: int) -> Report:
     """Medians and ranges of sides that took turns, for one length of prompt."""
     sides = {
-        name: [figure[length] for figure in rounds]
-        for name, rounds in results.items()
+        name: [figure[length] for figure in rounds] for name, rounds in results.items()
     }
     report: Report = {}
     for name, rounds in sides.items():

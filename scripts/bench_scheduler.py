@@ -40,6 +40,7 @@ from rich.table import Table
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from pyramid_vllm.policy import PolicyConfig, resolve_policy
+from pyramid_vllm.tools.cli.failing import or_fail
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine, sampled
 from pyramid_vllm.tools.simulate.model import load_model
@@ -237,38 +238,37 @@ def table(rows: list[dict[str, Any]], num_rounds: int) -> Table:
     return made
 
 
-def listed(what: str, values: Sequence[Any], **settings: Any) -> Any:
+def check_options(running: Sequence[int], tiers: Sequence[int], rounds: int) -> None:
+    """Raises: ValueError: a value is not valid; names the option and what is valid."""
+    for num in running:
+        if num < 1 or num % PROMPT_SHARE:
+            valid = f"positive multiples of {PROMPT_SHARE}"
+            raise ValueError(f"--running is '{num}': valid are {valid}")
+    for num in tiers:
+        if not 1 <= num <= MODEL.num_layers:
+            raise ValueError(f"--tiers is '{num}': valid is 1 to {MODEL.num_layers}")
+    if rounds < 1:
+        raise ValueError(f"--rounds is '{rounds}': valid is 1 or more")
+
+
+def listed(what: str, values: Sequence[Any]) -> Any:
     """An option that can be given several times."""
     default = ", ".join(map(str, values))
-    help_text = f"{what}; repeatable. All of {default} if not given."
-    return typer.Option(help=help_text, **settings)
-
-
-def multiples(values: list[int] | None) -> list[int] | None:
-    """Numbers of sequences of which one in ``PROMPT_SHARE`` can be new."""
-    for num in values or ():
-        if num < 1 or num % PROMPT_SHARE:
-            valid = f"valid are positive multiples of {PROMPT_SHARE}"
-            raise typer.BadParameter(f"--running is '{num}': {valid}")
-    return values
+    return typer.Option(help=f"{what}; repeatable. All of {default} if not given.")
 
 
 def main(
-    running: Annotated[
-        list[int] | None, listed("Sequences", RUNNING, callback=multiples)
-    ] = None,
-    tiers: Annotated[
-        list[int] | None,
-        listed("Numbers of tiers", TIERS, min=1, max=MODEL.num_layers),
-    ] = None,
+    running: Annotated[list[int] | None, listed("Sequences", RUNNING)] = None,
+    tiers: Annotated[list[int] | None, listed("Numbers of tiers", TIERS)] = None,
     caching: Annotated[
         list[Caching] | None, listed("Prefix caching", list(Caching))
     ] = None,
     load: Annotated[list[Load] | None, listed("Load", list(Load))] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each side.")] = ROUNDS,
+    rounds: Annotated[int, typer.Option(help="Rounds of each side.")] = ROUNDS,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Print the scheduler's milliseconds a step, ours and stock vLLM's."""
+    or_fail(lambda: check_options(running or (), tiers or (), rounds))
     chosen = (load or Load, caching or Caching, running or RUNNING, tiers or TIERS)
     cases = [
         Case(num_running, num_tiers, cached == "on", kind)

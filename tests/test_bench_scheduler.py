@@ -58,10 +58,10 @@ def test_without_a_prefix_cache_nothing_is_hashed() -> None:
     [
         ("--running", "9", "multiples of 8"),
         ("--running", "0", "multiples of 8"),
-        ("--tiers", "33", "1<=x<=32"),
+        ("--tiers", "33", "1 to 32"),
         ("--load", "idle", "'prefill'"),
         ("--caching", "yes", "'on', 'off'"),
-        ("--rounds", "0", "x>=1"),
+        ("--rounds", "0", "1 or more"),
     ],
 )
 def test_a_bad_option_is_named_with_what_is_valid(
