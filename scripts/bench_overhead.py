@@ -4,19 +4,17 @@ Stock vLLM and numbers of tiers take turns, round by round. Reported are ratios 
 within a round: median, lowest and highest.
 """
 
-import json
 import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from turns import SEED, STOCK, Side, ratios, spread, take_turns
+from turns import SEED, STOCK, Side, ratios, spread, step_seconds, take_turns
 
 from pyramid_vllm.tools.cli.model import make_model
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 
 NUM_SEQS = 8
 PROMPT_TOKENS = 64
@@ -26,20 +24,10 @@ KINDS = ("decode", "prefill")
 
 def time_round(engine: Any) -> dict[str, float]:
     """Tokens/s of one prefill step and of the median decode step after it."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=DECODE_STEPS + 1, ignore_eos=True, detokenize=False
-    )
-    for i in range(NUM_SEQS):
-        prompt = [(7 * i + j) % 4000 + 5 for j in range(PROMPT_TOKENS)]
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
-    steps = []
-    while engine.has_unfinished_requests():
-        start = time.perf_counter()
-        engine.step()
-        steps.append(time.perf_counter() - start)
-    prefill, *decode = steps
+    prompts = [
+        [(7 * i + j) % 4000 + 5 for j in range(PROMPT_TOKENS)] for i in range(NUM_SEQS)
+    ]
+    prefill, *decode = step_seconds(engine, prompts, DECODE_STEPS + 1)
     assert len(decode) == DECODE_STEPS, "the prompts did not fit into one step"
     return {
         "prefill": NUM_SEQS * PROMPT_TOKENS / prefill,
@@ -90,8 +78,8 @@ def main(
     }
     Console().print(table(found))
     if json_file is not None:
-        report = {"ratio_to_stock": found, "tokens_per_s": results} | provenance(SEED)
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = {"ratio_to_stock": found, "tokens_per_s": results}
+        write_report(json_file, report, SEED)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ many as fit into memory, and ratios are to stock within a round. Beside them sta
 rows that layers computed, and the share of the gain that these rows promise.
 """
 
-import json
 import statistics
 import time
 from functools import partial
@@ -15,11 +14,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from turns import SEED, STOCK, Side, ratios, spread, take_turns
+from turns import SEED, STOCK, Side, ratios, spread, step_seconds, take_turns
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.tools.cli.model import make_model
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 
 PRESET = "pyramidinfer"
 #: Beside stock; each holds the model's weights.
@@ -42,36 +41,27 @@ def policies_of(num_layers: int, retentions: list[float]) -> dict[str, dict[str,
 
 def time_prompt(engine: Any, num_tokens: int) -> dict[str, float]:
     """One prompt from arrival to its first token."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False
-    )
     prompt = [(31 * i * i + 7 * i) % 4000 + 5 for i in range(num_tokens)]
     core = engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
     counters = getattr(getattr(worker, "tier_state", None), "counters", None)
     before = counters.num_computed.sum() if counters else 0
-    arrival, in_steps = time.perf_counter(), 0.0
-    engine.add_request("0", {"prompt_token_ids": prompt}, sampling)
-    while engine.has_unfinished_requests():
-        start = time.perf_counter()
-        engine.step()
-        in_steps += time.perf_counter() - start
-    rows = 1.0
+    arrival = time.perf_counter()
+    in_steps = sum(step_seconds(engine, [prompt], 1))
+    ttft_s, rows = time.perf_counter() - arrival, 1.0
     if counters:
         num_layers = len(counters.num_computed)
-        rows = (counters.num_computed.sum() - before) / num_layers / num_tokens
+        rows = float(counters.num_computed.sum() - before) / num_layers / num_tokens
     return {
-        "ttft_s": time.perf_counter() - arrival,
+        "ttft_s": ttft_s,
         "prefill_tokens_per_s": num_tokens / in_steps,
-        "row_retention": float(rows),
+        "row_retention": rows,
     }
 
 
-def time_round(lengths: list[int], engine: Any) -> dict[str, dict[str, float]]:
+def time_round(lengths: list[int], engine: Any) -> dict[int, dict[str, float]]:
     """A prompt of each length."""
-    return {str(length): time_prompt(engine, length) for length in lengths}
+    return {length: time_prompt(engine, length) for length in lengths}
 
 
 def make_side(model: str, lengths: list[int], policy: dict[str, Any]) -> Side:
@@ -93,8 +83,7 @@ Report = dict[str, dict[str, Any]]
 def figures(results: dict[str, list[Any]], length: int) -> Report:
     """Medians and ranges of sides that took turns, for one length of prompt."""
     sides = {
-        name: [figure[str(length)] for figure in rounds]
-        for name, rounds in results.items()
+        name: [figure[length] for figure in rounds] for name, rounds in results.items()
     }
     report: Report = {}
     for name, rounds in sides.items():
@@ -161,8 +150,8 @@ def main(
                 report.setdefault(name, side)
         Console().print(table(report, length))
     if json_file is not None:
-        content = {"prompt_tokens": reports, "rounds": results} | provenance(SEED)
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"prompt_tokens": reports, "rounds": results}
+        write_report(json_file, content, SEED)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,19 @@ Both loads keep the number of scheduled sequences the same in every step:
 * ``prefill``: one in eight of the sequences is a new one, whose whole prompt is
   computed in the step. A sequence lives for eight steps, so as many end as arrive.
   Queueing a request is not timed. It is harder on a scheduler than most real loads,
-  for answers have eight tokens.
+  because answers have eight tokens.
 
 The memory is a fifth more than stock vLLM needs, so that nothing waits for pages. In
 load ``prefill`` the prefix cache soon fills it: new pages are evicted from the cache.
 """
 
 import gc
-import json
 import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
@@ -37,16 +36,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-# Before vLLM is imported: its own notes would cut through the progress bar.
+# Before vLLM is imported: its log lines would break the progress bar.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from pyramid_vllm.policy import PolicyConfig, resolve_policy
 from pyramid_vllm.tools.options import or_fail
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine, sampled
 from pyramid_vllm.tools.simulate.model import load_model
 
-MODEL = "Llama-3-8B"
+MODEL = load_model("Llama-3-8B", None, 1)
 POLICY = "pyramid"
 RUNNING = (64, 256, 512, 1024)
 TIERS = (1, 6, 32)
@@ -80,38 +79,35 @@ class Case:
         """Requests that arrive before a step, until all are there or for ever."""
         return self.running // PROMPT_SHARE
 
+    def engine_settings(self, num_outputs: int) -> EngineSettings:
+        """An engine in which neither the memory nor a bound on a step ever binds.
 
-def engine_settings(case: Case, num_outputs: int) -> EngineSettings:
-    """An engine in which neither the memory nor a bound on a step ever binds.
-
-    Args:
-        case: of the matrix.
-        num_outputs: tokens that a request generates.
-    """
-    model = load_model(MODEL, None, 1)
-    longest = PROMPT_TOKENS + BLOCK_SIZE + num_outputs
-    num_pages = -(-longest // BLOCK_SIZE)
-    page_bytes = BLOCK_SIZE * int(model.token_bytes) * model.num_layers
-    # A request that has ended holds its place until its last step's output is taken.
-    max_num_seqs = case.running + PIPELINE_DEPTH * case.num_new
-    return EngineSettings(
-        model=model,
-        kv_bytes=int(MEMORY_MARGIN * max_num_seqs * num_pages * page_bytes),
-        max_model_len=longest,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=case.num_new * longest + case.running,
-        block_size=BLOCK_SIZE,
-        prefix_caching=case.caching,
-    )
+        Args:
+            num_outputs: tokens that a request generates.
+        """
+        longest = PROMPT_TOKENS + BLOCK_SIZE + num_outputs
+        num_pages = -(-longest // BLOCK_SIZE)
+        page_bytes = BLOCK_SIZE * int(MODEL.token_bytes) * MODEL.num_layers
+        # A request that ended keeps its place until its last step's output is taken.
+        max_num_seqs = self.running + PIPELINE_DEPTH * self.num_new
+        return EngineSettings(
+            model=MODEL,
+            kv_bytes=int(MEMORY_MARGIN * max_num_seqs * num_pages * page_bytes),
+            max_model_len=longest,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.num_new * longest + self.running,
+            block_size=BLOCK_SIZE,
+            prefix_caching=self.caching,
+        )
 
 
 class Side:
-    """A scheduler under a load, its worker played.
+    """A scheduler under a load, without a worker.
 
     Args:
         case: of the matrix.
         policy: the side's; None: stock vLLM.
-        num_rounds: that are to come.
+        num_rounds: how many rounds will be measured.
     """
 
     def __init__(
@@ -121,9 +117,7 @@ class Side:
         num_steps = PROMPT_SHARE + num_rounds * STEPS_PER_ROUND
         # In load `decode` no request ends before the last step.
         self._num_outputs = PROMPT_SHARE if case.load == "prefill" else num_steps + 1
-        self._engine: Any = SimulatedEngine(
-            engine_settings(case, self._num_outputs), policy
-        )
+        self._engine = SimulatedEngine(case.engine_settings(self._num_outputs), policy)
         self.scheduler: Any = self._engine.scheduler
         self._flying: deque[tuple[Any, Any]] = deque()
         self._num_requests = 0
@@ -219,46 +213,8 @@ def measure(case: Case, num_rounds: int) -> dict[str, Any]:
     }
     times = time_rounds(sides, num_rounds + 1)
     check_sides(sides["stock"], sides["ours"], case)
-    stock_ms, ours_ms = (statistics.median(times[name][1:]) for name in sides)
-    return {
-        "running": case.running,
-        "tiers": case.tiers,
-        "caching": case.caching,
-        "load": case.load,
-        "stock_ms": stock_ms,
-        "ours_ms": ours_ms,
-        "ratio": ours_ms / stock_ms,
-    }
-
-
-def cases(
-    running: Sequence[int],
-    tiers: Sequence[int],
-    caching: Iterable[str],
-    loads: Iterable[str],
-    rounds: int,
-) -> list[Case]:
-    """The cases of a matrix that is to be measured in ``rounds`` rounds.
-
-    Raises:
-        ValueError: a value is not valid; names the option, the value and what is.
-    """
-    num_layers = load_model(MODEL, None, 1).num_layers
-    for num in running:
-        if num < 1 or num % PROMPT_SHARE:
-            valid = f"positive multiples of {PROMPT_SHARE}"
-            raise ValueError(f"--running is '{num}': valid is {valid}")
-    for num in tiers:
-        if not 1 <= num <= num_layers:
-            raise ValueError(f"--tiers is '{num}': valid is 1 to {num_layers}")
-    if rounds < 1:
-        raise ValueError(f"--rounds is '{rounds}': valid is 1 or more")
-    return [
-        Case(num_running, num_tiers, cached == "on", load)
-        for load, cached, num_running, num_tiers in product(
-            loads, caching, running, tiers
-        )
-    ]
+    stock, ours = (statistics.median(times[name][1:]) for name in sides)
+    return asdict(case) | {"stock_ms": stock, "ours_ms": ours, "ratio": ours / stock}
 
 
 def table(rows: list[dict[str, Any]], num_rounds: int) -> Table:
@@ -267,9 +223,8 @@ def table(rows: list[dict[str, Any]], num_rounds: int) -> Table:
         title="schedule() + update_from_output(), ms a step: median of "
         f"{num_rounds} rounds of {STEPS_PER_ROUND} steps"
     )
-    for column in ("load", "prefix caching", "running", "tiers"):
-        made.add_column(column, justify="right")
-    for column in ("stock ms", "ours ms", "ratio"):
+    columns = ("load", "prefix caching", "running", "tiers")
+    for column in (*columns, "stock ms", "ours ms", "ratio"):
         made.add_column(column, justify="right")
     for row in rows:
         made.add_row(
@@ -277,12 +232,23 @@ def table(rows: list[dict[str, Any]], num_rounds: int) -> Table:
             "on" if row["caching"] else "off",
             f"{row['running']:,}",
             str(row["tiers"]),
-            f"{row['stock_ms']:.2f}",
-            f"{row['ours_ms']:.2f}",
-            f"{row['ratio']:.2f}",
+            *(f"{row[key]:.2f}" for key in ("stock_ms", "ours_ms", "ratio")),
             end_section=row["tiers"] == rows[-1]["tiers"],
         )
     return made
+
+
+def check_options(running: Sequence[int], tiers: Sequence[int], rounds: int) -> None:
+    """Raises: ValueError: a value is not valid; names the option and what is valid."""
+    for num in running:
+        if num < 1 or num % PROMPT_SHARE:
+            valid = f"positive multiples of {PROMPT_SHARE}"
+            raise ValueError(f"--running is '{num}': valid are {valid}")
+    for num in tiers:
+        if not 1 <= num <= MODEL.num_layers:
+            raise ValueError(f"--tiers is '{num}': valid is 1 to {MODEL.num_layers}")
+    if rounds < 1:
+        raise ValueError(f"--rounds is '{rounds}': valid is 1 or more")
 
 
 def listed(what: str, values: Sequence[Any]) -> Any:
@@ -302,17 +268,20 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Print the scheduler's milliseconds a step, ours and stock vLLM's."""
-    chosen = (running or RUNNING, tiers or TIERS, caching or Caching, load or Load)
-    matrix = or_fail(lambda: cases(*chosen, rounds))
+    or_fail(lambda: check_options(running or (), tiers or (), rounds))
+    chosen = (load or Load, caching or Caching, running or RUNNING, tiers or TIERS)
+    cases = [
+        Case(num_running, num_tiers, cached == "on", kind)
+        for kind, cached, num_running, num_tiers in product(*chosen)
+    ]
     rows = [
-        measure(case, rounds) for case in track(matrix, console=Console(stderr=True))
+        measure(case, rounds) for case in track(cases, console=Console(stderr=True))
     ]
     # At least as wide as the table, also where there is no terminal.
     console = Console()
     console.print(table(rows, rounds), width=max(80, console.width))
     if json_file is not None:
-        content = {"rows": rows, "rounds": rounds} | provenance(SEED)
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_report(json_file, {"rows": rows, "rounds": rounds}, SEED)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pyramid_vllm.policy import NONE
 from pyramid_vllm.tools.cli.model import make_model
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.calibrate import MeasuredRun, fit, read_runs
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import SimulatedEngine
@@ -142,12 +142,9 @@ def main(
     console.print(fitted.efficiency.model_dump())
     console.print(table(rows))
     if json_file is not None:
-        content = {
-            "rows": rows,
-            "fit_error": error,
-            "efficiency": fitted.efficiency.model_dump(),
-        } | provenance(0)
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"rows": rows, "fit_error": error}
+        content["efficiency"] = fitted.efficiency.model_dump()
+        write_report(json_file, content, 0)
 
 
 if __name__ == "__main__":

@@ -122,11 +122,11 @@ def one_prompt_goals(results: Results, command: str) -> list[Goal]:
     figures = results["points"][0]["sides"][DEFAULT]
     memory = "KV bytes a request, 2,048-token prompts, 128 output tokens, of stock's"
     sooner = "TTFT p50, 2,048-token prompts, of stock's"
-    found: list[tuple[str, Aim, str]] = [
-        (memory, ("at most", 0.46, "46%"), "kv_bytes_per_request"),
-        (sooner, ("at most", 0.75, "0.75"), "ttft_p50_s"),
+    num_bytes, ttft = figures["kv_bytes_per_request"], figures["ttft_p50_s"]
+    return [
+        _ratio_goal(memory, ("at most", 0.46, "46%"), num_bytes["ratio"], command),
+        _ratio_goal(sooner, ("at most", 0.75, "0.75"), ttft["ratio"], command),
     ]
-    return [_ratio_goal(n, a, figures[key]["ratio"], command) for n, a, key in found]
 
 
 def batch_goals(results: Results, command: str) -> list[Goal]:
@@ -167,23 +167,19 @@ def collect(done: dict[str, Any]) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     results = {name: load(step) for name, step in done.items()}
     commands = {name: shlex.join(step.command) for name, step in done.items()}
-    for name in ("quality", "quality-second", "peers", "one-prompt", "batch"):
-        if name not in results:
-            continue
-        found, command = results[name], commands[name]
-        if name == "quality":
-            goals += quality_goals(found, "SmolLM2-135M", command)
-        elif name == "quality-second":
-            model = Path(found["settings"]["model"]).name
-            goals += quality_goals(found, model, command)
-        elif name == "one-prompt":
-            goals += one_prompt_goals(found, command)
-        elif name == "batch":
-            goals += batch_goals(found, command)
-        elif name == "peers":
-            tasks, _ = tasks_of(results["quality"])
-            extra["peers"] = peer_figures(found, tasks["retrieval"])
-            goals += peer_goals(results["quality"], extra["peers"], command)
+    if found := results.get("quality"):
+        goals += quality_goals(found, "SmolLM2-135M", commands["quality"])
+    if found := results.get("quality-second"):
+        model = Path(found["settings"]["model"]).name
+        goals += quality_goals(found, model, commands["quality-second"])
+    if found := results.get("peers"):
+        tasks, _ = tasks_of(results["quality"])
+        extra["peers"] = peer_figures(found, tasks["retrieval"])
+        goals += peer_goals(results["quality"], extra["peers"], commands["peers"])
+    if found := results.get("one-prompt"):
+        goals += one_prompt_goals(found, commands["one-prompt"])
+    if found := results.get("batch"):
+        goals += batch_goals(found, commands["batch"])
     return {"goals": goals, "commands": commands} | extra
 
 

@@ -8,7 +8,6 @@ lasts. Prefix caching is whatever each side has by default.
 """
 
 import asyncio
-import json
 import math
 import shutil
 import signal
@@ -22,7 +21,6 @@ import aiohttp
 import typer
 from checkout import commit
 from rich.console import Console
-from rich.table import Table
 from soak_load import (
     BLOCK_SIZE,
     MAX_MODEL_LEN,
@@ -36,10 +34,11 @@ from soak_load import (
 )
 
 from pyramid_vllm.model_shape import ModelShape
-from pyramid_vllm.policy import num_pages
+from pyramid_vllm.policy import NONE, num_pages
 from pyramid_vllm.tools.bench.server import Sampler, serve
 from pyramid_vllm.tools.cli.model import make_model
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.figures import Metric, side_table
+from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.sizes import format_bytes
 
 #: Bound of the wait for the last requests, and its part in the time of arrivals.
@@ -49,9 +48,22 @@ DRAIN_S, DRAIN_FACTOR = 120.0, 4.0
 #: busy, for every stock sequence that the memory holds.
 CALIBRATION_S, CLIENTS_PER_SEQUENCE = 45.0, 3
 
-
 #: What became of one side's requests, as JSON holds it.
 Figures = dict[str, Any]
+#: Rows of the table; a dash is what the server did not report.
+METRICS = [
+    Metric("num_sent", "requests sent"),
+    Metric("num_finished", "finished"),
+    Metric("num_aborted", "aborted by us"),
+    Metric("num_errors", "errors"),
+    Metric("num_pages_leaked", "pages leaked"),
+    Metric("num_pages", "  of"),
+    Metric("max_num_running", "most sequences at once"),
+    Metric("num_preemptions", "preemptions"),
+    Metric("requests_per_s", "finished requests/s", ".3f"),
+    Metric("tokens_per_s", "their tokens/s, prompt and output", ".1f"),
+    Metric("seconds", "seconds to the last end"),
+]
 
 
 def is_sound(side: Figures) -> bool:
@@ -144,32 +156,6 @@ def run_sides(
     return sides, sustained
 
 
-def table(sides: dict[str, Figures], policy: str) -> Table:
-    """Figures as people read them."""
-    made = Table("")
-    for name in sides:
-        made.add_column("stock vLLM" if name == "stock" else policy, justify="right")
-    rows = {
-        "requests sent": "{num_sent}",
-        "finished": "{num_finished}",
-        "aborted by us": "{num_aborted}",
-        "errors": "{num_errors}",
-        "pages leaked": "{num_pages_leaked}",
-        "  of": "{num_pages}",
-        "most sequences at once": "{max_num_running}",
-        "preemptions": "{num_preemptions}",
-        "finished requests/s": "{requests_per_s:.3f}",
-        "their tokens/s, prompt and output": "{tokens_per_s:.1f}",
-        "seconds to the last end": "{seconds:.0f}",
-    }
-    for label, cell in rows.items():
-        cells = (
-            cell.format(**side).replace("None", "unknown") for side in sides.values()
-        )
-        made.add_row(label, *cells)
-    return made
-
-
 def report(
     settings: Settings, sides: dict[str, Figures], policy: str, sustained: float
 ) -> dict[str, Any]:
@@ -186,7 +172,7 @@ def report(
         "commit": commit(),
         "device": current_platform.get_device_name(),
     }
-    return figures | conditions | provenance(settings.seed)
+    return figures | conditions
 
 
 def make_settings(model: str, stock_sequences: int, **options: Any) -> Settings:
@@ -238,10 +224,11 @@ def main(
     is_whole = False
     try:
         sides, sustained = run_sides(settings, policy, logs, console)
-        console.print(table(sides, policy))
+        by_policy = {NONE: sides["stock"], f"policy {policy}": sides["policy"]}
+        console.print(side_table(METRICS, by_policy))
         if json_file is not None:
             result = report(settings, sides, policy, sustained)
-            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_report(json_file, result, settings.seed)
         is_whole = is_sound(sides["policy"])
         for side in sides.values():
             for error, count in side["errors"].items():

@@ -56,41 +56,6 @@ class LoadRequest:
     """Seconds after which we close it."""
 
 
-def draw_requests(
-    seed: int, rate: float, seconds: float, vocab_size: int, abort_share: float
-) -> Iterator[LoadRequest]:
-    """Requests that arrive as a Poisson process.
-
-    Args:
-        seed: the same seed draws the same requests.
-        rate: mean requests a second.
-        seconds: arrivals end here.
-        vocab_size: token ids of prompts are below it.
-        abort_share: share of requests to abort.
-    """
-    rng = random.Random(seed)
-
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(vocab_size) for _ in range(count)]
-
-    prefixes = [tokens(PREFIX_TOKENS) for _ in range(NUM_PREFIXES)]
-    start_s = rng.expovariate(rate)
-    while start_s < seconds:
-        prompt = tokens(rng.randint(*PROMPT_TOKENS))
-        if rng.random() < SHARED_SHARE:
-            prompt[:PREFIX_TOKENS] = rng.choice(prefixes)
-        max_tokens = rng.randint(*OUTPUT_TOKENS)
-        abort: dict[str, Any] = {}
-        if rng.random() < abort_share:
-            if rng.random() < 0.5:
-                abort = {"abort_pieces": rng.randint(1, max_tokens - 1)}
-            else:
-                first, last = map(math.log, ABORT_S)
-                abort = {"abort_s": math.exp(rng.uniform(first, last))}
-        yield LoadRequest(start_s, prompt, max_tokens, **abort)
-        start_s += rng.expovariate(rate)
-
-
 @dataclass(frozen=True)
 class Settings:
     """What both sides share."""
@@ -121,8 +86,34 @@ class Settings:
         )
 
     def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
-        """Requests of this load."""
-        return draw_requests(seed, rate, seconds, self.vocab_size, self.abort_share)
+        """Requests that arrive as a Poisson process.
+
+        Args:
+            seed: the same seed draws the same requests.
+            rate: mean requests a second.
+            seconds: arrivals end here.
+        """
+        rng = random.Random(seed)
+
+        def tokens(count: int) -> list[int]:
+            return [rng.randrange(self.vocab_size) for _ in range(count)]
+
+        prefixes = [tokens(PREFIX_TOKENS) for _ in range(NUM_PREFIXES)]
+        start_s = rng.expovariate(rate)
+        while start_s < seconds:
+            prompt = tokens(rng.randint(*PROMPT_TOKENS))
+            if rng.random() < SHARED_SHARE:
+                prompt[:PREFIX_TOKENS] = rng.choice(prefixes)
+            max_tokens = rng.randint(*OUTPUT_TOKENS)
+            abort: dict[str, Any] = {}
+            if rng.random() < self.abort_share:
+                if rng.random() < 0.5:
+                    abort = {"abort_pieces": rng.randint(1, max_tokens - 1)}
+                else:
+                    first, last = map(math.log, ABORT_S)
+                    abort = {"abort_s": math.exp(rng.uniform(first, last))}
+            yield LoadRequest(start_s, prompt, max_tokens, **abort)
+            start_s += rng.expovariate(rate)
 
 
 @dataclass

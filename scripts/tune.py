@@ -6,7 +6,6 @@ KL of the next-token distribution from the full cache's after a compressed promp
 needles that the full cache finds and the policy loses.
 """
 
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from pyramid_vllm.policy import (
 from pyramid_vllm.tools.analysis.dense import DenseModel
 from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from pyramid_vllm.tools.cli.model import make_model
-from pyramid_vllm.tools.provenance import provenance
+from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import read_part, windows
 
@@ -214,8 +213,7 @@ def main(
             for trials in history
         ]
         content = {"best": best.model_dump(mode="json"), "rounds": tried}
-        text_of = json.dumps(content | provenance(SEED), indent=2)
-        json_file.write_text(text_of + "\n", encoding="utf-8")
+        write_report(json_file, content, SEED)
 
 
 if __name__ == "__main__":

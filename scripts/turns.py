@@ -6,6 +6,7 @@ A slower minute of the machine is then every side's; ratios are taken within a r
 import multiprocessing
 import os
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -61,6 +62,23 @@ def _start(side: Side) -> Connection:
     theirs.close()
     ours.recv()
     return ours
+
+
+def step_seconds(engine: Any, prompts: list[list[int]], num_tokens: int) -> list[float]:
+    """Seconds of each step that answers some prompts with ``num_tokens`` each."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False
+    )
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+    seconds = []
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[Any]]:

@@ -343,24 +343,12 @@ def test_engines_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [bench.LARGE, bench.SMALL, bench.TINY])
-def test_the_benchmark_takes_our_options(
-    tmp_path: Path, shape: bench.Shape, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_benchmark_takes_our_options(tmp_path: Path, shape: bench.Shape) -> None:
     """And its two amounts of memory are one that binds and one that does not."""
-    from typer.testing import CliRunner
-
-    from pyramid_vllm.tools.bench import run as command
     from pyramid_vllm.tools.bench.workload import make_workload
-    from pyramid_vllm.tools.cli import app
 
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(shape.config))
-    taken: list[Any] = []
-    monkeypatch.setattr(command, "run_bench", taken.append)
-    arguments = bench.arguments(shape, tmp_path, Options())
-    result = CliRunner().invoke(app, ["bench", *arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    (settings,) = taken
+    shape.write_config(tmp_path)
+    settings = bench.settings(shape, tmp_path, Options())
     assert settings.engine == {"load_format": "dummy"}
     workload = make_workload(settings)
     fits = [

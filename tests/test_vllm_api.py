@@ -2,7 +2,7 @@
 
 ``test_the_installed_version_has_everything`` also fails when something that we override
 has another source than when we read it: read the new one, mend the override, then write
-the digest that the failure shows into ``scripts/vllm_api/vllm_names.py``.
+the digest that the failure shows into ``scripts/vllm_api/vllm_names.yaml``.
 """
 
 import hashlib

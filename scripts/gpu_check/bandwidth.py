@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gpu_check.loading import Skip, load_package, need, need_gpu
+from gpu_check.loading import Skip, is_interpreted, load_package, need, need_gpu
 from gpu_check.pieces import (
     MEASURED,
     MET,
@@ -30,6 +31,8 @@ _QUERIES = (16, 64, 256)
 def run(options: Options) -> Iterator[Check]:
     """Only on a GPU: interpreted kernels say nothing about time."""
     need_gpu()
+    if is_interpreted():
+        raise Skip("TRITON_INTERPRET=1: interpreted kernels say nothing about time")
     need("torch", "triton")
     load_package()
     from gpu_check.timing import Timer, copy_bandwidth, matmul_rate
@@ -46,7 +49,8 @@ def run(options: Options) -> Iterator[Check]:
         for count in (1, 8):
             sizes = Sizes(num_requests=count, layout=layout)
             yield from _requests(sizes, timer, peaks, options)
-    yield guarded("share of a prefill step", lambda: _share(timer, options))
+    name = "share of a prefill step"
+    yield guarded(name, lambda: _share(name, timer, options))
 
 
 def _lacks(num_bytes: float) -> str:
@@ -75,18 +79,19 @@ def _requests(
     step.select(every)
     for layers in _TIERS:
         name = f"compact, {label}, {layers} layers"
-        yield guarded(name, lambda n=name, x=layers: _compact(n, step, x, timer, peaks))
+        yield guarded(name, partial(_compact, name, step, layers, timer, peaks))
     for part in ("pool", "select"):
         name = f"{part}, {label}, {_TIERS[0]} layers"
-        yield guarded(name, lambda n=name, p=part: _time_only(n, step, p, timer))
+        yield guarded(name, partial(_time_only, name, step, part, timer))
     for queries in _QUERIES:
         name = f"score, {label}, {queries} queries"
         other = step.with_queries(queries)
-        yield guarded(name, lambda n=name, s=other: _score(n, s, timer, peaks))
+        yield guarded(name, partial(_score, name, other, timer, peaks))
 
 
-def _figures(timed: Timed, **more: Any) -> dict[str, Any]:
-    return {"launched_ms": timed.launched, "replayed_ms": timed.replayed} | more
+def _check(name: str, status: str, detail: str, timed: Timed, **more: Any) -> Check:
+    figures = {"launched_ms": timed.launched, "replayed_ms": timed.replayed} | more
+    return Check(name, status, detail, figures)
 
 
 def _compact(
@@ -96,33 +101,31 @@ def _compact(
     num_bytes = step.sizes.moved_bytes(layers)
     rate = num_bytes / timed.best * 1e3
     share = rate / peaks["copy_bytes_per_s"]
-    figures = _figures(
+    return _check(
+        name,
+        MET if share >= COMPACT_GOAL else MISSED,
+        f"{timed}, {rate / 1e9:.0f} GB/s, {share:.0%} of a copy; goal: at least "
+        f"{COMPACT_GOAL:.0%}",
         timed,
         bytes=num_bytes,
         bytes_per_s=rate,
         share_of_copy=share,
         goal=COMPACT_GOAL,
     )
-    detail = (
-        f"{timed.best:.3f} ms (launched {timed.launched:.3f}), {rate / 1e9:.0f} GB/s, "
-        f"{share:.0%} of a copy; goal: at least {COMPACT_GOAL:.0%}"
-    )
-    return Check(name, MET if share >= COMPACT_GOAL else MISSED, detail, figures)
 
 
 def _time_only(name: str, step: Step, part: str, timer: Timer) -> Check:
     timed = timer.time(lambda: getattr(step, part)(slice(0, _TIERS[0])))
-    detail = f"{timed.best:.3f} ms (launched {timed.launched:.3f})"
-    return Check(name, MEASURED, detail, _figures(timed))
+    return _check(name, MEASURED, str(timed), timed)
 
 
 def regime(sizes: Sizes, layers: int, peaks: dict[str, float]) -> tuple[str, float]:
     """What bounds scoring from below, and the seconds that it takes at least."""
-    memory = sizes.key_bytes(layers) / peaks["copy_bytes_per_s"]
-    arithmetic = sizes.score_flop(layers) / peaks["matmul_flop_per_s"]
-    if memory >= arithmetic:
-        return "memory", memory
-    return "arithmetic", arithmetic
+    seconds = {
+        "memory": sizes.key_bytes(layers) / peaks["copy_bytes_per_s"],
+        "arithmetic": sizes.score_flop(layers) / peaks["matmul_flop_per_s"],
+    }
+    return max(seconds.items(), key=lambda item: item[1])
 
 
 def _score(name: str, step: Step, timer: Timer, peaks: dict[str, float]) -> Check:
@@ -134,7 +137,13 @@ def _score(name: str, step: Step, timer: Timer, peaks: dict[str, float]) -> Chec
     bound, least = regime(sizes, layers, peaks)
     rate = num_bytes / seconds
     share, possible = rate / copied, num_bytes / least / copied
-    figures = _figures(
+    return _check(
+        name,
+        MET if share >= SCORE_GOAL else MISSED,
+        f"{timed}, {layers} layers, {rate / 1e9:.0f} GB/s of keys, {share:.0%} of a "
+        f"copy; goal: at least {SCORE_GOAL:.0%}; {flops / 1e12:.0f} TFLOP/s; bound by "
+        f"{bound}: {possible:.0%} of a copy is possible, {least / seconds:.0%} of it "
+        "reached",
         timed,
         key_bytes=num_bytes,
         bytes_per_s=rate,
@@ -145,16 +154,9 @@ def _score(name: str, step: Step, timer: Timer, peaks: dict[str, float]) -> Chec
         share_of_bound=least / seconds,
         goal=SCORE_GOAL,
     )
-    detail = (
-        f"{timed.best:.3f} ms for {layers} layers (launched {timed.launched:.3f}), "
-        f"{rate / 1e9:.0f} GB/s of keys, {share:.0%} of a copy; goal: at least "
-        f"{SCORE_GOAL:.0%}; {flops / 1e12:.0f} TFLOP/s; bound by {bound}: "
-        f"{possible:.0%} of a copy is possible, {least / seconds:.0%} of it reached"
-    )
-    return Check(name, MET if share >= SCORE_GOAL else MISSED, detail, figures)
 
 
-def _share(timer: Timer, options: Options) -> Check:
+def _share(name: str, timer: Timer, options: Options) -> Check:
     """Of one prompt: scoring, selection and compaction of all layers."""
     from gpu_check.workload import PrefillLayer, Sizes, Step
 
@@ -164,7 +166,12 @@ def _share(timer: Timer, options: Options) -> Check:
     whole = timer.median_ms(PrefillLayer(sizes, "cuda").run) * sizes.num_layers
     timed = timer.time(Step(sizes, "cuda", options.seed).prefill)
     share = timed.best / whole
-    figures = _figures(
+    return _check(
+        name,
+        MET if share <= SHARE_GOAL else MISSED,
+        f"{timed.best:.2f} ms of {whole:.1f} ms: {share:.1%} (launched one by one, "
+        f"{timed.launched:.2f} ms: {timed.launched / whole:.1%}); goal: at most "
+        f"{SHARE_GOAL:.0%}",
         timed,
         prefill_ms=whole,
         share=share,
@@ -172,10 +179,3 @@ def _share(timer: Timer, options: Options) -> Check:
         goal=SHARE_GOAL,
         sizes={k: str(v) for k, v in asdict(sizes).items()},
     )
-    detail = (
-        f"{timed.best:.2f} ms of {whole:.1f} ms: {share:.1%} (launched one by one, "
-        f"{timed.launched:.2f} ms: {timed.launched / whole:.1%}); goal: at most "
-        f"{SHARE_GOAL:.0%}"
-    )
-    status = MET if share <= SHARE_GOAL else MISSED
-    return Check("share of a prefill step", status, detail, figures)

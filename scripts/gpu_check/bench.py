@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpu_check.loading import ROOT, Skip, has_gpu, need
+from gpu_check.loading import ROOT, Skip, need, need_gpu
 from gpu_check.pieces import MEASURED, Check, Options
 
-_TIMEOUT = 5 * 3600
-_TAIL_CHARS = 4000
+if TYPE_CHECKING:
+    from pyramid_vllm.tools.bench.settings import BenchSettings
+
 _FIGURES = ("total_tokens_per_s", "max_num_running", "kv_bytes_per_request")
 
 
@@ -36,12 +35,11 @@ class Shape:
     """What binds, and what does not; in stock sequences."""
     repeats: int = 3
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Of the model, as transformers reads it."""
+    def write_config(self, folder: Path) -> None:
+        """Write the model's configuration as transformers reads it."""
         file = ROOT / "configs" / "shapes" / "Llama-3-8B" / "config.json"
-        base: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return base | self.changes
+        content = json.loads(file.read_text(encoding="utf-8")) | self.changes
+        (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 LARGE = Shape("Llama-3-8B-shaped", {}, 40)
@@ -73,14 +71,20 @@ def run(options: Options) -> Iterator[Check]:
     if shape is SMALL:
         why = f"less than {LARGE.least_gib} GiB: {SMALL.name} in place of {LARGE.name}"
         yield Check("smaller model", MEASURED, why)
-    results = _results(shape, options)
+    from pyramid_vllm.tools.bench.run import run_bench
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape.write_config(folder)
+        run_bench(settings(shape, folder, options))
+        text = (folder / "results.json").read_text(encoding="utf-8")
+    results = json.loads(text)
     for point in results["points"]:
         yield _check(shape, point, results)
 
 
 def _shape_that_fits() -> Shape:
-    if not has_gpu():
-        raise Skip("no NVIDIA GPU that torch can use")
+    need_gpu()
     import torch
 
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -91,53 +95,24 @@ def _shape_that_fits() -> Shape:
     raise Skip(f"{gib:.0f} GiB of GPU memory: needs {SMALL.least_gib}")
 
 
-def arguments(shape: Shape, folder: Path, options: Options) -> list[str]:
-    """Of ``pyramid-vllm bench``."""
+def settings(shape: Shape, folder: Path, options: Options) -> BenchSettings:
+    """The benchmark of a model whose configuration is in a folder, as are results."""
+    from pyramid_vllm.tools.bench.settings import BenchSettings
+
     longest = shape.prompt_tokens + shape.output_tokens
-    found = {
-        "--model": folder / "model",
-        "--workload": "offline",
-        "--num-prompts": shape.num_prompts,
-        "--prompt-tokens": shape.prompt_tokens,
-        "--output-tokens": shape.output_tokens,
-        "--repeats": 1 if options.quick else shape.repeats,
-        "--seed": options.seed,
-        "--dtype": shape.dtype,
-        "--max-num-batched-tokens": max(2048, longest),
-        "--engine-args": json.dumps({"load_format": "dummy"}),
-        "--out": folder / "results",
-    }
-    texts = [str(part) for pair in found.items() for part in pair]
-    return [*texts, *(x for memory in shape.kv_memory for x in ("--kv-memory", memory))]
-
-
-def _results(shape: Shape, options: Options) -> dict[str, Any]:
-    """What the command wrote.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "model").mkdir()
-        text = json.dumps(shape.config, indent=2)
-        (folder / "model" / "config.json").write_text(text, encoding="utf-8")
-        code = "from pyramid_vllm.tools.cli import app; app()"
-        command = [sys.executable, "-c", code, "bench"]
-        done = subprocess.run(
-            [*command, *arguments(shape, folder, options)],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-            check=False,
-        )
-        if done.returncode:
-            tail = (done.stdout + done.stderr)[-_TAIL_CHARS:]
-            how = f"ended with {done.returncode}"
-            raise RuntimeError(f"pyramid-vllm bench {how}:\n{tail}")
-        file = folder / "results" / "results.json"
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+    return BenchSettings(
+        model=str(folder),
+        num_prompts=shape.num_prompts,
+        prompt_tokens=str(shape.prompt_tokens),
+        output_tokens=str(shape.output_tokens),
+        kv_memory=list(shape.kv_memory),
+        repeats=1 if options.quick else shape.repeats,
+        seed=options.seed,
+        dtype=shape.dtype,
+        max_num_batched_tokens=max(2048, longest),
+        engine_args=json.dumps({"load_format": "dummy"}),
+        out=folder,
+    )
 
 
 def _check(shape: Shape, point: dict[str, Any], results: dict[str, Any]) -> Check:

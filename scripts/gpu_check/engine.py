@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from gpu_check.loading import Skip, has_gpu, need
+from gpu_check.loading import need, need_gpu
 from gpu_check.pieces import FAILED, MEASURED, OK, SKIPPED, Check, Options
 
 #: Attention backends and what their engines compute in: the most exact they have.
@@ -45,8 +45,8 @@ _SIDE_TIMEOUT = 900.0
 def run(options: Options) -> Iterator[Check]:
     """Backend by backend; each engine has a process of its own on a GPU."""
     need("torch", "vllm", "transformers")
-    if not options.on_cpu and not has_gpu():
-        raise Skip("no NVIDIA GPU that torch can use")
+    if not options.on_cpu:
+        need_gpu()
     names = ["TRITON_ATTN"] if options.on_cpu else list(BACKENDS)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:

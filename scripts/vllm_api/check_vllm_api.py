@@ -6,8 +6,6 @@ for which the overrides were written.
 
 import ast
 import inspect
-import json
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -28,11 +26,14 @@ from vllm_source import (
     unpack,
 )
 
+from pyramid_vllm.tools.provenance import write_report
+
 #: What does not work, then what somebody has to read; the rest is fine.
 ERRORS = ("gone", "differs")
 TO_READ = ("unlisted", "changed")
+Parameter = inspect.Parameter
 _KINDS = {kind.description: kind for kind in inspect._ParameterKind}
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Finding:
     detail: str = ""
     where: str = ""
     digest: str = ""
-    """Of the source in this version, as ``DIGESTS`` has it."""
+    """Of the source in this version."""
 
     def __str__(self) -> str:
         parts = (self.status, self.kind, self.name, self.digest, self.where)
@@ -58,8 +59,8 @@ def signature(function: Any) -> inspect.Signature:
     """A function's parameters, without ``self`` and ``cls``."""
     parameters = []
     for p in function.parameters:
-        made = inspect.Parameter(p.name, _KINDS[p.kind.value])
-        # griffe says that *args is () by default.
+        made = Parameter(p.name, _KINDS[p.kind.value])
+        # griffe gives *args the default ().
         has_default = not p.required and made.kind not in _VARIADIC
         parameters.append(made.replace(default=p.default) if has_default else made)
     is_bound = function.parent.is_class and "staticmethod" not in function.labels
@@ -70,16 +71,14 @@ def override_problem(theirs: inspect.Signature, ours: inspect.Signature) -> str:
     """Why callers of ``theirs`` could not call ``ours``; empty if they can."""
     fixed = [p for p in theirs.parameters.values() if p.kind not in _VARIADIC]
     kinds = [p.kind for p in ours.parameters.values()]
-    has_args = inspect.Parameter.VAR_POSITIONAL in kinds
-    num_positional = sum(
-        kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds
-    )
-    # What theirs hands on is not known.
+    num_positional = sum(kind <= Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
+    if Parameter.VAR_POSITIONAL in kinds:
+        num_positional = len(fixed)
+    # What theirs passes on is not known.
     bind = ours.bind if len(fixed) == len(theirs.parameters) else ours.bind_partial
     for passed in (fixed, [p for p in fixed if p.default is p.empty]):
         positional = [p.name for p in passed if p.kind is not p.KEYWORD_ONLY]
-        if not has_args:
-            positional = positional[:num_positional]
+        positional = positional[:num_positional]
         named = {p.name: "" for p in passed if p.name not in positional}
         try:
             arguments = bind(*positional, **named).arguments
@@ -103,11 +102,10 @@ def call_problem(theirs: inspect.Signature, passed: tuple[str, ...]) -> str:
 
 def wrap_problem(theirs: inspect.Signature, taken: tuple[str, ...]) -> str:
     """Why callers could not call a wrapper that takes some parameters."""
-    kinds = inspect.Parameter
-    ours = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in taken if name != "*"]
+    named = [name for name in taken if name != "*"]
+    ours = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in named]
     if "*" in taken:
-        ours.append(kinds("args", kinds.VAR_POSITIONAL))
-        ours.append(kinds("kwargs", kinds.VAR_KEYWORD))
+        ours += [Parameter(kind.name, kind) for kind in _VARIADIC]
     return override_problem(theirs, inspect.Signature(ours))
 
 
@@ -133,7 +131,7 @@ def check_digests(
 
 
 def check_tables(tree: Sources) -> Iterator[Finding]:
-    """What is wrapped, and what is called or read on objects that we are handed."""
+    """What is wrapped, and what is called or read on objects that vLLM passes to us."""
     tables = (("wrapped", WRAPPED, wrap_problem), ("called", CALLED, call_problem))
     for kind, functions, problem_of in tables:
         for name, parameters in functions.items():
@@ -145,9 +143,8 @@ def check_tables(tree: Sources) -> Iterator[Finding]:
             status = "differs" if problem else "found" if found else "gone"
             yield Finding(kind, name, status, problem)
     for owner, names in ATTRIBUTES.items():
-        for name in names.split():
-            found = tree.find(f"{owner}.{name}")
-            yield Finding("read", f"{owner}.{name}", "found" if found else "gone")
+        for name in (f"{owner}.{name}" for name in names):
+            yield Finding("read", name, "found" if tree.find(name) else "gone")
 
 
 def imports(tree: Sources, ours: Path) -> Iterator[tuple[str, str]]:
@@ -171,15 +168,14 @@ def imports(tree: Sources, ours: Path) -> Iterator[tuple[str, str]]:
                     yield path_of(owner, node.attr), f"{module.path}:{node.lineno}"
 
 
-def _imported(node: Any) -> list[tuple[str, str]]:
+def _imported(node: Any) -> Iterator[tuple[str, str]]:
     """What an import binds of vLLM: names of ours and of vLLM."""
-    if isinstance(node, ast.ImportFrom):
-        found = [(a.asname or a.name, f"{node.module}:{a.name}") for a in node.names]
-    elif isinstance(node, ast.Import):
-        found = [(a.asname or a.name, a.name) for a in node.names]
-    else:
-        return []
-    return [(ours, path) for ours, path in found if re.match(r"vllm[.:]", path + ":")]
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        module = getattr(node, "module", None)
+        for alias in node.names:
+            path = f"{module}:{alias.name}" if module else alias.name
+            if path.replace(":", ".").split(".")[0] == "vllm":
+                yield alias.asname or alias.name, path
 
 
 def _modules(tree: Sources, ours: Path) -> Iterator[Any]:
@@ -202,16 +198,16 @@ def inherited(tree: Sources, ours: Path) -> dict[tuple[str, str], tuple[Any, Any
                 continue
             classes = [host, *host.mro()]
             for i, cls in enumerate(classes):
-                if _is_theirs(cls):
-                    continue
                 bases = list(filter(_is_theirs, classes[i + 1 :]))
+                if _is_theirs(cls) or not bases:
+                    continue
                 suffix = "" if cls is host else f" in {path_of(host)}"
                 for name, member in cls.members.items():
                     base = next((base for base in bases if name in base.members), None)
                     if base and _kind(member):
                         key = "override", path_of(cls, name) + suffix
                         found[key] = member, base.members[name]
-                for name in _read_of_self(cls) if bases else ():
+                for name in _read_of_self(cls):
                     base = first_with(name, classes)
                     if base and _is_theirs(base):
                         found["read", path_of(host, name)] = None, base
@@ -250,7 +246,7 @@ def check_uses(
     for name, where in dict.fromkeys(imports(tree, ours)):
         yield Finding("import", name, "found" if tree.find(name) else "gone", "", where)
     before, now = inherited(base, ours), inherited(tree, ours)
-    for kind, where in {**before, **now}:
+    for kind, where in before | now:
         member, was = before.get((kind, where), (None, None))
         member, theirs = now.get((kind, where), (member, None))
         if theirs is None:
@@ -273,19 +269,21 @@ def _override(
     if _kind(ours) != (_kind(theirs) or "attribute"):
         return "differs", f"it is a {_kind(theirs)}, our override a {_kind(ours)}"
     if ours.is_function and theirs.is_function:
-        problem = override_problem(signature(theirs), signature(ours))
-        if problem:
+        if problem := override_problem(signature(theirs), signature(ours)):
             return "differs", problem
         old, new = _shown(signature(was or theirs)), _shown(signature(theirs))
         detail = f"it took {old}, now {new}" if old != new else detail
     name = path_of(theirs)
     listed = {name, name.rpartition(".")[0]} & digests.keys()
     if not listed:
-        return "unlisted", "DIGESTS has neither it nor its class"
+        return "unlisted", "the digests have neither it nor its class"
     if was and digest(was) == digest(theirs):
         return "same", detail
-    known = ((tree.find(each), digests[each]) for each in listed)
-    is_read = any(found and digest(found) == read for found, read in known)
+    is_read = any(
+        found and digest(found) == digests[each]
+        for each in listed
+        if (found := tree.find(each))
+    )
     return "read" if is_read else "changed", detail
 
 
@@ -302,13 +300,7 @@ def version_of(tree: Sources) -> str:
 
 
 def check(tree: Sources, base: Sources, ours: Path = ROOT) -> list[Finding]:
-    """All findings.
-
-    Args:
-        tree: the version in question and the package.
-        base: the version that our overrides were written for, and the package.
-        ours: where the package lies.
-    """
+    """All findings; the arguments are those of ``check_uses``."""
     version = version_of(tree)
     listed = DIGESTS.get(version, DIGESTS[next(iter(DIGESTS))])
     return [
@@ -343,12 +335,9 @@ def main(
     counts = Counter(f"{finding.kind} {finding.status}" for finding in findings)
     print(version_of(tree), *(f"{n} {name}" for name, n in counts.items()), sep=", ")
     if json_file is not None:
-        content = {
-            "vllm": version_of(tree),
-            "compared_with": version_of(base),
-            "findings": [asdict(finding) for finding in findings],
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"vllm": version_of(tree), "compared_with": version_of(base)}
+        found = {"findings": [asdict(finding) for finding in findings]}
+        write_report(json_file, content | found, 0)
     raise typer.Exit(any(finding.status in ERRORS for finding in findings))
 
 
