@@ -15,10 +15,10 @@ from prometheus_client import REGISTRY, generate_latest
 from typer.testing import CliRunner
 
 from pyramid_vllm.metrics.prometheus import COUNTERS, GAUGES, PREFIX
+from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.monitor.scrape import Scrape, parse
 from tests.engines import close, generate, make_llm, random_prompts
 from tests.metrics_server import serving
-from tests.test_top import APP
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DASHBOARD = CONFIGS / "grafana/pyramid.json"
@@ -247,9 +247,9 @@ def test_top_shows_the_engine(engine: Any) -> None:
 
     with serving(answer) as url:
         arguments = [url, "--once", "--json", "--interval", "0.1"]
-        result = CliRunner().invoke(APP, arguments)
+        result = CliRunner().invoke(app, ["top", *arguments])
         assert result.exit_code == 0, result.output
-        picture = CliRunner().invoke(APP, [url, "--once", "--interval", "0.1"])
+        picture = CliRunner().invoke(app, ["top", url, "--once", "--interval", "0.1"])
     shown = json.loads(result.output)
     (policy,) = shown["policies"]
     assert policy["kv_policy"] == "pyramidinfer"

@@ -253,8 +253,8 @@ def test_the_log_line_sums_up(served: Any, caplog: pytest.LogCaptureFixture) -> 
     line.log(lambda text, *args: written.append(text % args))
     assert written == [
         "KV policy pyramid: held 40.0% of the tokens of running requests, 4 "
-        "compactions, 6 pages freed, 14 KV entries evicted, 2.0 ms a step that "
-        "compacts, up to 3 requests more than the uncompressed cache holds"
+        "compactions, 6 pages freed, 14 KV entries evicted, 2.0 ms per compacting "
+        "step, up to 3 requests more than the uncompressed cache holds"
     ]
 
 
