@@ -131,10 +131,11 @@ def score(
         ring: rows of each request's ring of queries; None: queries lie in order.
         scratch: memory that calls share.
     """
+    requests = list(_each(spans))
     for layer, of_query in enumerate(query_layers.tolist()):
         sinks = attention.sink_logits
         of_layer = attention._replace(sink_logits=sinks and sinks[layer : layer + 1])
-        for span in _each(spans):
+        for span in requests:
             newest = None
             if config.needs_queries:
                 if not span.num_queries:

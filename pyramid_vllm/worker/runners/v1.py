@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,12 @@ class V1Runner:
         self.prepare: Prepare | None = None
         """Not called: inputs are asked for."""
 
+    @cached_property
+    def _tables(self) -> BlockTables:
+        """The runner's own memory, the same in every step."""
+        tables = self._batch.block_table.block_tables
+        return BlockTables.of([torch.from_numpy(t.block_table.np) for t in tables])
+
     @property
     def num_groups(self) -> int:
         """KV cache groups."""
@@ -49,7 +56,7 @@ class V1Runner:
             seq_lens=seq_lens,
             seq_lens_on_host=seq_lens,
             num_padded=common.num_reqs,
-            tables=BlockTables.of([self.pages(i) for i in range(len(tables))]),
+            tables=self._tables,
             slots=[table.slot_mapping.gpu for table in tables],
         )
 
@@ -75,7 +82,7 @@ class V1Runner:
 
     def pages(self, group_id: int) -> torch.Tensor:
         """A cache group's block table."""
-        return torch.from_numpy(self._batch.block_table[group_id].block_table.np)
+        return self._tables.tensors[group_id]
 
     def kernel_block_size(self, group_id: int) -> int:
         """Tokens of the blocks that a group's kernels see."""
