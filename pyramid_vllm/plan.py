@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 #: Attribute of vLLM's ``SchedulerOutput`` that carries the plan.
 PLAN_ATTRIBUTE = "kv_policy_plan"
 
@@ -65,11 +62,8 @@ class GeneratedWindow:
 class StepPlan:
     """The counts that workers need for one step; it has no scores and no tokens."""
 
-    req_ids: tuple[str, ...]
-    """The scheduled requests. Read by the worker to map them to its batch rows."""
-    num_evicted: npt.NDArray[np.int32]
-    """``[len(req_ids), num_tiers]``: computed tokens minus cache length, before this
-    step. Read by the metadata builders: lengths and slots follow from it."""
+    num_reqs: int
+    """Scheduled requests. Read by the worker, which checks that the step ran."""
     num_prompt_tokens: int
     """Prompt tokens that this step computes. Read by the worker's counters."""
     windows: tuple[PromptWindow, ...]
@@ -78,12 +72,8 @@ class StepPlan:
     generated: tuple[GeneratedWindow, ...]
     """Read by the worker after the forward pass (scores, compaction, rows)."""
     released: frozenset[str]
-    """Requests that finished or were preempted: the worker drops their queries."""
-
-    @property
-    def has_evicted(self) -> bool:
-        """Whether any scheduled request has evicted tokens."""
-        return bool(self.num_evicted.any())
+    """Requests that finished or were preempted: the worker drops what it holds of
+    them, queries and counts of evicted tokens."""
 
     @property
     def prunes(self) -> bool:
@@ -91,13 +81,16 @@ class StepPlan:
         return any(window.num_rows is not None for window in self.windows)
 
     @property
-    def cache_lengths(self) -> dict[str, tuple[int, ...]]:
-        """Cache lengths per tier of each request from which this step evicts tokens."""
-        kept = {window.req_id: window.num_kept for window in self.generated}
-        for window in self.windows:
-            if window.num_kept is not None:
-                kept[window.req_id] = window.num_kept
-        return kept
+    def compactions(self) -> list[tuple[str, int, tuple[int, ...]]]:
+        """Of each request from which this step evicts tokens: its id, its tokens
+        computed after the step, and its cache lengths per tier."""
+        windows: list[PromptWindow | GeneratedWindow]
+        windows = [*self.windows, *self.generated]
+        return [
+            (window.req_id, window.num_tokens, window.num_kept)
+            for window in windows
+            if window.num_kept is not None
+        ]
 
 
 def attach_plan(output: Any, plan: StepPlan) -> None:

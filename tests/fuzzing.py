@@ -45,7 +45,8 @@ class _Request:
         self.tokens = tokens
         self.held: list[Tokens] = [np.empty(0, dtype=np.int64)] * num_groups
         """What each cache group must find in its pages."""
-        self.evicted = False
+        self.evicted: list[int] = []
+        """By tier; empty: none yet."""
         self.block_ids: list[list[int]] = []
 
 
@@ -79,6 +80,7 @@ class PageWorker:
     def run(self, output: Any) -> None:
         """One step: rows, keys of the step's tokens, compaction."""
         plan: StepPlan = plan_of(output)
+        self._begin(plan)
         starts = self._update_rows(output, plan)
         self._prepare(output, plan, starts)
         for group_id, tier in self._tier_of_group.items():
@@ -86,9 +88,12 @@ class PageWorker:
         for group in plan.generated:
             for group_id, tier in self._tier_of_group.items():
                 self._compress(group, group_id, tier)
-        for req_id in plan.cache_lengths:
-            self.requests[req_id].evicted = True
+        for req_id, num_tokens, num_kept in plan.compactions:
+            self.requests[req_id].evicted = [num_tokens - kept for kept in num_kept]
         self._truncate(plan)
+
+    def _begin(self, plan: StepPlan) -> None:
+        """Before the requests that left are forgotten."""
 
     def _prepare(self, output: Any, plan: StepPlan, starts: dict[str, int]) -> None:
         """Between the rows of a step and its writes."""
@@ -162,16 +167,14 @@ class PageWorker:
         tier: int,
     ) -> None:
         windows = {window.req_id: window for window in plan.windows}
-        evicted = dict(
-            zip(plan.req_ids, plan.num_evicted[:, tier].tolist(), strict=True)
-        )
         for req_id, num_new in output.num_scheduled_tokens.items():
             start, request = starts[req_id], self.requests[req_id]
             if not len(request.held[group_id]) and start:  # pages of the prefix cache
                 request.held[group_id] = self._names(req_id, group_id, 0, start)
                 self.num_shared_reads += 1
             num_held = len(request.held[group_id])
-            assert num_held == start - evicted[req_id], (req_id, group_id, "count")
+            num_evicted = request.evicted[tier] if request.evicted else 0
+            assert num_held == start - num_evicted, (req_id, group_id, "count")
             names = self._names(req_id, group_id, start, start + num_new)
             window = windows.get(req_id)
             if window is not None and window.num_rows is not None:

@@ -84,14 +84,17 @@ class V2PageWorker(PageWorker):
         slots = torch.full(shape, -7, dtype=torch.int64)
         return tables, slots
 
+    def _begin(self, plan: StepPlan) -> None:
+        self._step.begin(plan)
+
     def _prepare(self, output: Any, plan: StepPlan, starts: dict[str, int]) -> None:
         self._tables.apply_staged_writes()
         self._slots_of_step = {}
+        step = self._step
         if not output.num_scheduled_tokens:
+            step.finish(0)
             return
         batch = self._batch(output, starts)
-        step = self._step
-        step.begin(plan)
         _, slots = self._runner.prepare_attn(batch)
         rows = step.rows
         for group_id, tier in self._tier_of_group.items():

@@ -153,6 +153,8 @@ class Driver:
         self._depth = depth
         self._flying: deque[Any] = deque()
         self.plans: list[StepPlan] = []
+        self.evicted: list[dict[str, tuple[int, ...]]] = []
+        """After each step's schedule: evicted tokens of requests, by tier."""
         self.finished: dict[str, str] = {}
         """Why each request ended, as its client is told."""
 
@@ -166,6 +168,10 @@ class Driver:
         output = self.scheduler.schedule()
         plan: StepPlan = plan_of(output)
         self.plans.append(plan)
+        lengths = self.scheduler.tier_lengths
+        holders = list(self.scheduler.requests)
+        counts = {req_id: lengths.evicted(req_id) for req_id in holders}
+        self.evicted.append({r: count for r, count in counts.items() if any(count)})
         self.scheduler.check_integrity()
         self._flying.append((output, sampled(self.scheduler, output)))
         if len(self._flying) >= self._depth:

@@ -150,8 +150,7 @@ def test_windows_without_metadata_are_an_error() -> None:
     window = PromptWindow("a", "pyramid", 10, 2, False, (5,), 2)
     step.begin(
         StepPlan(
-            req_ids=("a",),
-            num_evicted=torch.zeros(1, 1).int().numpy(),
+            num_reqs=1,
             num_prompt_tokens=10,
             windows=(window,),
             generated=(),

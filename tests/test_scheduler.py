@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from pyramid_vllm.plan import StepPlan
 from pyramid_vllm.policy import num_pages
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.block_manager import TierBlockManager
@@ -76,25 +75,24 @@ def test_retention_one_frees_nothing(tiny_llama: str) -> None:
     driver = Driver(scheduler)
     driver.run()
     assert scheduler.kv_counters.num_pages_freed == 0
-    assert all(not plan.cache_lengths for plan in driver.plans)
-    assert all(not plan.num_evicted.any() for plan in driver.plans)
+    assert all(not plan.compactions for plan in driver.plans)
 
 
-def test_the_plan_says_what_was_evicted_before_its_step(tiny_llama: str) -> None:
+def test_the_plan_says_once_what_is_evicted(tiny_llama: str) -> None:
     scheduler = make_scheduler(tiny_llama, 200, SMALL)
     scheduler.add_request(make_request("a", prompt=200, output=4))
     driver = Driver(scheduler)
     driver.run()
     kept = scheduler.kv_rule.cache_lengths(200)
-    first, *later = [plan for plan in driver.plans if plan.req_ids]
+    first, *later = [plan for plan in driver.plans if plan.num_reqs]
     (window,) = first.windows
-    assert not first.num_evicted.any()
     assert (window.num_tokens, window.num_kept, window.retain) == (200, kept, False)
     assert window.num_queries == window.num_recent == 16
     assert len(later) == 3
+    assert first.compactions == [("a", 200, kept)]
     for plan in later:
-        assert plan.num_evicted.tolist() == [[200 - count for count in kept]]
         assert not plan.windows
+        assert not plan.compactions
 
 
 def test_chunks_retain_only_the_queries_of_the_recent_window(tiny_llama: str) -> None:
@@ -102,7 +100,7 @@ def test_chunks_retain_only_the_queries_of_the_recent_window(tiny_llama: str) ->
     scheduler.add_request(make_request("a", prompt=130, output=1))
     driver = Driver(scheduler)
     driver.run()
-    chunks = [plan.windows for plan in driver.plans if plan.req_ids]
+    chunks = [plan.windows for plan in driver.plans if plan.num_reqs]
     assert [len(windows) for windows in chunks] == [0, 1, 1]
     middle, last = chunks[1][0], chunks[2][0]
     # Of the window 114..129, the second chunk (64..127) has the first 14 queries.
@@ -195,20 +193,15 @@ def test_two_steps_in_flight(
     assert len(scheduler.tier_lengths) == 0
 
 
-def replay_is_consistent(plans: list[StepPlan], scheduler: PyramidScheduler) -> None:
-    """A worker that only ever sees plans, in order, agrees with every one of them."""
-    evicted: dict[str, list[int]] = {}
-    for plan in plans:
+def replay_is_consistent(driver: Driver) -> None:
+    """A worker that only ever sees plans, in order, has the scheduler's counts."""
+    evicted: dict[str, tuple[int, ...]] = {}
+    for plan, expected in zip(driver.plans, driver.evicted, strict=True):
         for req_id in plan.released:
             evicted.pop(req_id, None)
-        zeros = [0] * scheduler.kv_rule.layout.num_tiers
-        for req_id, row in zip(plan.req_ids, plan.num_evicted.tolist(), strict=True):
-            assert row == evicted.get(req_id, zeros)
-        for window in (*plan.windows, *plan.generated):
-            if window.num_kept is not None:
-                evicted[window.req_id] = [
-                    window.num_tokens - kept for kept in window.num_kept
-                ]
+        for req_id, num_tokens, num_kept in plan.compactions:
+            evicted[req_id] = tuple(num_tokens - kept for kept in num_kept)
+        assert evicted == expected
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -251,7 +244,7 @@ def test_random_schedules_lose_no_page(tiny_llama: str, seed: int, depth: int) -
     assert free_pages(scheduler) == total
     assert len(scheduler.tier_lengths) == 0
     assert scheduler.kv_counters.num_compactions > 0
-    replay_is_consistent(driver.plans, scheduler)
+    replay_is_consistent(driver)
 
 
 def test_random_schedules_do_preempt(tiny_llama: str) -> None:

@@ -188,19 +188,19 @@ def test_work_of_a_compaction_follows_the_plan() -> None:
     policy = resolve_policy("pyramid")
     assert policy is not None
     window = PromptWindow("a", "pyramid", 1000, 100, False, (1000, 400), 64)
-    plan = StepPlan(
-        ("a",), np.zeros((1, 2), np.int32), 1000, (window,), (), frozenset()
-    )
+    plan = StepPlan(1, 1000, (window,), (), frozenset())
     model_of = WorkModel(model, (8, 24), {"pyramid": policy})
-    work = model_of.step(np.array([0]), np.array([1000]), plan)
+    work = model_of.step(np.array([0]), np.array([1000]), plan, req_ids=["a"])
     # The first tier keeps all: it neither scores nor moves.
     assert work.score_flops == 24 * 2 * 128 * 32 * 100 * 1000
     assert work.num_compactions == 24
     assert work.move_bytes == 24 * (4 * 4 * 8 * 1000 + 2 * 400 * 4096)
-    evicted = np.array([[0, 600]], np.int32)
-    later = StepPlan(("a",), evicted, 0, (), (), frozenset())
-    after = model_of.step(np.array([1000]), np.array([1]), later)
+    later = StepPlan(1, 0, (), (), frozenset())
+    after = model_of.step(np.array([1000]), np.array([1]), later, req_ids=["a"])
     assert after.decode_bytes == 4096 * (8 * 1001 + 24 * 401)
+    gone = StepPlan(1, 0, (), (), frozenset({"a"}))
+    after = model_of.step(np.array([1000]), np.array([1]), gone, req_ids=["a"])
+    assert after.decode_bytes == 4096 * 32 * 1001
 
 
 def test_tensor_parallel_splits_work_and_adds_all_reduces() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
 
@@ -67,29 +65,10 @@ class PyramidCPUMetadataBuilder(TieredBuilder, CPUAttentionMetadataBuilder):
         """The stock value: there are no graphs on CPUs."""
         return CPUAttentionMetadataBuilder.get_cudagraph_support(*args, **kwargs)
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> CPUAttentionMetadata:
-        """The metadata of one step for this builder's group."""
-        tiers = self.tiers
-        if tiers is None or not tiers.has_stock_lengths:
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        common = tiers.for_tier(self.tier, common_attn_metadata)
-        # Tiers differ only in their pages: build once.
-        key = (self.num_heads, self.num_kv_heads, self.head_dim, self.window_size)
-        built = tiers.shared.get(key)
-        if built is None:
-            stock = CPUAttentionMetadataBuilder.build
-            built = stock(self, common_prefix_len, common, fast_build)
-            tiers.shared[key] = built
-        return dataclasses.replace(
-            built,
-            block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
-        )
+    @staticmethod
+    def is_shareable(built: Any) -> bool:
+        """Always: no graph reads what a builder has made."""
+        return True
 
 
 class CPUAccess(KVAccess):

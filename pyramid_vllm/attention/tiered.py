@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from typing import Any, Protocol
 
@@ -14,9 +15,8 @@ class TierMetadata(Protocol):
 
     shared: dict[Hashable, Any]
 
-    @property
-    def has_stock_lengths(self) -> bool:
-        """Whether all tiers have stock vLLM's lengths and rows."""
+    def first_like(self, tier: int, common: CommonAttentionMetadata) -> int | None:
+        """The first tier with the lengths and rows of ``tier``; None outside steps."""
 
     def for_tier(
         self, tier: int, common: CommonAttentionMetadata
@@ -45,6 +45,7 @@ class TieredBuilder:
     supports_update_block_table = False
     tiers: TierMetadata | None = None
     tier = -1
+    kv_cache_spec: Any
 
     def build(
         self,
@@ -53,10 +54,36 @@ class TieredBuilder:
         fast_build: bool = False,
     ) -> Any:
         """The metadata of one step for this builder's group."""
-        if self.tiers is not None:
-            common_attn_metadata = self.tiers.for_tier(self.tier, common_attn_metadata)
         stock: Any = super()
-        return stock.build(common_prefix_len, common_attn_metadata, fast_build)
+        common, tiers = common_attn_metadata, self.tiers
+        if tiers is None:
+            return stock.build(common_prefix_len, common, fast_build)
+        like = tiers.first_like(self.tier, common)
+        num_heads = getattr(self, "num_heads", None) or getattr(self, "num_heads_q", 0)
+        key = (like, num_heads, dataclasses.replace(self.kv_cache_spec, tier=0))
+        built = None if like is None else tiers.shared.get(key)
+        if built is not None:
+            # Such tiers differ in their pages alone.
+            return dataclasses.replace(
+                built,
+                block_table=common.block_table_tensor,
+                slot_mapping=common.slot_mapping,
+            )
+        common = tiers.for_tier(self.tier, common)
+        built = stock.build(common_prefix_len, common, fast_build)
+        if like is not None and self.is_shareable(built):
+            tiers.shared[key] = built
+        return built
+
+    @staticmethod
+    def is_shareable(built: Any) -> bool:
+        """Whether metadata holds nothing of its builder, such as buffers that captured
+        graphs read."""
+        fields = {field.name for field in dataclasses.fields(built)}
+        return (
+            fields.issuperset({"block_table", "slot_mapping"})
+            and getattr(built, "scheduler_metadata", None) is None
+        )
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from vllm.utils.math_utils import cdiv
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from pyramid_vllm.scheduler.lengths import TierLengths
 
 Lengths = tuple[int, ...]
+Ints = npt.NDArray[np.int64]
 
 
 class GrowthReserve:
@@ -46,6 +49,9 @@ class GrowthReserve:
         self._num_prompt_steps = cdiv(max_model_len, max_chunk)
         self._lengths = lengths
         self._managers = managers
+        self._block_size = managers[0].block_size
+        tiers = [manager.kv_cache_spec.tier for manager in managers]
+        self._groups_per_tier = np.bincount(tiers)
         self._running: list[Request] = []
         self._num_counted = 0
         self._soon = self._later = 0
@@ -71,13 +77,51 @@ class GrowthReserve:
         peak = self._pages(self._lengths.peaks(request, request.num_tokens))
         if peak > num_free:
             return 0  # the request does not fit anyway: the usual case in a full pool
-        for running in self._running[self._num_counted :]:
-            held = self._num_held(running)
-            self._soon += max(0, self._pages(self._soon_held(running)) - held)
-            self._later += self._pages(self._held_later(running)) - held
+        self._count(self._running[self._num_counted :])
         self._num_counted = len(self._running)
         end = self._pages(self._held_later(request))
         return max(self._soon, end + self._later - peak, 0)
+
+    def _count(self, running: Sequence[Request]) -> None:
+        """Add what running requests still need."""
+        decoding = []
+        for request in running:
+            in_prompt = request.num_computed_tokens < request.num_prompt_tokens
+            if in_prompt or self._lengths.rule_of(request).config.generation:
+                held = self._num_held(request)
+                self._soon += max(0, self._pages(self._soon_held(request)) - held)
+                self._later += self._pages(self._held_later(request)) - held
+            else:
+                decoding.append(request)
+        if decoding:
+            self._count_decoding(decoding)
+
+    def _count_decoding(self, requests: Sequence[Request]) -> None:
+        """Add what requests need from which nothing more is evicted."""
+        prompt = np.array([r.num_prompt_tokens for r in requests])
+        tokens = np.array([r.num_tokens for r in requests])
+        limit = prompt + [r.max_tokens for r in requests]
+        gone = np.array([self._lengths.evicted(r.request_id) for r in requests])
+        held = np.array([self._num_held(r) for r in requests])
+        soon = self._pages_of(tokens + self._num_prompt_steps, limit, gone)
+        later = self._pages_of(self._reserved_end(tokens, prompt, limit), limit, gone)
+        self._soon += int(np.maximum(0, soon - held).sum())
+        self._later += int((later - held).sum())
+
+    def _reserved_end(self, tokens: Ints, prompt: Ints, limit: Ints) -> Ints:
+        """Tokens of requests once they have generated their reserve."""
+        start = np.maximum(prompt, tokens)
+        if self._growth is None:
+            return limit
+        # A low `max_tokens` predicts the output's length; a high one does not.
+        return np.where(limit - start > 2 * self._growth, start + self._growth, limit)
+
+    def _pages_of(self, tokens: Ints, limit: Ints, gone: Ints) -> Ints:
+        """``[num_requests]``: pages for ``tokens``, of which ``gone`` are evicted."""
+        ends = np.minimum(np.minimum(tokens, limit), self._max_model_len)
+        pages = -(-(ends[:, None] - gone) // self._block_size)
+        of_all: Ints = pages @ self._groups_per_tier
+        return of_all
 
     def _num_held(self, request: Request) -> int:
         req_id = request.request_id
@@ -91,22 +135,14 @@ class GrowthReserve:
 
     def _held_later(self, request: Request) -> Lengths:
         """Tokens that a request holds once it has generated its reserve."""
-        start = max(request.num_prompt_tokens, request.num_tokens)
-        rest = request.num_prompt_tokens + request.max_tokens - start
-        # A low `max_tokens` predicts the output's length; a high one does not.
-        if self._growth is not None and rest > 2 * self._growth:
-            rest = self._growth
-        return self._held(request, start + rest)
+        prompt, tokens = np.array([[request.num_prompt_tokens], [request.num_tokens]])
+        end = self._reserved_end(tokens, prompt, prompt + request.max_tokens)
+        return self._held(request, int(end[0]))
 
     def _held(self, request: Request, num_tokens: int) -> Lengths:
         prompt = request.num_prompt_tokens
         end = min(num_tokens, prompt + request.max_tokens, self._max_model_len)
-        rule = self._lengths.rule_of(request)
-        if request.num_computed_tokens >= prompt and not rule.config.generation:
-            # Nothing more is evicted, and this is faster than the rule.
-            evicted = self._lengths.evicted(request.request_id)
-            return tuple(end - gone for gone in evicted)
-        return rule.generation_peak(prompt, end)
+        return self._lengths.rule_of(request).generation_peak(prompt, end)
 
     def _pages(self, lengths: Lengths) -> int:
         return sum(

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from pyramid_vllm.policy import LengthRule, Queries, RequestPolicies
 
 Counts = tuple[int, ...]
+#: Attribute of vLLM's ``Request``: its rule, fixed when it is first asked for.
+_RULE = "kv_policy_rule"
 
 
 class RequestLengths(Protocol):
@@ -54,6 +53,10 @@ class TierLengths:
         self._requests = requests
         self._none = (0,) * policies.layout.num_tiers
         self._evicted: dict[str, Counts] = {}
+        self.num_evicted = list(self._none)
+        """By tier: evicted tokens of all requests that hold pages."""
+        self.num_ever_evicted = list(self._none)
+        """By tier: tokens evicted since start-up."""
         self._last_slots: tuple[tuple[str, int, int], Counts] | None = None
         self._last_peak: tuple[tuple[str, int], Counts] | None = None
         self._last_end: tuple[str, Counts | None] | None = None
@@ -64,24 +67,17 @@ class TierLengths:
 
     def rule_of(self, request: RequestLengths) -> LengthRule:
         """The counts of a request's own policy, else of the engine's."""
-        sampling = request.sampling_params
-        extra_args = None if sampling is None else sampling.extra_args
-        return (
-            self._policies.rule_for(extra_args) if extra_args else self._policies.rule
-        )
+        rule: LengthRule | None = getattr(request, _RULE, None)
+        if rule is None:
+            sampling = request.sampling_params
+            extra_args = None if sampling is None else sampling.extra_args
+            rule = self._policies.rule_for(extra_args)
+            setattr(request, _RULE, rule)
+        return rule
 
     def evicted(self, req_id: str) -> Counts:
         """Computed tokens minus cache length, per tier."""
         return self._evicted.get(req_id, self._none)
-
-    def evicted_rows(self, req_ids: list[str]) -> npt.NDArray[np.int32]:
-        """Evicted tokens of several requests: ``[len(req_ids), num_tiers]``."""
-        rows = np.zeros((len(req_ids), len(self._none)), dtype=np.int32)
-        if self._evicted:
-            for row, req_id in enumerate(req_ids):
-                if (counts := self._evicted.get(req_id)) is not None:
-                    rows[row] = counts
-        return rows
 
     def rows(
         self, request: RequestLengths, num_before: int, num_after: int
@@ -147,10 +143,14 @@ class TierLengths:
         computed = request.num_computed_tokens
         kept = self.rule_of(request).held_lengths(request.num_prompt_tokens, computed)
         evicted = tuple(computed - length for length in kept)
+        before = self.evicted(request.request_id)
         self._last_slots = None
-        if evicted == self.evicted(request.request_id):
+        if evicted == before:
             return None
         self._evicted[request.request_id] = evicted
+        for tier, (new, old) in enumerate(zip(evicted, before, strict=True)):
+            self.num_evicted[tier] += new - old
+            self.num_ever_evicted[tier] += new - old
         return kept
 
     # Prefix caching.
@@ -202,8 +202,10 @@ class TierLengths:
     def num_shareable(self, request: RequestLengths, num_tokens: int) -> int:
         """Number of a request's first ``num_tokens`` tokens that have stock vLLM's keys
         and values, in pages that are not written any more."""
+        if request.request_id in self._evicted:
+            return 0
         rule = self.rule_of(request)
-        if request.request_id in self._evicted or not can_share(rule):
+        if not can_share(rule):
             return 0
         # Groups of generated tokens are compressed in place.
         return (
@@ -212,7 +214,17 @@ class TierLengths:
             else num_tokens
         )
 
+    def shares(self, request: RequestLengths) -> bool:
+        """Whether a request past its prompt still offers pages to other requests."""
+        rule = self.rule_of(request)
+        return (
+            request.request_id not in self._evicted
+            and can_share(rule)
+            and not rule.config.generation
+        )
+
     def forget(self, req_id: str) -> None:
         """Drop a request that no longer holds pages."""
-        self._evicted.pop(req_id, None)
+        for tier, count in enumerate(self._evicted.pop(req_id, ())):
+            self.num_evicted[tier] -= count
         self._last_slots = self._last_peak = self._last_end = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import TierBlockManager, register_spec
 from pyramid_vllm.scheduler.chunks import ChunkEnds
 from pyramid_vllm.scheduler.integrity import check_pool
+from pyramid_vllm.scheduler.kv_manager import TierKVCacheManager
 from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
@@ -73,20 +75,26 @@ class PyramidScheduler(AsyncScheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, TierBlockManager)
         ]
+        self._pages = TierKVCacheManager.adopt(self.kv_cache_manager, self.tier_lengths)
         self._reserve = self._make_reserve(policies)
         for manager in self.tier_managers:
             manager.lengths = self.tier_lengths
         self.tier_managers[0].reserve = self._reserve.num_pages
         self._last_log = -_LOG_INTERVAL_S
         self._chunk_ends = ChunkEnds(self.tier_lengths)
+        # Ids in the order of admission: dicts, because sets have none.
+        self._in_prompt: dict[str, None] = {}
+        self._compressing: dict[str, None] = {}
+        """Requests past their prompt whose generated tokens are compressed."""
         self._refusals = Refusals()
         self.kv_report = KVReport(vllm_config, kv_cache_config, self.kv_rule)
         self.tier_lengths.max_unpruned_chunk = self.kv_report.max_unpruned_chunk(
             self.tier_lengths.max_chunk
         )
         self._statistics = Statistics(self.tier_lengths, self.kv_report)
-        self._tells_stats = reaches_plugins(vllm_config.additional_config)
-        if self.log_stats and not self._tells_stats:
+        reaches = reaches_plugins(vllm_config.additional_config)
+        self._tells_stats = self.log_stats and reaches
+        if self.log_stats and not reaches:
             logger.warning(
                 "KV policy: no metrics: the front end is vLLM's Rust one, or the "
                 "configuration was not made by vLLM's EngineArgs, or changed afterwards"
@@ -175,7 +183,9 @@ class PyramidScheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take a step's tokens; report refused requests to their clients."""
-        self._statistics.take_times(getattr(model_runner_output, TIMES_ATTRIBUTE, ()))
+        if self._tells_stats:
+            times = getattr(model_runner_output, TIMES_ATTRIBUTE, ())
+            self._statistics.take_times(times)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._refusals.tell(outputs)
         return outputs
@@ -191,36 +201,61 @@ class PyramidScheduler(AsyncScheduler):
         """Schedule one step and attach its plan."""
         self._reserve.begin(self.running)
         output = super().schedule(*args, **kwargs)
-        req_ids = list(output.num_scheduled_tokens)
-        # Evicted tokens before this step, so before any `advance`.
-        num_evicted = self.tier_lengths.evicted_rows(req_ids)
-        windows, generated, num_prompt_tokens = [], [], 0
-        for req_id, num_scheduled in output.num_scheduled_tokens.items():
-            request = self.requests[req_id]
-            before = request.num_computed_tokens - num_scheduled
-            if before < request.num_prompt_tokens:
-                num_prompt_tokens += num_scheduled
-                self._chunk_ends.note(request)
-                window = prompt_window(self.tier_lengths, request, before)
-                if window is not None:
-                    windows.append(self._with_pages(window))
-            elif self.tier_lengths.rule_of(request).config.generation:
-                later = generated_window(self.tier_lengths, request, before)
-                if later is not None:
-                    generated.append(later)
-        plan = StepPlan(
-            req_ids=tuple(req_ids),
-            num_evicted=num_evicted,
-            num_prompt_tokens=num_prompt_tokens,
-            windows=tuple(windows),
-            generated=tuple(generated),
-            released=frozenset(output.finished_req_ids)
-            | frozenset(output.preempted_req_ids or ()),
+        released = frozenset(output.finished_req_ids).union(
+            output.preempted_req_ids or ()
         )
+        self._follow(output, released)
+        plan = self._plan(output, released)
         attach_plan(output, plan)
         self._free_evicted(plan)
         self._count(plan)
         return output
+
+    def _follow(self, output: SchedulerOutput, released: frozenset[str]) -> None:
+        """Note which requests a step starts and ends: others that generate need no
+        plan, unless their policy compresses what they generate."""
+        for req_id in released:
+            self._in_prompt.pop(req_id, None)
+            self._compressing.pop(req_id, None)
+        for new in output.scheduled_new_reqs:
+            self._in_prompt[new.req_id] = None
+        for req_id in output.scheduled_cached_reqs.resumed_req_ids:
+            self._in_prompt[req_id] = None
+
+    def _plan(self, output: SchedulerOutput, released: frozenset[str]) -> StepPlan:
+        """Plan a step, and record what it evicts."""
+        scheduled = output.num_scheduled_tokens
+        windows, generated, num_prompt_tokens = [], [], 0
+        for req_id in self._scheduled(self._compressing, scheduled):
+            request = self.requests[req_id]
+            before = request.num_computed_tokens - scheduled[req_id]
+            later = generated_window(self.tier_lengths, request, before)
+            if later is not None:
+                generated.append(later)
+        for req_id in self._scheduled(self._in_prompt, scheduled):
+            request = self.requests[req_id]
+            before = request.num_computed_tokens - scheduled[req_id]
+            if before < request.num_prompt_tokens:
+                num_prompt_tokens += scheduled[req_id]
+                self._chunk_ends.note(request)
+                window = prompt_window(self.tier_lengths, request, before)
+                if window is not None:
+                    windows.append(self._with_pages(window))
+            if request.num_computed_tokens >= request.num_prompt_tokens:
+                del self._in_prompt[req_id]
+                if self.tier_lengths.rule_of(request).config.generation:
+                    self._compressing[req_id] = None
+        return StepPlan(
+            num_reqs=len(scheduled),
+            num_prompt_tokens=num_prompt_tokens,
+            windows=tuple(windows),
+            generated=tuple(generated),
+            released=released,
+        )
+
+    @staticmethod
+    def _scheduled(req_ids: Iterable[str], scheduled: Mapping[str, int]) -> list[str]:
+        return [req_id for req_id in req_ids if req_id in scheduled]
 
     def _with_pages(self, window: PromptWindow) -> PromptWindow:
         """The window, with target pages if its prompt's pages are shared."""
@@ -273,6 +308,8 @@ class PyramidScheduler(AsyncScheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """Also end chunks at points of eviction: see ``ChunkEnds.limit``."""
+        if num_new_tokens == 1 and self.num_prefill_lookahead <= 1:
+            return 1  # the usual case: nothing is shorter
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
@@ -280,16 +317,13 @@ class PyramidScheduler(AsyncScheduler):
 
     def _free_evicted(self, plan: StepPlan) -> None:
         """Return the pages of evicted tokens to the pool, for later steps."""
-        if not plan.windows and not plan.generated:
-            return
-        before = dict(zip(plan.req_ids, plan.num_evicted.tolist(), strict=True))
-        for req_id, num_kept in plan.cache_lengths.items():
+        for req_id, _, num_kept in plan.compactions:
             num_freed = [0] * len(num_kept)
             for manager in self.tier_managers:
                 tier = manager.kv_cache_spec.tier
                 num_freed[tier] += manager.free_evicted(req_id, num_kept[tier])
-            evicted = self.tier_lengths.evicted(req_id)
-            self._statistics.count_compaction(before[req_id], evicted, num_freed)
+            self._pages.wake(req_id)
+            self._statistics.count_freed(num_freed)
 
     def _count(self, plan: StepPlan) -> None:
         self._statistics.count_step(plan, len(self.running))

@@ -53,28 +53,21 @@ class Statistics:
             is_short = num_tokens <= rule.config.min_context
             add(self.counters.unpruned, SHORT_PROMPT if is_short else KEEPS_ALL)
 
-    def count_compaction(
-        self, before: Sequence[int], after: Sequence[int], pages: Sequence[int]
-    ) -> None:
-        """Count a request's compaction.
-
-        Args:
-            before: evicted tokens of each tier before the compaction.
-            after: evicted tokens of each tier after it.
-            pages: freed pages of each tier.
-        """
-        counters = self.counters
-        counters.num_compactions += 1
-        for tier, size in enumerate(self._sizes.tolist()):
-            evicted = size * (after[tier] - before[tier])
-            add(counters.evicted_tokens, str(tier), evicted)
-            add(counters.pages_freed, str(tier), pages[tier])
+    def count_freed(self, pages: Sequence[int]) -> None:
+        """Count a request's compaction, which freed ``pages`` by tier."""
+        self.counters.num_compactions += 1
+        for tier, count in enumerate(pages):
+            add(self.counters.pages_freed, str(tier), count)
 
     def count_step(self, plan: StepPlan, num_running: int) -> None:
         """Count a step's rows and groups."""
         counters, sizes = self.counters, self._sizes
         counters.max_num_running = max(counters.max_num_running, num_running)
         counters.num_groups += len(plan.generated)
+        if plan.windows or plan.generated:
+            evicted = self._sizes * self._lengths.num_ever_evicted
+            for tier, count in enumerate(evicted.tolist()):
+                counters.evicted_tokens[str(tier)] = count
         scheduled = plan.num_prompt_tokens * self._num_layers
         # The first tier computes every row.
         pruned = sum(
@@ -92,14 +85,14 @@ class Statistics:
     def payload(self, running: Sequence[Request]) -> dict[str, Any]:
         """Changes since the last payload, and the tokens of ``running`` requests."""
         computed = np.array([request.num_computed_tokens for request in running], int)
-        evicted = self._lengths.evicted_rows([r.request_id for r in running])
+        evicted = int(self._sizes @ self._lengths.num_evicted)
         represented = int(computed.sum()) * self._num_layers
         num_stock = self._report.num_stock_sequences(computed)
         times, self._times = tuple(self._times), []
         news, self._told = self.counters.since(self._told), self.counters.copy()
         stats = PolicyStats(
             counters=news,
-            tokens_held=represented - int(evicted.sum(axis=0) @ self._sizes),
+            tokens_held=represented - evicted,
             tokens_represented=represented,
             num_above_stock=len(running) - num_stock,
             compaction_times=times,

@@ -52,7 +52,7 @@ class WorkerCounters:
     def finish(self, plan: StepPlan, num_pages_freed: int) -> None:
         """Count a step that is over."""
         self.num_plans += 1
-        self.num_compactions += len(plan.cache_lengths)
+        self.num_compactions += len(plan.compactions)
         self.num_pages_freed += num_pages_freed
 
     def as_dict(self) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class KeptRecord:
             RuntimeError: a layer holds another number of tokens than its lengths say.
         """
         self._ended |= plan.released
-        for req_id in plan.req_ids:
-            self._follow(req_id, rows.row_of[req_id], rows)
+        for row, req_id in enumerate(rows.req_ids):
+            self._follow(req_id, row, rows)
         self._evicted.clear()
         self._pruned.clear()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pyramid_vllm.plan import StepPlan
@@ -19,19 +21,22 @@ class BatchRows:
         batch: the runner's batch.
         starts: ``[num_reqs + 1]``, int32, on CPU: first row of each request.
         seq_lens: ``[num_reqs]``, int32, on CPU: computed tokens with this step's.
+        num_evicted: ``[num_tiers, num_reqs]``, computed tokens minus cache length,
+            before this step.
     """
 
     def __init__(
-        self, plan: StepPlan, batch: Batch, starts: torch.Tensor, seq_lens: torch.Tensor
+        self,
+        plan: StepPlan,
+        batch: Batch,
+        starts: torch.Tensor,
+        seq_lens: torch.Tensor,
+        num_evicted: npt.NDArray[np.int32],
     ) -> None:
         self._batch = batch
-        self.row_of = batch.row_of
-        num_reqs, num_tiers = len(seq_lens), plan.num_evicted.shape[1]
-        self.num_evicted = torch.zeros(num_tiers, num_reqs, dtype=torch.int32)
-        """``[num_tiers, num_reqs]``: kernels read a tier's as contiguous memory."""
-        if plan.has_evicted:
-            order = [self.row_of[req_id] for req_id in plan.req_ids]
-            self.num_evicted[:, order] = torch.from_numpy(plan.num_evicted.T)
+        num_reqs, num_tiers = len(seq_lens), len(num_evicted)
+        self.num_evicted = torch.from_numpy(num_evicted)
+        """``[num_tiers, num_reqs]``, int32."""
         self.num_scheduled = (starts[1:] - starts[:-1]).to(torch.int32)
         """``[num_reqs]``: tokens of this step."""
         self.num_rows = self.num_scheduled.expand(num_tiers, -1)
@@ -47,6 +52,26 @@ class BatchRows:
         """Rows that each tier computes, of all requests."""
         self.total_scheduled = int(starts[num_reqs])
         """Tokens of this step, of all requests."""
+
+    @cached_property
+    def first_like(self) -> list[int]:
+        """Of each tier, the first one that has the same lengths and rows."""
+        lens, rows = self.seq_lens.numpy(), self.num_rows.numpy()
+        found: dict[tuple[bytes, bytes], int] = {}
+        return [
+            found.setdefault((lens[tier].tobytes(), rows[tier].tobytes()), tier)
+            for tier in range(len(lens))
+        ]
+
+    @property
+    def req_ids(self) -> Sequence[str]:
+        """By row."""
+        return self._batch.req_ids
+
+    @property
+    def row_of(self) -> Mapping[str, int]:
+        """Row of each request."""
+        return self._batch.row_of
 
     def _prune(self, plan: StepPlan) -> None:
         scheduled = self.num_scheduled

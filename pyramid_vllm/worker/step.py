@@ -12,6 +12,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pyramid_vllm.kernels.scratch import Scratch
+from pyramid_vllm.worker.evicted import EvictedTokens
 from pyramid_vllm.worker.rows import BatchRows
 from pyramid_vllm.worker.windows import WindowBatch, window_batches
 
@@ -90,12 +91,15 @@ class TierStep:
         self.tier_lens = torch.zeros(
             self.num_tiers, runner.max_num_reqs, dtype=torch.int32, device=self.device
         )
+        self._evicted = EvictedTokens(
+            self.num_tiers, runner.max_num_reqs, adapter, self.device
+        )
         self.generated: GeneratedQueries | None = None
         """Queries of generated tokens; None: they are not scored."""
         self._plan: StepPlan | None = None
         self._rows: BatchRows | None = None
         self.shared: dict[Hashable, Any] = {}
-        """Metadata that builders share in a step where all tiers have stock lengths."""
+        """Metadata that builders of tiers with the same lengths and rows share."""
         self.num_layers_done = 0
         """Layers that have handled this step's windows."""
         self._reset()
@@ -118,6 +122,7 @@ class TierStep:
     def begin(self, plan: StepPlan) -> None:
         """Start a step. The runner's batch is mapped once it is there."""
         self._reset()
+        self._evicted.begin(plan)
         self._plan, self.num_layers_done = plan, 0
 
     def finish(self, num_layers: int) -> None:
@@ -134,21 +139,17 @@ class TierStep:
                 f"KV policy: {self.num_layers_done} of {num_layers} layers compacted "
                 f"{[window.req_id for window in plan.windows]}"
             )
-        if plan and plan.req_ids and rows is None:
+        if plan and plan.num_reqs and rows is None:
             raise RuntimeError(
-                f"KV policy: no metadata of {list(plan.req_ids)} was built by tier"
+                f"KV policy: no metadata of {plan.num_reqs} requests was built by tier"
             )
+        if plan:
+            self._evicted.finish(plan)
 
     @property
     def plan(self) -> StepPlan | None:
         """The step's plan; None outside of steps."""
         return self._plan
-
-    @property
-    def has_stock_lengths(self) -> bool:
-        """Whether no request of this step has evicted or pruned tokens."""
-        plan = self._plan
-        return plan is not None and not (plan.has_evicted or plan.prunes)
 
     @property
     def rows(self) -> BatchRows:
@@ -166,14 +167,17 @@ class TierStep:
         if plan is None:
             return
         rows = self._rows = BatchRows(
-            plan, self.batch, inputs.starts_on_host, inputs.seq_lens_on_host
+            plan,
+            self.batch,
+            inputs.starts_on_host,
+            inputs.seq_lens_on_host,
+            self._evicted.rows(),
         )
         if plan.windows:
             self.batches, self.num_scores = window_batches(
                 plan.windows, rows, self._policies
             )
         upload = _Upload()
-        evicted = upload.add(rows.num_evicted.numpy())
         windows = [upload.add(batch.on_host) for batch in self.batches]
         pruned = self._add_pruned(upload, rows) if plan.prunes else None
         sent = upload.send(self.device)
@@ -185,7 +189,7 @@ class TierStep:
         self.kernels.lengths(
             inputs.seq_lens,
             inputs.starts,
-            sent[evicted],
+            self._evicted.rows_on_device(),
             self._tier_of_group,
             inputs.tables,
             self.tier_lens[:, : inputs.num_padded],
@@ -215,6 +219,15 @@ class TierStep:
         upload.add(window_of)
         upload.add(np.concatenate(offsets, axis=1))
         return first
+
+    def first_like(self, tier: int, common: CommonAttentionMetadata) -> int | None:
+        """The first tier that has the lengths and rows of ``tier`` in this step; None:
+        no step runs, and every tier's metadata is its own."""
+        if self._plan is None:
+            return None
+        if self._rows is None:
+            self.prepare(self.batch.inputs(common))
+        return self.rows.first_like[tier]
 
     def for_tier(
         self, tier: int, common: CommonAttentionMetadata

@@ -256,7 +256,7 @@ class TieredWorker(RemoteCalls):
         adapter.begin(plan)
         with state.pruning(plan):
             output = stock.execute_model(scheduler_output)
-        if state.record is not None and plan.req_ids:
+        if state.record is not None and plan.num_reqs:
             state.record.end_forward(plan, state.step.rows)
         adapter.after_forward()
         if plan.generated:
@@ -273,7 +273,7 @@ class TieredWorker(RemoteCalls):
                 state.counters.num_plans + 1,
             )
         state.counters.finish(plan, num_freed)
-        state.timer.end_step(has_compacted=bool(plan.cache_lengths))
+        state.timer.end_step(has_compacted=bool(plan.compactions))
         return with_times(output, state.timer)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ takes the longer of its time for bytes and its time for FLOPs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,8 @@ class WorkModel:
     ) -> None:
         self._model, self._configs = model, configs
         self._sizes = np.array(tier_sizes, dtype=np.float64)
+        self._evicted: dict[str, Floats] = {}
+        """Evicted tokens of each request, by tier."""
         self._windows = [window for window in model.windows if window is not None]
         devices = model.tensor_parallel
         self._heads = model.num_heads / devices
@@ -113,6 +116,7 @@ class WorkModel:
         rows: Ints,
         plan: StepPlan | None,
         saved_tokens: float = 0.0,
+        req_ids: Sequence[str] = (),
     ) -> StepWork:
         """The work of a step.
 
@@ -122,14 +126,18 @@ class WorkModel:
             plan: the policy's; None: stock vLLM.
             saved_tokens: tokens times full-attention layers whose keys and values
                 are read once for several sequences.
+            req_ids: ids of the scheduled requests; needed with a plan.
         """
         work = StepWork(num_sequences=float(len(rows)))
         num_tiers = len(self._sizes)
         held = np.repeat(before[:, None].astype(np.float64), num_tiers, axis=1)
         tier_rows = np.repeat(rows[:, None].astype(np.float64), num_tiers, axis=1)
         if plan is not None:
-            held -= plan.num_evicted
-            index = {req_id: i for i, req_id in enumerate(plan.req_ids)}
+            for req_id in plan.released:
+                self._evicted.pop(req_id, None)
+            index = {req_id: i for i, req_id in enumerate(req_ids)}
+            for req_id in self._evicted.keys() & index.keys():
+                held[index[req_id]] -= self._evicted[req_id]
             for window in plan.windows:
                 at = index[window.req_id]
                 if window.num_rows is not None:
@@ -137,6 +145,8 @@ class WorkModel:
                 self._add_window(work, window, held[at] + tier_rows[at])
             for group in plan.generated:
                 self._add_group(work, group)
+            for req_id, num_tokens, num_kept in plan.compactions:
+                self._evicted[req_id] = num_tokens - np.array(num_kept, np.float64)
         self._add_linear(work, tier_rows, len(rows))
         self._add_attention(work, held, tier_rows, before, rows)
         work.decode_bytes -= saved_tokens * self._model.token_bytes

@@ -211,7 +211,7 @@ class Simulation:
         computed = np.maximum(0, np.minimum(after, prompts) - before)
         self.run_record.num_prompt_tokens_computed += int(computed.sum())
         saved = saved_tokens(self._scheduler, scheduled) if self.options.cascade else 0
-        work = self._work.step(before, rows, plan, saved)
+        work = self._work.step(before, rows, plan, saved, list(scheduled))
         if self.options.keep_works:
             self.run_record.works.append(work)
         return float(step_seconds(work, self._model, self.device))

@@ -52,5 +52,20 @@ class Batch(Protocol):
     def num_prompt(self) -> npt.NDArray[np.int32]:
         """``[num_reqs]`` or longer: prompt tokens."""
 
+    @property
+    def slots(self) -> npt.NDArray[np.intp]:
+        """``[num_reqs]``: a place of each row's request that is its own as long as it
+        runs, below the runner's ``max_num_reqs``."""
+
+    @property
+    def slots_on_device(self) -> torch.Tensor:
+        """The same, on the device of the kernels."""
+
+    def slot_of(self, req_id: str) -> int:
+        """The slot of a request of the current batch."""
+
+    def release(self, req_id: str) -> int | None:
+        """Free the slot of a request that has left; None: it had none."""
+
     def pages(self, group_id: int) -> torch.Tensor:
         """``[num_reqs or more, max_blocks]``, int32: a cache group's block table."""

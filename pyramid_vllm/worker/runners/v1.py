@@ -33,6 +33,8 @@ class V1Runner:
         self._batch = runner.input_batch
         self.prepare: Prepare | None = None
         """Not called: inputs are asked for."""
+        self._slots: dict[str, int] = {}
+        self._free_slots: list[int] = []
 
     @cached_property
     def _tables(self) -> BlockTables:
@@ -80,6 +82,31 @@ class V1Runner:
         """Prompt tokens."""
         return self._batch.num_prompt_tokens
 
+    @property
+    def slots(self) -> npt.NDArray[np.intp]:
+        """Rows move when requests leave: the adapter gives slots itself."""
+        return np.array([self.slot_of(r) for r in self.req_ids], dtype=np.intp)
+
+    @property
+    def slots_on_device(self) -> torch.Tensor:
+        """The device is the host."""
+        return torch.from_numpy(self.slots)
+
+    def slot_of(self, req_id: str) -> int:
+        """The slot of a request, given when it is first asked for."""
+        slot = self._slots.get(req_id)
+        if slot is None:
+            slot = self._free_slots.pop() if self._free_slots else len(self._slots)
+            self._slots[req_id] = slot
+        return slot
+
+    def release(self, req_id: str) -> int | None:
+        """Free the slot of a request that has left."""
+        slot = self._slots.pop(req_id, None)
+        if slot is not None:
+            self._free_slots.append(slot)
+        return slot
+
     def pages(self, group_id: int) -> torch.Tensor:
         """A cache group's block table."""
         return self._tables.tensors[group_id]
@@ -104,7 +131,7 @@ class V1Runner:
         """
         num_fewer = 0
         gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
-        for req_id, num_kept in plan.cache_lengths.items():
+        for req_id, _, num_kept in plan.compactions:
             row = self._batch.req_id_to_index[req_id]
             block_ids = self._runner.requests[req_id].block_ids
             for group_id, tier in tier_of_group.items():

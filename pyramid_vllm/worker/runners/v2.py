@@ -39,7 +39,7 @@ class V2Runner:
         """Called between the runner's slots and its metadata."""
         self._plan: StepPlan | None = None
         self._tables: Sequence[torch.Tensor] = ()
-        self._row_of: dict[str, int] = {}
+        self._row_of: dict[str, int] | None = None
         self._input_batch: Any = None
         self._wrap()
 
@@ -99,7 +99,7 @@ class V2Runner:
             slots: ``[num_groups, num_tokens]``, int64: rewritten in place.
         """
         self._input_batch, self._tables = input_batch, tables
-        self._row_of = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
+        self._row_of = None
         if self.prepare is not None:
             self.prepare(self._inputs(input_batch, tables, slots))
 
@@ -141,7 +141,10 @@ class V2Runner:
 
     @property
     def row_of(self) -> Mapping[str, int]:
-        """Row of each request."""
+        """Row of each request, mapped where a step has windows."""
+        if self._row_of is None:
+            req_ids = self._input_batch.req_ids
+            self._row_of = {req_id: row for row, req_id in enumerate(req_ids)}
         return self._row_of
 
     @property
@@ -154,6 +157,27 @@ class V2Runner:
         """Prompt tokens."""
         states = self._runner.req_states
         return states.prompt_len.np[self._input_batch.idx_mapping_np]
+
+    @property
+    def slots(self) -> npt.NDArray[np.intp]:
+        """The runner's own places of requests."""
+        batch = self._input_batch
+        return batch.idx_mapping_np[: batch.num_reqs]
+
+    @property
+    def slots_on_device(self) -> torch.Tensor:
+        """The same, on the device."""
+        batch = self._input_batch
+        return batch.idx_mapping[: batch.num_reqs]
+
+    def slot_of(self, req_id: str) -> int:
+        """The slot of a request."""
+        slot: int = self._runner.req_states.req_id_to_index[req_id]
+        return slot
+
+    def release(self, req_id: str) -> int | None:
+        """The runner frees its slots itself, later in the step."""
+        return self._runner.req_states.req_id_to_index.get(req_id)
 
     def pages(self, group_id: int) -> torch.Tensor:
         """A cache group's block table."""
@@ -180,7 +204,7 @@ class V2Runner:
         num_fewer = 0
         tables = self._runner.block_tables
         gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
-        for req_id, num_kept in plan.cache_lengths.items():
+        for req_id, _, num_kept in plan.compactions:
             index = self._runner.req_states.req_id_to_index[req_id]
             for group_id, tier in tier_of_group.items():
                 num_blocks = cdiv(num_kept[tier], tables.block_sizes[group_id])

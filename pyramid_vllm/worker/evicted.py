@@ -1,0 +1,65 @@
+"""Evicted tokens of a worker's requests: they change when something is evicted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+if TYPE_CHECKING:
+    from pyramid_vllm.plan import StepPlan
+    from pyramid_vllm.worker.runners.batch import Batch
+
+
+class EvictedTokens:
+    """Computed tokens minus cache length, by tier and by the runner's request slot.
+
+    Args:
+        num_tiers: of the policy.
+        max_num_reqs: slots.
+        batch: gives the slot of each request.
+        device: where kernels read the counts.
+    """
+
+    def __init__(
+        self, num_tiers: int, max_num_reqs: int, batch: Batch, device: torch.device
+    ) -> None:
+        self._batch = batch
+        self._on_host = np.zeros((num_tiers, max_num_reqs), dtype=np.int32)
+        self._on_device = torch.zeros(
+            num_tiers, max_num_reqs, dtype=torch.int32, device=device
+        )
+        if device.type == "cpu":
+            self._on_device = torch.from_numpy(self._on_host)
+        self._is_changed = False
+
+    def begin(self, plan: StepPlan) -> None:
+        """Drop the counts of requests that finished or were preempted."""
+        for req_id in plan.released:
+            slot = self._batch.release(req_id)
+            if slot is not None and self._on_host[:, slot].any():
+                self._on_host[:, slot] = 0
+                self._is_changed = True
+
+    def finish(self, plan: StepPlan) -> None:
+        """Take what a step has evicted."""
+        for req_id, num_tokens, num_kept in plan.compactions:
+            slot = self._batch.slot_of(req_id)
+            self._on_host[:, slot] = num_tokens - np.array(num_kept)
+            self._is_changed = True
+
+    def rows(self) -> npt.NDArray[np.int32]:
+        """``[num_tiers, num_reqs]``: counts of the current batch, by row."""
+        counts: npt.NDArray[np.int32] = self._on_host[:, self._batch.slots]
+        return counts
+
+    def rows_on_device(self) -> torch.Tensor:
+        """The same on the device: ``[num_tiers, num_reqs]``, int32, contiguous."""
+        if self._is_changed:
+            if self._on_device.device.type != "cpu":
+                async_tensor_h2d(self._on_host, out=self._on_device)
+            self._is_changed = False
+        return self._on_device[:, self._batch.slots_on_device]
