@@ -119,8 +119,7 @@ def test_counts_keep_to_their_bounds(rule: LengthRule, length: int) -> None:
 @given(rule=rules(), length=st.integers(0, 5000))
 def test_counts_are_those_of_the_exact_scale(rule: LengthRule, length: int) -> None:
     """Against fractions; a billionth of rounding may move a count by one."""
-    config = rule.config.model_copy(update={"tiers": rule.layout.num_tiers})
-    exact = LayerCounts(config, rule.layout.num_layers)
+    exact = LayerCounts(rule.config, rule.layout.num_layers, rule.layout.sizes)
     assert tuple(exact.tier) == rule.layout.tier_of_layer
     pairs = zip(by_layer(rule, length), exact.prompt(length), strict=True)
     assert all(abs(a - b) <= 1 for a, b in pairs)

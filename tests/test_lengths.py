@@ -1,6 +1,7 @@
 """Laws of the counts, for any policy, model and length."""
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -255,6 +256,32 @@ def test_auto_tiers_waste_little(num_layers: int, tiers: int, padding: int) -> N
     layout = tier_layout(PolicyConfig(name="x", tiers="auto"), num_layers)
     assert (layout.num_tiers, layout.num_padding_layers) == (tiers, padding)
     assert sum(layout.sizes) == num_layers == len(layout.tier_of_layer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"steepness": 0.0}, (6,)),
+        ({"retention": 1.0, "steepness": 1.0}, (6,)),
+        ({"layer_weights": (1.0, 4.0, 1.0, 4.0, 1.0, 1.0)}, (2, 4)),
+        # Both heavy kinds keep everything.
+        ({"layer_weights": (1.0, 8.0, 1.0, 9.0, 1.0, 1.0)}, (2, 4)),
+        ({"steepness": 0.0, "tiers": "layers"}, (1,) * 6),
+        # Pruning happens between tiers.
+        ({"steepness": 0.0, "prune_from": 2}, (2, 2, 1, 1)),
+    ],
+)
+def test_layers_with_equal_shares_are_one_tier(
+    settings: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
+    config = PolicyConfig(name="x", **settings)
+    assert tier_layout(config, 6).sizes == sizes
+
+
+def test_equal_shares_that_would_waste_memory_are_not_one_tier() -> None:
+    """A tier of one layer beside one of 29 would make thirty groups."""
+    config = PolicyConfig(name="x", layer_weights=(4.0,) + (1.0,) * 29)
+    assert tier_layout(config, 30).num_tiers == 6
 
 
 def test_more_tiers_than_layers_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
+from pyramid_vllm.policy.layouts import tier_layout
 from pyramid_vllm.policy.lengths import LengthRule
 from pyramid_vllm.policy.memory import MemoryModel, num_pages
 from pyramid_vllm.policy.presets import (
@@ -18,7 +19,7 @@ from pyramid_vllm.policy.requests import (
     asks_for_policy,
 )
 from pyramid_vllm.policy.scorers import SCORERS, Queries, Scorer, scorer
-from pyramid_vllm.policy.tiers import TierLayout, tier_layout
+from pyramid_vllm.policy.tiers import TierLayout
 
 __all__ = [
     "NONE",

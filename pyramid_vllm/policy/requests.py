@@ -6,10 +6,11 @@ from typing import Any
 
 from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
+from pyramid_vllm.policy.layouts import tier_layout
 from pyramid_vllm.policy.lengths import LengthRule
 from pyramid_vllm.policy.presets import NONE, preset_names, resolve_policy
 from pyramid_vllm.policy.profiles import Weights, fitted
-from pyramid_vllm.policy.tiers import TierLayout, tier_layout
+from pyramid_vllm.policy.tiers import TierLayout
 
 #: Keys of ``SamplingParams.extra_args``, or of ``vllm_xargs`` over HTTP.
 POLICY_ARG = "kv_policy"

@@ -1,6 +1,7 @@
 """How many tokens each layer keeps, from the published formulas."""
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -11,15 +12,20 @@ class LayerCounts:
     Args:
         config: the policy's settings.
         num_layers: layers of the model.
+        sizes: layers of each tier; None: as equal as can be.
     """
 
-    def __init__(self, config: Any, num_layers: int) -> None:
+    def __init__(
+        self, config: Any, num_layers: int, sizes: Sequence[int] | None = None
+    ) -> None:
         self.config = config
         self.num_layers = num_layers
-        tiers = num_layers if config.tiers == "layers" else config.tiers
-        assert isinstance(tiers, int), "the oracle needs a number of tiers"
-        size, longer = divmod(num_layers, tiers)
-        by_rank = [tier for tier in range(tiers) for _ in range(size + (tier < longer))]
+        if sizes is None:
+            tiers = num_layers if config.tiers == "layers" else config.tiers
+            assert isinstance(tiers, int), "the oracle needs a number of tiers"
+            size, longer = divmod(num_layers, tiers)
+            sizes = [size + (tier < longer) for tier in range(tiers)]
+        by_rank = [tier for tier, size in enumerate(sizes) for _ in range(size)]
         self.tier = [by_rank[rank] for rank in self._ranks()]
 
     def _ranks(self) -> list[int]:
