@@ -27,11 +27,14 @@ class PromptWindow:
     """Cache length of each tier after this step's compaction; None: no compaction."""
     num_recent: int
     """Number of newest tokens that are always kept."""
+    num_shared: int = 0
+    """Number of first tokens that came from the prefix cache: they stay where they are,
+    and only the others are scored and evicted."""
     num_rows: tuple[int, ...] | None = None
     """Rows that each tier computes; None: all tiers compute all scheduled rows."""
     pages: tuple[tuple[int, ...] | None, ...] | None = None
-    """Destination pages of the kept tokens for each KV cache group, if the source pages
-    may be shared; None: in place."""
+    """For each KV cache group the pages of the kept tokens after the first
+    ``num_shared``, in order; None: they are the request's first pages after those."""
 
 
 @dataclass(frozen=True, slots=True)

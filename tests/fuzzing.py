@@ -213,16 +213,22 @@ class PageWorker:
         held, num_kept = request.held[group_id], window.num_kept[tier]
         if num_kept == len(held):
             return
-        kept = held[np.sort(self._rng.choice(len(held), num_kept, replace=False))]
-        request.held[group_id] = kept
-        pages = None if window.pages is None else window.pages[group_id]
-        if pages is None:
-            self._write(window.req_id, group_id, 0, kept)
-            return
+        shared = window.num_shared
+        own = self._rng.choice(len(held) - shared, num_kept - shared, replace=False)
+        indices = shared + np.sort(own)
+        request.held[group_id] = np.concatenate((held[:shared], held[indices]))
         block_size = self._memory.shape[1]
-        places = np.arange(num_kept)
-        slots = np.array(pages)[places // block_size], places % block_size
-        self._memory[slots] = kept
+        table = self._pages(window.req_id, group_id)
+        pages = None if window.pages is None else window.pages[group_id]
+        if pages is not None:
+            assert shared % block_size == 0
+            pages = np.concatenate((table[: shared // block_size], pages))
+        to = table if pages is None else pages
+        # One token after the other, as the kernel moves them: what is written must not
+        # be read later.
+        for place, index in enumerate(indices.tolist(), shared):
+            token = self._memory[table[index // block_size], index % block_size]
+            self._memory[to[place // block_size], place % block_size] = token
 
     def _compress(self, group: GeneratedWindow, group_id: int, tier: int) -> None:
         request = self.requests[group.req_id]

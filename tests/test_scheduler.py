@@ -163,20 +163,20 @@ def test_two_steps_in_flight(
     )
     events: list[str] = []
     pool = scheduler.kv_cache_manager.block_pool
-    free_evicted = TierBlockManager.free_evicted
+    truncate = TierBlockManager.truncate
     get_new_blocks = pool.get_new_blocks
 
     def allocates(count: int) -> Any:
         events.append("allocates")
         return get_new_blocks(count)
 
-    def evicts(manager: TierBlockManager, req_id: str, num_held: int) -> int:
-        freed = free_evicted(manager, req_id, num_held)
-        events.extend(["evicts"] * (freed > 0))
+    def evicts(manager: TierBlockManager, req_id: str, num_held: int) -> Any:
+        freed = truncate(manager, req_id, num_held)
+        events.extend(["evicts"] * bool(freed))
         return freed
 
     monkeypatch.setattr(pool, "get_new_blocks", allocates)
-    monkeypatch.setattr(TierBlockManager, "free_evicted", evicts)
+    monkeypatch.setattr(TierBlockManager, "truncate", evicts)
     total = free_pages(scheduler)
     for index, prompt in enumerate((300, 40, 200, 120, 350, 90)):
         scheduler.add_request(make_request(str(index), prompt, output=30))

@@ -1,7 +1,5 @@
 """Moving kept keys and values to the front of a request's pages."""
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pyramid_vllm.kernels.spans import PagedLayers, Spans, as_bytes
@@ -47,37 +45,24 @@ def compact_requests(
     keys: PagedLayers,
     values: PagedLayers,
     block_table: torch.Tensor,
-    spans: npt.NDArray[np.int32],
+    spans: Spans,
     kept: torch.Tensor,
     targets: torch.Tensor | None = None,
 ) -> None:
     """``compact`` for some requests in some layers, one layer after the other.
 
-    A layer's tokens are all read before the first is written. Only the index arrays
-    are made on the host, once for all layers: nothing waits for the device.
-
-    Args:
-        keys: the layers' keys.
-        values: their values.
-        block_table: ``[num_rows, max_blocks]``, int32.
-        spans: ``[len(Spans._fields), num_requests]``, on the host; read are ``row``,
-            ``num_held``, ``num_kept``, ``num_first`` and ``offset``.
-        kept: ``[num_layers, 1 or num_kv_heads, num_scores]``, int32, from ``select``.
-        targets: ``[num_requests, max_blocks]``, int32: pages to write; None: those
-            that the tokens lie in, where the first ``num_first`` tokens stay.
+    A layer's tokens are all read before the first is written; the index arrays are made
+    once for all layers. Arguments as of ``compact_triton.compact_pages``, on the host.
     """
-    moved = _moved(spans, whole=targets is not None)
-    if not moved.size:
+    row, request, place, index = _moved(spans)
+    if not len(row):
         return
-    device, page = block_table.device, keys.like.shape[2]
-    indices = torch.from_numpy(moved)
-    if device.type == "cuda":
-        indices = indices.pin_memory().to(device, non_blocking=True)
-    row, place, index, request = indices
-    to_table, to_row = (block_table, row) if targets is None else (targets, request)
-    to_block, to_offset = to_table[to_row, place // page].long(), place % page
-    num_heads = keys.like.shape[1]
-    heads = torch.arange(num_heads, device=device)[:, None]
+    page = keys.like.shape[2]
+    to_block, to_offset = block_table[row, place // page].long(), place % page
+    if targets is not None:
+        others = targets[request, place // page].long()
+        to_block = torch.where(others >= 0, others, to_block)
+    heads = torch.arange(keys.like.shape[1])[:, None]
     for key, value, of_layer in zip(keys.caches, values.caches, kept, strict=True):
         source = of_layer[:, index].long()
         from_block, from_offset = block_table[row, source // page].long(), source % page
@@ -90,23 +75,15 @@ def compact_requests(
                 cache[to_block[None], heads, to_offset[None]] = read
 
 
-def _moved(spans: npt.NDArray[np.int32], whole: bool) -> npt.NDArray[np.int64]:
-    """What moves of some requests.
-
-    Args:
-        spans: of the requests.
-        whole: whether the first tokens move too.
-
-    Returns:
-        ``[4, num_moves]``: row of the token's request, its new place, where its old
-        one stands among the kept indices, and its request.
-    """
-    fields = dict(zip(Spans._fields, spans.astype(np.int64), strict=True))
-    first = 0 * fields["num_first"] if whole else fields["num_first"]
-    moves = fields["num_kept"] < fields["num_held"]
-    counts = np.where(moves, fields["num_kept"] - first, 0)
-    request = np.repeat(np.arange(len(counts)), counts)
-    begin = np.repeat(counts.cumsum() - counts, counts)
-    place = np.arange(len(request)) - begin + first[request]
-    index = fields["offset"][request] + place
-    return np.stack((fields["row"][request], place, index, request))
+def _moved(spans: Spans) -> tuple[torch.Tensor, ...]:
+    """What moves of some requests: ``[num_moves]``, int64 each: row of the token's
+    request, the request, its new place, and where its old one stands in ``kept``."""
+    held, kept, first = (
+        field.long() for field in (spans.num_held, spans.num_kept, spans.column)
+    )
+    counts = torch.where(kept < held, kept - first, 0)
+    request = torch.repeat_interleave(counts)
+    begin = (counts.cumsum(0) - counts)[request]
+    place = torch.arange(len(request)) - begin + first[request]
+    index = spans.offset.long()[request] + place
+    return spans.row.long()[request], request, place, index

@@ -21,15 +21,18 @@ from pyramid_vllm.kernels.requests_triton import (
 
 @kernel
 def _compact_kernel(  # type: ignore[no-untyped-def]
-    keys, values, like, table, kept, row, num_held, num_kept, num_first, offset,
-    num_requests, sb, sh, st, sd, table_stride, kept_layer, kept_group,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    ALIGNMENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    keys, values, like, table, targets, kept, row, num_held, num_kept, column, offset,
+    num_requests, sb, sh, st, sd, table_stride, targets_stride, kept_layer,
+    kept_group, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, ELSEWHERE: tl.constexpr,
 ):  # fmt: skip
     """Move one head's keys or values of a request forward, oldest first.
 
-    A token never moves back, so that what a block writes over was moved by an earlier
-    block or lies in the block itself, which is read before it is written.
+    A page that is written is the request's own in that place of its table, or holds
+    none of its tokens. A token never moves back, so that what a block writes over was
+    moved by an earlier block or lies in the block itself, which is read before it is
+    written.
     """
     layer, request, head = program_of(num_requests, HEADS)
     count = tl.load(num_kept + request)
@@ -43,8 +46,8 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
     sources = kept + layer * kept_layer + tl.load(offset + request)
     sources += (head % GROUPS) * kept_group
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    # The first tokens stay where they are.
-    for start in range(tl.load(num_first + request), count, BLOCK_T):
+    # What lies in shared pages stays where it is.
+    for start in range(tl.load(column + request), count, BLOCK_T):
         target = start + tl.arange(0, BLOCK_T)
         inside = target < count
         source = tl.load(sources + target, mask=inside, other=0)
@@ -53,6 +56,10 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
         at = pages + block.to(tl.int64) * sb + head * sh + (source % PAGE) * st
         moved = tl.load(at[:, None] + dims[None, :] * sd, mask=mask)
         block = tl.load(request_table + target // PAGE, mask=inside, other=0)
+        if ELSEWHERE:
+            own = targets + request.to(tl.int64) * targets_stride
+            other = tl.load(own + target // PAGE, mask=inside, other=0)
+            block = tl.where(other >= 0, other, block)
         to = pages + block.to(tl.int64) * sb + head * sh + (target % PAGE) * st
         tl.debug_barrier()
         tl.store(to[:, None] + dims[None, :] * sd, moved, mask=mask)
@@ -64,8 +71,9 @@ def compact_pages(
     block_table: torch.Tensor,
     spans: Spans,
     kept: torch.Tensor,
+    targets: torch.Tensor | None = None,
 ) -> None:
-    """Gather kept tokens into the first slots of their own pages, in place.
+    """Gather kept tokens into the slots after the shared ones.
 
     Safe for overlapping ranges. Bytes are moved as they are: quantized caches stay
     exact.
@@ -75,8 +83,11 @@ def compact_pages(
         values: their values; shape, dtype and strides of the keys.
         block_table: ``[num_rows, max_blocks]``, int32, rows contiguous.
         spans: the requests; read are ``row``, ``num_held``, ``num_kept``,
-            ``num_first`` and ``offset``.
+            ``column`` (tokens before it stay where they are) and ``offset``.
         kept: ``[num_layers, 1 or num_kv_heads, num_scores]``, int32, from ``select``.
+        targets: ``[num_requests, max_blocks]``, int32, rows contiguous: pages to write,
+            by their place in the request's block table, none of which holds tokens of
+            another place; -1, or None: the table's own.
 
     Raises:
         ValueError: keys and values are laid out differently.
@@ -87,7 +98,7 @@ def compact_pages(
             f"{values.like.stride()}"
         )
     heads, page, head_size = keys.like.shape[1:]
-    like = as_bytes(keys.like)
+    like, pages = as_bytes(keys.like), block_table if targets is None else targets
     block_d = triton.next_power_of_2(head_size)
     if not INTERPRETED:
         # Parts of a head's vector multiply the programs that few requests have.
@@ -98,10 +109,10 @@ def compact_pages(
         triton.cdiv(head_size, block_d),
     )
     _compact_kernel[grid](
-        keys.addresses, values.addresses, like, block_table, kept, spans.row,
-        spans.num_held, spans.num_kept, spans.num_first, spans.offset,
-        spans.num_requests, *like.stride(), block_table.stride(0),
+        keys.addresses, values.addresses, like, block_table, pages, kept, spans.row,
+        spans.num_held, spans.num_kept, spans.column, spans.offset,
+        spans.num_requests, *like.stride(), block_table.stride(0), pages.stride(0),
         *kept.stride()[:2], HEADS=heads, GROUPS=kept.shape[1], D=head_size, PAGE=page,
         ALIGNMENT=math.gcd(keys.alignment, values.alignment), BLOCK_D=block_d,
-        BLOCK_T=1024 if INTERPRETED else 128,
+        BLOCK_T=1024 if INTERPRETED else 128, ELSEWHERE=targets is not None,
     )  # fmt: skip

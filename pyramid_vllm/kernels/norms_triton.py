@@ -21,25 +21,26 @@ from pyramid_vllm.kernels.requests_triton import (
 
 @kernel
 def _key_norm_kernel(  # type: ignore[no-untyped-def]
-    addresses, like, table, row, num_held, offset, out, num_requests, sb, sh, st, sd,
-    table_stride, out_layer, out_head,
+    addresses, like, table, row, num_held, column, offset, out, num_requests, sb, sh,
+    st, sd, table_stride, out_layer, out_head,
     HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, K_KIND: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     layer, request, head = program_of(num_requests, HEADS)
-    tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.load(column + request)
+    start = first + tl.program_id(1) * BLOCK_N
     held = tl.load(num_held + request)
-    if tl.program_id(1) * BLOCK_N >= held:
+    if start >= held:
         return
     pages = layer_pointer(addresses, layer, like, ALIGNMENT)
     request_table = table + tl.load(row + request).to(tl.int64) * table_stride
-    dims = tl.arange(0, BLOCK_D)
+    tokens, dims = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k = load_keys(
         pages, request_table, tokens, held, head, dims, sb, sh, st, sd, PAGE, D, K_KIND
     )
     k = k.to(tl.float32)
     at = out + layer * out_layer + head * out_head + tl.load(offset + request)
-    tl.store(at + tokens, -tl.sqrt(tl.sum(k * k, 0)), mask=tokens < held)
+    tl.store(at + tokens - first, -tl.sqrt(tl.sum(k * k, 0)), mask=tokens < held)
 
 
 def score_key_norms(
@@ -59,8 +60,8 @@ def score_key_norms(
     like = as_bytes(keys.like)
     batch = keys.num_layers * spans.num_requests
     _key_norm_kernel[(batch * heads, triton.cdiv(max_tokens, block_n))](
-        keys.addresses, like, block_table, spans.row, spans.num_held, spans.offset,
-        out, spans.num_requests, *like.stride(), block_table.stride(0),
+        keys.addresses, like, block_table, spans.row, spans.num_held, spans.column,
+        spans.offset, out, spans.num_requests, *like.stride(), block_table.stride(0),
         *out.stride()[:2],
         HEADS=heads, D=head_size, PAGE=page,
         BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_N=block_n,

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pyramid_vllm.kernels.compact import compact_requests
@@ -184,11 +182,11 @@ def pool(
     kind: str,
     kernel: int,
     *,
-    max_tokens: int,
+    max_columns: int,
 ) -> None:
     """Pool the scores of each request, in all layers at once."""
     for span in _each(spans):
-        own = slice(span.offset, span.offset + span.num_held)
+        own = slice(span.offset, span.offset + span.num_columns)
         part = scores[..., own]
         result = pooled(part.flatten(0, 1), span.num_recent, kind, kernel)
         out[..., own] = result.view_as(part)
@@ -216,20 +214,11 @@ def compact(
     values: PagedLayers,
     block_table: torch.Tensor,
     spans: Spans,
-    on_host: npt.NDArray[np.int32],
     kept: torch.Tensor,
+    targets: torch.Tensor | None = None,
 ) -> None:
-    """Gather kept tokens into the first slots of their own pages.
-
-    Args:
-        keys: some layers' keys.
-        values: their values.
-        block_table: ``[num_rows, max_blocks]``, int32.
-        spans: the requests.
-        on_host: ``[len(Spans._fields), num_requests]``: the same.
-        kept: from ``select``.
-    """
-    compact_requests(keys, values, block_table, on_host, kept)
+    """Move what stays: arguments as of ``compact_triton.compact_pages``."""
+    compact_requests(keys, values, block_table, spans, kept, targets)
 
 
 def row_indices(

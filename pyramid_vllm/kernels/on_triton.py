@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pyramid_vllm.kernels.compact_triton import compact_pages
@@ -149,8 +147,8 @@ def compact(
     values: PagedLayers,
     block_table: torch.Tensor,
     spans: Spans,
-    on_host: npt.NDArray[np.int32],
     kept: torch.Tensor,
+    targets: torch.Tensor | None = None,
 ) -> None:
     """Move what stays in all layers, in one launch."""
-    compact_pages(keys, values, block_table, spans, kept)
+    compact_pages(keys, values, block_table, spans, kept, targets)

@@ -92,6 +92,11 @@ class PolicyConfig(BaseModel):
     """Whether all KV heads of a layer keep the same tokens, or each its own."""
     evict: Literal["prompt_end", "chunk"] = "prompt_end"
     """When to evict: once, at the prompt's end, or after every chunk of a prefill."""
+    hit_split: Literal["keep", "ignore"] = "keep"
+    """What happens to tokens that a prompt got from the prefix cache. ``keep``: they
+    stay whole and shared, and only what the request computes itself is evicted, so
+    that a hit may change what is kept. ``ignore``: the whole prompt is evicted as
+    without a hit; the tokens whose queries score are computed again."""
     prune_from: int | None = Field(default=None, ge=0)
     """First layer whose input may be pruned: from the next tier on, layers compute
     only the rows that they keep. None: every layer computes every row."""

@@ -48,14 +48,29 @@ class LengthRule:
         """Tokens that each tier keeps of a prompt of ``num_tokens`` tokens."""
         return self.budget.cache_lengths(num_tokens)
 
-    def held_lengths(self, num_prompt_tokens: int, num_computed_tokens: int) -> Counts:
+    def kept_of_prompt(self, num_tokens: int, num_shared: int) -> Counts:
+        """Tokens that each tier keeps of a prompt whose first ``num_shared`` tokens
+        stay whole: the budget is that of the others."""
+        own = self.cache_lengths(max(0, num_tokens - num_shared))
+        return tuple(num_shared + count for count in own) if num_shared else own
+
+    def held_lengths(
+        self, num_prompt_tokens: int, num_computed_tokens: int, num_shared: int = 0
+    ) -> Counts:
         """Tokens that each tier holds after the step that computed the last of
-        ``num_computed_tokens``."""
+        ``num_computed_tokens``.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            num_computed_tokens: prompt and generated tokens.
+            num_shared: first tokens of the prompt that stay whole.
+        """
         prompt = min(num_computed_tokens, num_prompt_tokens)
-        kept = self.cache_lengths(prompt)
         if prompt < num_prompt_tokens and self.config.evict == "prompt_end":
             first = self.first_pruned_tier
-            kept = (prompt,) * first + kept[first:]
+            kept = (prompt,) * first + self.cache_lengths(prompt)[first:]
+        else:
+            kept = self.kept_of_prompt(prompt, num_shared)
         num_generated = num_computed_tokens - prompt
         if not num_generated:
             return kept
@@ -150,13 +165,14 @@ class LengthRule:
         recent = self.num_recent(num_prompt_tokens + num_generated)
         return max(0, num_generated - recent) // group
 
-    def group_starts(self, num_prompt_tokens: int, num_groups: int) -> Counts:
+    def group_starts(
+        self, num_prompt_tokens: int, num_groups: int, num_shared: int = 0
+    ) -> Counts:
         """First cached token of the last of ``num_groups`` groups, per tier."""
+        prompt = self.kept_of_prompt(num_prompt_tokens, num_shared)
         return tuple(
             length + (num_groups - 1) * kept
-            for length, kept in zip(
-                self.cache_lengths(num_prompt_tokens), self.group_kept, strict=True
-            )
+            for length, kept in zip(prompt, self.group_kept, strict=True)
         )
 
     def num_group_queries(self, num_tokens: int) -> int:
@@ -173,6 +189,7 @@ class LengthRule:
         num_tokens: int,
         max_chunk: int,
         pruned: bool = True,
+        num_shared: int = 0,
     ) -> Counts:
         """Most tokens that each tier holds until ``num_tokens`` are computed.
 
@@ -181,6 +198,7 @@ class LengthRule:
             num_tokens: prompt and generated tokens at the end.
             max_chunk: most prompt tokens that one step computes.
             pruned: whether the policy's pruning applies to the request.
+            num_shared: first tokens of the prompt that stay whole.
         """
         prompt = min(num_tokens, num_prompt_tokens)
         first = self.first_pruned_tier if pruned else self.layout.num_tiers
@@ -194,7 +212,7 @@ class LengthRule:
             whole = self.first_pruned_tier
             by_chunk = (prompt,) * whole + by_chunk[whole:]
         prefill = by_chunk[:first] + by_rows[first:]
-        end = self.generation_peak(num_prompt_tokens, num_tokens)
+        end = self.generation_peak(num_prompt_tokens, num_tokens, num_shared)
         return tuple(map(max, prefill, end))
 
     def _with_rows(self, prompt: int, num_rows: int) -> Counts:
@@ -202,10 +220,12 @@ class LengthRule:
             length + num_rows for length in self.cache_lengths(prompt - num_rows)
         )
 
-    def generation_peak(self, num_prompt_tokens: int, num_tokens: int) -> Counts:
+    def generation_peak(
+        self, num_prompt_tokens: int, num_tokens: int, num_shared: int = 0
+    ) -> Counts:
         """Most tokens that each tier holds during or after any step from the prompt's
-        end to ``num_tokens`` computed tokens."""
-        held = self.held_lengths(num_prompt_tokens, num_tokens)
+        end to ``num_tokens`` computed tokens; arguments as of ``held_lengths``."""
+        held = self.held_lengths(num_prompt_tokens, num_tokens, num_shared)
         if not self.num_groups(num_prompt_tokens, num_tokens - num_prompt_tokens):
             return held
         return tuple(map(int.__add__, held, self._group_evicted))

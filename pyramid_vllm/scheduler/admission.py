@@ -65,17 +65,18 @@ class GrowthReserve:
         self._running = running
         self._num_counted = self._soon = self._later = 0
 
-    def num_pages(self, request: Request, num_free: int) -> int:
+    def num_pages(self, request: Request, num_free: int, num_hit: int = 0) -> int:
         """Pages that must stay free in addition to the peak of a request's prompt.
 
         Args:
             request: the waiting request.
             num_free: free pages of the pool.
+            num_hit: pages of each KV cache group that it gets from the prefix cache.
         """
         if self._growth == 0 or not self._running:
             return 0  # a request that runs alone may take the whole pool
         peak = self._pages(self._lengths.peaks(request, request.num_tokens))
-        if peak > num_free:
+        if peak - num_hit * len(self._managers) > num_free:
             return 0  # the request does not fit anyway: the usual case in a full pool
         self._count(self._running[self._num_counted :])
         self._num_counted = len(self._running)
@@ -142,7 +143,8 @@ class GrowthReserve:
     def _held(self, request: Request, num_tokens: int) -> Lengths:
         prompt = request.num_prompt_tokens
         end = min(num_tokens, prompt + request.max_tokens, self._max_model_len)
-        return self._lengths.rule_of(request).generation_peak(prompt, end)
+        rule, num_shared = self._lengths.rule_of(request), self._lengths.shared(request)
+        return rule.generation_peak(prompt, end, num_shared)
 
     def _pages(self, lengths: Lengths) -> int:
         return sum(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -10,6 +12,7 @@ from pyramid_vllm.scheduler.block_manager import TierBlockManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
     from pyramid_vllm.scheduler.lengths import TierLengths
@@ -94,16 +97,45 @@ class TierKVCacheManager(KVCacheManager):
         if num_computed_tokens > self._rests_until.get(request.request_id, 0):
             super().cache_blocks(request, num_computed_tokens)
 
-    def wake(self, request_id: str) -> None:
-        """Note that a request's pages or counts have changed."""
-        self._rests_until.pop(request_id, None)
-
     def free(self, request: Request) -> None:
-        """See the stock method."""
-        self.wake(request.request_id)
-        super().free(request)
+        """Free a request's pages, the last tokens' first, as stock vLLM does."""
+        self.block_pool.free_blocks(reversed(self.pop_blocks_for_free(request)))
 
-    def pop_blocks_for_free(self, request: Request) -> Any:
-        """See the stock method."""
-        self.wake(request.request_id)
-        return super().pop_blocks_for_free(request)
+    def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
+        """Release a request's pages, in the order of their tokens."""
+        self._rests_until.pop(request.request_id, None)
+        return by_position(
+            manager.pop_blocks_for_free(request.request_id)
+            for manager in self.coordinator.single_type_managers
+        )
+
+    def truncate(self, request_id: str, num_held: Sequence[int]) -> list[int]:
+        """Free the pages that a request's cached tokens do not need.
+
+        Args:
+            request_id: the request.
+            num_held: tokens that stay, by tier.
+
+        Returns:
+            By tier: how many pages the request has fewer.
+        """
+        self._rests_until.pop(request_id, None)
+        tables, num_freed = [], [0] * len(num_held)
+        for manager in self.coordinator.single_type_managers:
+            if isinstance(manager, TierBlockManager):
+                tier = manager.kv_cache_spec.tier
+                before = len(manager.req_to_blocks[request_id])
+                tables.append(manager.truncate(request_id, num_held[tier]))
+                num_freed[tier] += before - len(manager.req_to_blocks[request_id])
+        self.block_pool.free_blocks(reversed(by_position(tables)))
+        return num_freed
+
+
+def by_position(tables: Iterable[Sequence[KVCacheBlock]]) -> list[KVCacheBlock]:
+    """The pages of several block tables, in the order of their tokens.
+
+    A hit needs the pages of all tiers, so that pages that leave the prefix cache table
+    by table would take whole prompts with them.
+    """
+    places = itertools.zip_longest(*tables)
+    return [block for place in places for block in place if block is not None]

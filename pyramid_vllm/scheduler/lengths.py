@@ -8,6 +8,9 @@ from pyramid_vllm.policy import LengthRule, Queries, RequestPolicies
 Counts = tuple[int, ...]
 #: Attribute of vLLM's ``Request``: its rule, fixed when it is first asked for.
 _RULE = "kv_policy_rule"
+#: Attribute of vLLM's ``Request``: first tokens of its prompt that stay whole, because
+#: they came from the prefix cache when it was admitted. Set again only until then.
+_SHARED = "kv_policy_shared"
 
 
 class RequestLengths(Protocol):
@@ -16,6 +19,7 @@ class RequestLengths(Protocol):
     request_id: str
     num_prompt_tokens: int
     num_computed_tokens: int
+    num_preemptions: int
     sampling_params: Any
 
 
@@ -58,8 +62,8 @@ class TierLengths:
         self.num_ever_evicted = list(self._none)
         """By tier: tokens evicted since start-up."""
         self._last_slots: tuple[tuple[str, int, int], Counts] | None = None
-        self._last_peak: tuple[tuple[str, int], Counts] | None = None
-        self._last_end: tuple[str, Counts | None] | None = None
+        self._last_peak: tuple[tuple[str, int, int], Counts] | None = None
+        self._last_end: tuple[tuple[str, int], Counts | None] | None = None
 
     def __len__(self) -> int:
         """Number of requests that have evicted tokens."""
@@ -118,7 +122,7 @@ class TierLengths:
 
     def peaks(self, request: RequestLengths, num_tokens: int) -> Counts:
         """Most tokens that each tier holds until ``num_tokens`` are computed."""
-        key = (request.request_id, num_tokens)
+        key = (request.request_id, num_tokens, self.shared(request))
         # As in `slots`, every tier asks.
         if self._last_peak is None or self._last_peak[0] != key:
             pruned = not needs_all_rows(request)
@@ -127,6 +131,7 @@ class TierLengths:
                 num_tokens,
                 self.max_chunk if pruned else self.max_unpruned_chunk,
                 pruned,
+                self.shared(request),
             )
             self._last_peak = key, lengths
         return self._last_peak[1]
@@ -141,7 +146,9 @@ class TierLengths:
             Cache lengths after the step; None: nothing is evicted.
         """
         computed = request.num_computed_tokens
-        kept = self.rule_of(request).held_lengths(request.num_prompt_tokens, computed)
+        kept = self.rule_of(request).held_lengths(
+            request.num_prompt_tokens, computed, self.shared(request)
+        )
         evicted = tuple(computed - length for length in kept)
         before = self.evicted(request.request_id)
         self._last_slots = None
@@ -155,36 +162,48 @@ class TierLengths:
 
     # Prefix caching.
 
+    def shared(self, request: RequestLengths) -> int:
+        """First tokens of a request's prompt that stay whole and shared."""
+        num_shared: int = getattr(request, _SHARED, 0)
+        return num_shared
+
+    def note_hit(self, request: RequestLengths, num_tokens: int) -> None:
+        """Take the tokens that a request gets from the prefix cache.
+
+        A preempted request keeps the split of its first admission, whatever it hits
+        then: its replay evicts what it evicted at first.
+        """
+        if request.num_preemptions:
+            return
+        rule = self.rule_of(request)
+        keeps = rule.config.hit_split == "keep" and can_share(rule)
+        setattr(request, _SHARED, num_tokens if keeps else 0)
+
     def kept_of_prompt(self, req_id: str, num_tokens: int) -> Counts | None:
-        """Cache lengths after the step that ends a prompt, if the step gathers the
-        tokens from pages that other requests may read.
+        """Cache lengths after the step that ends a prompt, if the step evicts tokens
+        from pages that other requests may read.
 
         Args:
             req_id: the request.
             num_tokens: computed tokens, with the step's.
-
-        Returns:
-            0 for a tier that keeps everything, because it gathers nothing.
         """
         request = self._requests[req_id]
         prompt = request.num_prompt_tokens
         if num_tokens < prompt or request.num_computed_tokens >= prompt:
             return None
-        if self._last_end is None or self._last_end[0] != req_id:
+        key = (req_id, self.shared(request))
+        if self._last_end is None or self._last_end[0] != key:
             rule = self.rule_of(request)
-            lengths = rule.cache_lengths(prompt)
-            shares = can_share(rule) and min(lengths) < prompt
-            self._last_end = (
-                req_id,
-                tuple(n if n < prompt else 0 for n in lengths) if shares else None,
-            )
+            lengths = rule.kept_of_prompt(prompt, self.shared(request))
+            evicts = can_share(rule) and min(lengths) < prompt
+            self._last_end = key, lengths if evicts else None
         return self._last_end[1]
 
     def max_shared(self, request: RequestLengths) -> int | None:
         """Most tokens of a request whose pages may come from the prefix cache.
 
         The queries that score have to be computed, and so has every token after an
-        eviction.
+        eviction. Tokens that stay whole need neither.
 
         Returns:
             None: as many as in stock vLLM.
@@ -192,12 +211,13 @@ class TierLengths:
         rule, prompt = self.rule_of(request), request.num_prompt_tokens
         if not can_share(rule) or needs_all_rows(request):
             return 0
-        if min(rule.cache_lengths(prompt)) == prompt:
+        whole = self.shared(request)
+        if min(rule.kept_of_prompt(prompt, whole)) == prompt:
             return prompt if rule.config.generation else None
         if rule.config.scored_queries is Queries.ALL:
-            return 0
+            return whole
         # Two: vLLM pads a single last token with drafts of speculative decoding.
-        return max(0, prompt - max(2, rule.num_queries(prompt)))
+        return max(whole, prompt - max(2, rule.num_queries(prompt - whole)))
 
     def num_shareable(self, request: RequestLengths, num_tokens: int) -> int:
         """Number of a request's first ``num_tokens`` tokens that have stock vLLM's keys

@@ -275,7 +275,14 @@ class PyramidScheduler(AsyncScheduler):
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Limit a prefix hit, so that the prompt can still be evicted."""
         hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        most = self.tier_lengths.max_shared(request)
+        lengths = self.tier_lengths
+        lengths.note_hit(request, hit[1])
+        most = lengths.max_shared(request)
+        end = request.num_prompt_tokens + request.max_tokens
+        if lengths.shared(request) and not self._holds(request, end):
+            # The pool cannot hold the output beside a prefix that stays whole.
+            lengths.note_hit(request, 0)
+            most = lengths.max_shared(request)
         if most is None or hit[1] <= most:
             return hit
         manager = self.kv_cache_manager
@@ -284,6 +291,15 @@ class PyramidScheduler(AsyncScheduler):
         )
         boundary = num_tokens + num_uncached if num_uncached else 0
         return manager.create_kv_cache_blocks(blocks), num_tokens, boundary, False
+
+    def _holds(self, request: Request, num_tokens: int) -> bool:
+        """Whether the whole pool can hold a request up to ``num_tokens``."""
+        peak = self.tier_lengths.rule_of(request).generation_peak(
+            request.num_prompt_tokens,
+            min(num_tokens, self.max_model_len),
+            self.tier_lengths.shared(request),
+        )
+        return self.kv_report.holds(peak)
 
     def check_integrity(self) -> None:
         """Check that free and held pages add up and no count outlives its pages."""
@@ -318,11 +334,7 @@ class PyramidScheduler(AsyncScheduler):
     def _free_evicted(self, plan: StepPlan) -> None:
         """Return the pages of evicted tokens to the pool, for later steps."""
         for req_id, _, num_kept in plan.compactions:
-            num_freed = [0] * len(num_kept)
-            for manager in self.tier_managers:
-                tier = manager.kv_cache_spec.tier
-                num_freed[tier] += manager.free_evicted(req_id, num_kept[tier])
-            self._pages.wake(req_id)
+            num_freed = self._pages.truncate(req_id, num_kept)
             self._statistics.count_freed(num_freed)
 
     def _count(self, plan: StepPlan) -> None:

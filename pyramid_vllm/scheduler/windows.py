@@ -24,7 +24,8 @@ def prompt_window(
     computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
     num_rows = lengths.rows(request, num_before, computed)
     num_kept = lengths.advance(request)
-    retain, num_queries = _queries(rule, num_prompt, num_before, computed)
+    num_shared = lengths.shared(request)
+    retain, num_queries = _queries(rule, num_prompt, num_shared, num_before, computed)
     if num_kept is None and num_rows is None and not retain:
         return None
     return PromptWindow(
@@ -34,25 +35,27 @@ def prompt_window(
         num_queries=num_queries,
         retain=retain,
         num_kept=num_kept,
-        num_recent=rule.num_recent(computed),
+        num_recent=rule.num_recent(max(0, computed - num_shared)),
+        num_shared=num_shared,
         num_rows=num_rows,
     )
 
 
 def _queries(
-    rule: LengthRule, num_prompt: int, num_before: int, computed: int
+    rule: LengthRule, num_prompt: int, num_shared: int, num_before: int, computed: int
 ) -> tuple[bool, int]:
     """Whether a later chunk needs this chunk's queries, and how many queries score."""
     config = rule.config
-    if not config.needs_queries or min(rule.cache_lengths(num_prompt)) == num_prompt:
+    kept = rule.kept_of_prompt(num_prompt, num_shared)
+    if not config.needs_queries or min(kept) == num_prompt:
         return False, 0
     if config.scored_queries is Queries.ALL:
         return computed < num_prompt, computed - num_before
     if computed == num_prompt:
-        return False, rule.num_queries(computed)
+        return False, rule.num_queries(computed - num_shared)
     if config.evict == "chunk" or rule.prunes:
         return True, rule.num_queries(computed)
-    window_start = num_prompt - rule.num_queries(num_prompt)
+    window_start = num_prompt - rule.num_queries(num_prompt - num_shared)
     return computed > window_start, max(0, computed - window_start)
 
 
@@ -78,7 +81,7 @@ def generated_window(
         policy=rule.config.name,
         num_tokens=computed,
         num_queries=rule.num_group_queries(computed),
-        starts=rule.group_starts(num_prompt, num_groups),
+        starts=rule.group_starts(num_prompt, num_groups, lengths.shared(request)),
         size=size,
         num_chosen=rule.group_kept,
         num_kept=num_kept,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from vllm.distributed import (
 )
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from pyramid_vllm.kernels.compact import compact_requests
 from pyramid_vllm.kernels.spans import Attention, PagedLayers, Spans
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ class CacheGroup:
             spans,
             config.pooling,
             config.pool_kernel,
-            max_tokens=bounds.max_tokens,
+            max_columns=bounds.max_columns,
         )
         return pooled
 
@@ -143,45 +142,19 @@ class CacheGroup:
         if not bounds.moves:
             return
         final = self.final_scores(scores, batch, spans, bounds, step)
-        on_host = batch.on_host[0, tier]
         kept = self._selected(final, batch.config, step, spans, bounds.max_tokens)
-        table = step.batch.pages(self.group_id)
-        targets = [
-            None if window.pages is None else window.pages[self.group_id]
-            for window in batch.windows
-        ]
-        elsewhere = np.array([target is not None for target in targets])
-        if elsewhere.any():
-            self._move_elsewhere(targets, elsewhere, table, on_host, kept)
-            stays = async_tensor_h2d(elsewhere.tolist(), step.device, torch.bool)
-            num_kept = torch.where(stays, spans.num_held, spans.num_kept)
-            spans = spans._replace(num_kept=num_kept)
-            in_place = on_host.copy()
-            in_place[_KEPT] = np.where(elsewhere, on_host[_HELD], on_host[_KEPT])
-        else:
-            in_place = on_host
-        if not elsewhere.all():
-            step.kernels.compact(self.keys, self.values, table, spans, in_place, kept)
+        table, targets = step.batch.pages(self.group_id), batch.targets
+        step.kernels.compact(
+            self.keys,
+            self.values,
+            table,
+            spans,
+            kept,
+            None if targets is None else targets[self.group_id],
+        )
         if state.record is not None:
             req_ids = [window.req_id for window in batch.windows]
-            self._record(state.record.evict, req_ids, on_host, kept)
-
-    def _move_elsewhere(
-        self,
-        targets: Sequence[tuple[int, ...] | None],
-        elsewhere: Any,
-        table: torch.Tensor,
-        on_host: Ints,
-        kept: torch.Tensor,
-    ) -> None:
-        """Gather what requests keep of shared pages into pages of their own."""
-        chosen = [target for target in targets if target is not None]
-        pages = np.zeros((len(chosen), max(map(len, chosen))), dtype=np.int32)
-        for row, target in zip(pages, chosen, strict=True):
-            row[: len(target)] = target
-        sent = async_tensor_h2d(pages, device=table.device)
-        spans = on_host[:, elsewhere]
-        compact_requests(self.keys, self.values, table, spans, kept, sent)
+            self._record(state.record.evict, req_ids, batch.on_host[0, tier], kept)
 
     def _selected(
         self,
@@ -239,7 +212,7 @@ class CacheGroup:
         scores = self._generated_scores(windows, config, step, spans, oldest, on_host)
         kept = self._selected(scores, config, step, spans, longest)
         table = step.batch.pages(self.group_id)
-        step.kernels.compact(self.keys, self.values, table, spans, on_host[:-1], kept)
+        step.kernels.compact(self.keys, self.values, table, spans, kept)
         if state.record is not None:
             req_ids = [window.req_id for window in windows]
             self._record(state.record.compress, req_ids, on_host, kept)

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyramid_vllm.kernels.spans import Spans
 from pyramid_vllm.policy import Queries
 from pyramid_vllm.worker.cache_group import CacheGroup, LayerConstants, over_heads
 
 if TYPE_CHECKING:
     from pyramid_vllm.worker.state import WorkerState
     from pyramid_vllm.worker.windows import WindowBatch
+
+_NUM_COLUMNS = Spans._fields.index("num_columns")
 
 
 class TieredLayer:
@@ -117,7 +120,7 @@ class TieredLayer:
             own,
             max_queries=bounds.max_queries,
             max_tokens=bounds.max_tokens,
-            max_columns=bounds.max_tokens,
+            max_columns=bounds.max_columns,
             scratch=self._state.step.scratch,
         )
         if config.scored_queries is Queries.ALL:
@@ -146,7 +149,7 @@ class TieredLayer:
         """Add the scores of earlier chunks, and keep them for later ones."""
         accumulated = self._state.accumulated
         starts = batch.offsets[self.tier]
-        ends = starts + batch.columns.num_held[self.tier]
+        ends = starts + batch.on_host[0, self.tier, _NUM_COLUMNS]
         for window, start, end in zip(batch.windows, starts, ends, strict=True):
             own = scores[:, start:end]
             own.copy_(accumulated.add(window.req_id, self.index, own))

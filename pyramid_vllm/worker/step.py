@@ -179,10 +179,11 @@ class TierStep:
             )
         upload = _Upload()
         windows = [upload.add(batch.on_host) for batch in self.batches]
+        targets = [self._add_targets(upload, batch) for batch in self.batches]
         pruned = self._add_pruned(upload, rows) if plan.prunes else None
         sent = upload.send(self.device)
-        for batch, place in zip(self.batches, windows, strict=True):
-            batch.upload(sent[place])
+        for batch, place, target in zip(self.batches, windows, targets, strict=True):
+            batch.upload(sent[place], None if target is None else sent[target])
         num_rows = None
         if pruned:
             num_rows, self.starts, self.window_of, self.row_offsets = sent[pruned:]
@@ -200,6 +201,11 @@ class TierStep:
         )
         if self.generated is not None:
             self.generated.begin_step(rows)
+
+    def _add_targets(self, upload: _Upload, batch: WindowBatch) -> int | None:
+        """Add the pages that a batch is gathered into, where it is not in place."""
+        targets = batch.targets_on_host(self.batch.num_groups, self._block_size)
+        return None if targets is None else upload.add(targets)
 
     def _add_pruned(self, upload: _Upload, rows: BatchRows) -> int:
         """Add what only steps that prune rows need; the place of the first of them."""

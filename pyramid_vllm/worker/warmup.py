@@ -81,11 +81,11 @@ def _choose(
     if config.pools:
         pooled = torch.zeros_like(scores)
         kind, width = config.pooling, config.pool_kernel
-        kernels.pool(scores, pooled, spans, kind, width, max_tokens=1)
+        kernels.pool(scores, pooled, spans, kind, width, max_columns=1)
     chosen = scores[:, :1] if config.selection == "layer" else scores
     kept = torch.zeros(chosen.shape, dtype=torch.int32, device=scores.device)
     for tokens in _TOKENS:
         kernels.select(chosen, kept, spans, max_tokens=tokens)
-    on_host = torch.stack(spans).cpu().numpy()
-    kernels.compact(group.keys, group.values, table, spans, on_host, kept)
-    return config.pools + len(_TOKENS) + 1
+    for targets in (None, table):
+        kernels.compact(group.keys, group.values, table, spans, kept, targets)
+    return config.pools + len(_TOKENS) + 2

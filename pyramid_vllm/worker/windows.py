@@ -25,6 +25,7 @@ class Bounds:
 
     max_queries: int
     max_tokens: int
+    max_columns: int
     is_scored: bool
     moves: bool
 
@@ -41,6 +42,7 @@ class Bounds:
         return cls(
             max_queries=max(1, int(queries.max())),
             max_tokens=max(1, int(spans[_FIELDS.index("num_held")].max())),
+            max_columns=max(1, int(spans[_FIELDS.index("num_columns")].max())),
             is_scored=bool(queries.any()),
             moves=bool((kept < held).any()),
         )
@@ -117,12 +119,37 @@ class WindowBatch:
         self.narrow_spans: list[Spans] = []
         self.row_spans: list[Spans] = []
         """By tier: the chunk's rows, of which the next tier computes some."""
+        self.targets: torch.Tensor | None = None
+        """``[num_groups, num_windows, max_blocks]``, int32: see ``targets_on_host``."""
 
-    def upload(self, sent: torch.Tensor) -> None:
-        """Take ``on_host`` as it lies on the device."""
+    def upload(self, sent: torch.Tensor, targets: torch.Tensor | None) -> None:
+        """Take ``on_host`` and ``targets_on_host`` as they lie on the device."""
         self.spans, self.narrow_spans, self.row_spans = (
             [Spans.of(tier) for tier in kind] for kind in sent
         )
+        self.targets = targets
+
+    def targets_on_host(self, num_groups: int, page: int) -> Ints | None:
+        """``[num_groups, num_windows, max_blocks]``: pages that kept tokens are
+        gathered into, by their place in the block table; -1: the table's own.
+
+        Args:
+            num_groups: KV cache groups of the runner.
+            page: tokens of a page.
+
+        Returns:
+            None: all windows are compacted in place.
+        """
+        if all(window.pages is None for window in self.windows):
+            return None
+        width = -(-int(self.columns.num_held.max()) // page)
+        targets = np.full((num_groups, len(self.windows), width), -1, dtype=np.int32)
+        for column, window in enumerate(self.windows):
+            first = window.num_shared // page
+            for group, pages in enumerate(window.pages or ()):
+                if pages is not None:
+                    targets[group, column, first : first + len(pages)] = pages
+        return targets
 
     def _spans(self) -> Ints:
         """``[3, num_tiers, num_fields, num_windows]``: the three kinds of spans."""
@@ -131,6 +158,8 @@ class WindowBatch:
         every = config.scored_queries is Queries.ALL
         wanted = np.array([window.num_queries for window in self.windows], np.int32)
         retain = np.array([window.retain for window in self.windows])
+        # Of pages that are shared nothing is scored, chosen or moved.
+        shared = np.array([window.num_shared for window in self.windows], np.int32)
         recent = np.array([window.num_recent for window in self.windows], np.int32)
         queries = num_rows if every else np.broadcast_to(wanted, held.shape)
         if self.packed:
@@ -147,9 +176,10 @@ class WindowBatch:
             "num_queries": np.where(moves, queries, 0),
             "num_held": held,
             "num_kept": kept,
-            "num_first": np.minimum(config.sinks, held),
+            "num_first": np.minimum(np.maximum(config.sinks, shared), held),
             "num_recent": recent,
-            "num_columns": held,
+            "column": shared,
+            "num_columns": held - shared,
             "offset": self.offsets,
         }
         narrows = np.where(moves | (stay < num_rows), queries, 0)

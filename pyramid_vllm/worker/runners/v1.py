@@ -130,7 +130,7 @@ class V1Runner:
         appended.
         """
         num_fewer = 0
-        gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
+        gathered = {w.req_id: w for w in plan.windows if w.pages}
         for req_id, _, num_kept in plan.compactions:
             row = self._batch.req_id_to_index[req_id]
             block_ids = self._runner.requests[req_id].block_ids
@@ -139,10 +139,12 @@ class V1Runner:
                 num_blocks = cdiv(num_kept[tier], table.block_size)
                 last = table.num_blocks_per_row[row]
                 num_fewer += int(last) - num_blocks
-                pages = gathered[req_id][group_id] if req_id in gathered else None
-                if pages is not None:
-                    table.block_table.np[row, :num_blocks] = pages
-                    block_ids[group_id][:num_blocks] = pages
+                window = gathered.get(req_id)
+                pages = window and window.pages and window.pages[group_id]
+                if window and pages:
+                    first = window.num_shared // table.block_size
+                    table.block_table.np[row, first:num_blocks] = pages
+                    block_ids[group_id][first:num_blocks] = pages
                 table.block_table.np[row, num_blocks:last] = 0
                 table.num_blocks_per_row[row] = num_blocks
                 del block_ids[group_id][num_blocks:]

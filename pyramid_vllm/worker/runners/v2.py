@@ -203,16 +203,18 @@ class V2Runner:
         """
         num_fewer = 0
         tables = self._runner.block_tables
-        gathered = {w.req_id: w.pages for w in plan.windows if w.pages}
+        gathered = {w.req_id: w for w in plan.windows if w.pages}
         for req_id, _, num_kept in plan.compactions:
             index = self._runner.req_states.req_id_to_index[req_id]
             for group_id, tier in tier_of_group.items():
                 num_blocks = cdiv(num_kept[tier], tables.block_sizes[group_id])
                 num_fewer += int(tables.num_blocks.np[group_id, index]) - num_blocks
-                pages = gathered[req_id][group_id] if req_id in gathered else None
-                if pages is not None:
+                window = gathered.get(req_id)
+                pages = window and window.pages and window.pages[group_id]
+                if window and pages:
+                    first = window.num_shared // tables.block_sizes[group_id]
                     # At once: a staged write may meet the next request's in this row.
-                    row = tables.block_tables[group_id].gpu[index, :num_blocks]
+                    row = tables.block_tables[group_id].gpu[index, first:num_blocks]
                     async_tensor_h2d(list(pages), dtype=row.dtype, out=row)
                 tables.num_blocks.np[group_id, index] = num_blocks
         return num_fewer
