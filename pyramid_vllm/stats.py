@@ -15,6 +15,8 @@ STATS_KEY = "kv_policy"
 PROMPT_LOGPROBS = "prompt_logprobs"
 SHORT_PROMPT = "short_prompt"
 KEEPS_ALL = "keeps_all"
+#: What the prefix cache did not have of the prompt is too short to evict.
+CACHED_PREFIX = "cached_prefix"
 
 
 @dataclass

@@ -4,7 +4,7 @@ import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ class Generation:
 
     tokens: list[int]
     logprobs: list[float]
+    num_cached: int = field(default=0, compare=False)
+    """Prompt tokens from the prefix cache."""
 
 
 #: What engines of tests have, unless a test asks for something else.
@@ -96,7 +98,8 @@ def generate(
                 completion.token_ids, completion.logprobs or (), strict=False
             )
         ]
-        results.append(Generation(list(completion.token_ids), values))
+        num_cached = output.num_cached_tokens or 0
+        results.append(Generation(list(completion.token_ids), values, num_cached))
     return results
 
 

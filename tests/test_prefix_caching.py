@@ -1,5 +1,5 @@
-"""Prefix caching beside compaction: pages are shared until a prompt is compacted, then
-live on for others; what is hit changes no token."""
+"""Prefix caching beside compaction, with ``hit_split: ignore``: pages are shared until a
+prompt is compacted, then live on for others; what is hit changes no token."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +25,9 @@ from tests.scheduling import (
 )
 
 POLICY = {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 3}
+POLICY |= {"hit_split": "ignore"}
 SMALL: dict[str, Any] = {
+    "hit_split": "ignore",
     "base": "pyramid-by-depth",
     "recent": 16,
     "min_context": 32,
@@ -79,7 +81,7 @@ def num_hits(llm: Any) -> int:
         # Tiers of one and of two layers: of several cache groups each.
         ("pyramid-by-depth", POLICY | {"tiers": 4}),
         ("streaming", POLICY),
-        ("snapkv", {"tiers": 2}),
+        ("snapkv", {"tiers": 2, "hit_split": "ignore"}),
         ("pyramid-by-depth", POLICY | {"exceed_length_to_compress": 4, "recent": 8}),
         ("pyramid-by-depth", POLICY | {"retention": 1.0}),
     ],
@@ -113,7 +115,7 @@ def test_hits_change_no_token(
 
 def test_a_scorer_of_all_queries_takes_nothing_from_the_cache(engine: Engine) -> None:
     """It reads every query of a prompt, also those that a hit would spare."""
-    config = {"tiers": 2}
+    config = {"tiers": 2, "hit_split": "ignore"}
     llm = engine(config, "h2o", enable_prefix_caching=False)
     expected = [g.tokens for g in generate(llm, PROMPTS, 24)]
     llm = engine(config, "h2o", enable_prefix_caching=True, disable_log_stats=False)
@@ -158,7 +160,7 @@ def test_pages_of_a_compacted_prompt_stay_in_the_cache(tiny_llama: str) -> None:
     for pages, table in zip(window.pages, tables, strict=True):
         assert pages == tuple(block.block_id for block in table)
         assert all(block.block_hash is None for block in table)
-    # Generated tokens behind an eviction are nobody else's.
+    # Generated tokens after an eviction are nobody else's.
     driver.run()
     assert len(pool.cached_block_hash_to_block) == 200 // BLOCK_SIZE * 3
 

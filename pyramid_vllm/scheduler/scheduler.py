@@ -242,9 +242,7 @@ class PyramidScheduler(AsyncScheduler):
                 if window is not None:
                     windows.append(self._with_pages(window))
             if request.num_computed_tokens >= request.num_prompt_tokens:
-                del self._in_prompt[req_id]
-                if self.tier_lengths.rule_of(request).config.generation:
-                    self._compressing[req_id] = None
+                self._end_prompt(request)
         return StepPlan(
             num_reqs=len(scheduled),
             num_prompt_tokens=num_prompt_tokens,
@@ -252,6 +250,19 @@ class PyramidScheduler(AsyncScheduler):
             generated=tuple(generated),
             released=released,
         )
+
+    def _end_prompt(self, request: Request) -> None:
+        req_id, lengths = request.request_id, self.tier_lengths
+        rule, prompt = lengths.rule_of(request), request.num_prompt_tokens
+        del self._in_prompt[req_id]
+        if rule.config.generation:
+            self._compressing[req_id] = None
+        if (
+            lengths.shared(request)
+            and not any(lengths.evicted(req_id))
+            and min(rule.cache_lengths(prompt)) < prompt
+        ):
+            self._statistics.count_whole()
 
     @staticmethod
     def _scheduled(req_ids: Iterable[str], scheduled: Mapping[str, int]) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pyramid_vllm.scheduler.lengths import needs_all_rows
 from pyramid_vllm.stats import (
+    CACHED_PREFIX,
     KEEPS_ALL,
     PROMPT_LOGPROBS,
     SHORT_PROMPT,
@@ -52,6 +53,10 @@ class Statistics:
         if min(rule.cache_lengths(num_tokens)) == num_tokens:
             is_short = num_tokens <= rule.config.min_context
             add(self.counters.unpruned, SHORT_PROMPT if is_short else KEEPS_ALL)
+
+    def count_whole(self) -> None:
+        """Count a prompt that is kept whole because the prefix cache had most of it."""
+        add(self.counters.unpruned, CACHED_PREFIX)
 
     def count_freed(self, pages: Sequence[int]) -> None:
         """Count a request's compaction, which freed ``pages`` by tier."""

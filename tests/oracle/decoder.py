@@ -93,6 +93,7 @@ class Oracle:
         chunks: list[int],
         output: list[int],
         prune: bool = True,
+        shared: int = 0,
     ) -> OracleResult:
         """Force a request's output and return what each step would have said.
 
@@ -101,9 +102,10 @@ class Oracle:
             chunks: prompt tokens of each step, in order.
             output: the tokens that were generated.
             prune: whether rows are pruned where the policy says so.
+            shared: first tokens that another request computed: they stay whole.
         """
         assert sum(chunks) == len(prompt)
-        run = _Run(self, prompt, prune)
+        run = _Run(self, prompt, prune, shared)
         for chunk in chunks:
             run.prefill(chunk)
         run.generate(output)
@@ -114,9 +116,12 @@ class Oracle:
 class _Run:
     """One request on its way."""
 
-    def __init__(self, oracle: Oracle, prompt: list[int], prune: bool) -> None:
+    def __init__(
+        self, oracle: Oracle, prompt: list[int], prune: bool, shared: int
+    ) -> None:
         self.model, self.config = oracle.model, oracle.config
         self.counts, self.prompt, self.prune = oracle.counts, prompt, prune
+        self.shared = shared
         self.layers = [_Layer(self.model) for _ in range(self.model.num_layers)]
         self.result = OracleResult(rows=[0] * self.model.num_layers)
         self.done = 0
@@ -149,7 +154,8 @@ class _Run:
                 continue
             by_head = self._prompt_scores(layer, after)
             by_layer = [scores.mean(0, keepdim=True) for scores in by_head]
-            recent, sinks = self.counts.recent(after), self.config.sinks
+            own = after - self.shared
+            recent, sinks = self.counts.recent(own), self.config.sinks
             chosen = list(range(len(x)))
             if following < len(x):
                 of_chunk = [scores[:, -len(x) :] for scores in by_layer]
@@ -157,37 +163,57 @@ class _Run:
                 (chosen,) = self._choose(of_chunk, following, left, window)
             if evicts:
                 scores = by_layer if self.config.selection == "layer" else by_head
-                held = self._choose(scores, kept[index], sinks, recent)
+                held = self._choose_own(scores, kept[index], recent)
                 layer.keep(held * (len(layer.key) // len(held)))
             x, positions = x[chosen], positions[chosen]
         self.done = after
         if after == len(self.prompt):
             self.result.logprobs.append(self.model.logprobs(x[-1:])[0])
 
+    def _choose_own(
+        self, scores: list[torch.Tensor], count: int, recent: int
+    ) -> list[list[int]]:
+        """All shared tokens, and a choice from the request's own."""
+        shared = self.shared
+        sinks = max(0, self.config.sinks - shared)
+        own = self._choose(scores, count - shared, sinks, recent)
+        return [[*range(shared), *(shared + i for i in row)] for row in own]
+
     def _kept(self, after: int) -> list[int]:
-        """Tokens that each layer keeps behind a chunk."""
-        counts = self.counts.prompt(after)
+        """Tokens that each layer keeps after a chunk."""
+        own = self.counts.prompt(max(0, after - self.shared))
+        counts = [self.shared + count for count in own]
         if after == len(self.prompt) or self.config.evict == "chunk":
             return counts
         pruned = self.counts.pruned_layers()
         return [c if i in pruned else after for i, c in enumerate(counts)]
 
     def _prompt_scores(self, layer: _Layer, after: int) -> list[torch.Tensor]:
-        """``[num_kv_heads, num_held]``: how much each held token matters.
+        """``[num_kv_heads, num_own]``: how much each held token matters, of those that
+        are not shared.
 
         More than one where rounding may have given others.
         """
-        config, recent = self.config, self.counts.recent(after)
+        own = after - self.shared
+        found = self._scores(layer, own, self.counts.recent(own))
+        parts = [scores[:, self.shared :] for scores in found]
+        if self.config.scorer != "attention":
+            return parts
+        return [self._pooled(scores, self.counts.recent(own)) for scores in parts]
+
+    def _scores(self, layer: _Layer, own: int, recent: int) -> list[torch.Tensor]:
+        """``[num_kv_heads, num_held]``, by the newest of ``own`` queries."""
+        config = self.config
         heads, groups = len(layer.key), layer.query.shape[1] // len(layer.key)
         if config.scorer == "recency":
             return [layer.position.to(F64)]
         if config.scorer == "key_norm":
             return [-layer.key.pow(2).sum(-1).sqrt()]
         if config.scorer == "accumulated":
-            columns = layer.attention(len(layer.query)).sum(1)
+            columns = layer.attention(own).sum(1)
             return [columns.view(heads, groups, -1).mean(1)]
-        share = int(Fraction(str(config.query_ratio)) * after)
-        newest = min(config.queries or recent, max(recent, share), after)
+        share = int(Fraction(str(config.query_ratio)) * own)
+        newest = min(config.queries or recent, max(recent, share), own)
         if config.prune_from is not None or config.evict == "chunk":
             newest = min(newest, recent)  # of older ones rows or keys may be gone
         attention = layer.attention(newest)
@@ -200,8 +226,7 @@ class _Run:
             ]
         weights = torch.linspace(1, config.distance_weight, newest, dtype=F64)
         columns = (attention * (weights / weights.sum())[:, None]).sum(1)
-        scores = columns.view(heads, groups, -1).mean(1)
-        return [self._pooled(scores, recent)]
+        return [columns.view(heads, groups, -1).mean(1)]
 
     def _pooled(self, scores: torch.Tensor, recent: int) -> torch.Tensor:
         if self.config.pooling == "none" or scores.shape[1] <= recent:
@@ -274,7 +299,8 @@ class _Run:
             config.exceed_length_to_compress,
             self.counts.groups(n, generated),
         )
-        kept, prompt = self.counts.group_kept(), self.counts.prompt(n)
+        kept = self.counts.group_kept()
+        prompt = [self.shared + c for c in self.counts.prompt(n - self.shared)]
         newest = min(config.gen_queries, self.counts.recent(n + generated))
         weights = torch.linspace(1, config.distance_weight, newest, dtype=F64)
         weights = weights / weights.sum()
