@@ -1,4 +1,4 @@
-"""What ``inspect`` shows of a request: as numbers, in the picture and on the page."""
+"""What ``inspect`` shows of a request: as numbers and on the page."""
 
 import json
 import re
@@ -19,9 +19,8 @@ from typer.testing import CliRunner
 from pyramid_vllm.policy import KVPolicyError, LengthRule, PolicyConfig, TierLayout
 from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.inspection import run
-from pyramid_vllm.tools.inspection.engine import EngineTask, inspect_request, run_engine
+from pyramid_vllm.tools.inspection.engine import inspect_request, run_engine
 from pyramid_vllm.tools.inspection.page import page
-from pyramid_vllm.tools.inspection.plot import kept_shares, plot, tier_runs
 from pyramid_vllm.tools.inspection.settings import InspectSettings
 from pyramid_vllm.tools.inspection.view import (
     Inspection,
@@ -80,24 +79,6 @@ def test_other_counts_than_the_policy_says_are_no_picture() -> None:
     rule = LengthRule(PolicyConfig(**found.policy), TierLayout(2, 2))
     with pytest.raises(RuntimeError, match=r"layer 0 holds \[7, 8\] tokens"):
         inspection_of(request, rule, [[[*range(7)], [*range(8)]]] * 2)
-
-
-def test_the_picture_has_a_share_for_each_cell(tmp_path: Path) -> None:
-    shares = kept_shares(small())
-    assert shares.shape == (2, 12)
-    assert shares[0].tolist() == [1, 0.5, 0.5, 1, 0, 1, 0, 0, 1, 1, 1, 1]
-    assert shares[1].tolist() == [1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]
-    plot(small(), tmp_path / "small.png")
-    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_tiers_of_layers_that_lie_apart() -> None:
-    found = small()
-    layers = tuple(
-        replace(found.layers[0], layer=layer, tier=tier)
-        for layer, tier in enumerate((1, 1, 0, 1))
-    )
-    assert tier_runs(replace(found, layers=layers)) == [(1, 0, 1), (0, 2, 2), (1, 3, 3)]
 
 
 def test_the_table_says_what_the_json_says() -> None:
@@ -171,18 +152,10 @@ def test_what_is_not_recorded_is_refused(argument: Any, message: str) -> None:
 def test_errors_come_before_the_engine(
     options: list[str], message: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "run_engine", lambda task: pytest.fail("it ran"))
+    monkeypatch.setattr(run, "run_engine", lambda **task: pytest.fail("it ran"))
     result = CliRunner().invoke(app, ["inspect", model, *options])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-
-
-def test_pictures_need_matplotlib(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "run_engine", lambda task: pytest.fail("it ran"))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = CliRunner().invoke(app, ["inspect", model, "--prompt", "x"])
-    assert result.exit_code == 2
-    assert "pip install 'pyramid-vllm[plots]'" in " ".join(result.output.split())
 
 
 # Engines.
@@ -317,7 +290,6 @@ def test_a_process_of_its_own_finds_the_same(
     assert written == json.loads(json.dumps(asdict(found["head"]))) | {
         key: written[key] for key in ("argv", "date", "versions", "seed", "machine")
     }
-    assert (command / "inspect.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
@@ -336,9 +308,6 @@ def command(
         (folder / "inspect.json").read_text()
     ) | {key: json.loads(result.stdout)[key] for key in ("date",)}
     return folder
-
-
-TASK = EngineTask("m", None, [1], 1, [], {})
 
 
 @pytest.mark.parametrize(
@@ -367,7 +336,7 @@ def test_an_engine_that_fails_says_why(
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
     with pytest.raises(error, match=message):
-        run_engine(TASK)
+        run_engine(model="m")
 
 
 # The page.
@@ -443,13 +412,8 @@ def test_the_page_has_tiers_and_text_without_a_script() -> None:
         for note in re.findall(r'data-position="\d+" title="(.*?)"', html)
     ]
     assert len(notes) == 13
-    assert notes[0] == (
-        "Position 0 (id 40, sink, always kept): kept in 2 of 2 layers: "
-        "2 of 2 heads in layers 0-1"
-    )
-    assert notes[1] == (
-        "Position 1 (id 41, prompt): kept in 1 of 2 layers: 1 of 2 heads in layers 0"
-    )
+    assert notes[0] == ("Position 0 (id 40, sink, always kept): kept in 2 of 2 layers")
+    assert notes[1] == "Position 1 (id 41, prompt): kept in 1 of 2 layers"
     assert notes[7] == "Position 7 (id 47, prompt): kept in 0 of 2 layers"
     assert "generated last, not in the cache yet" in notes[12]
 

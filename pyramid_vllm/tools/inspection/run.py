@@ -22,7 +22,7 @@ from pyramid_vllm.policy.requests import KEEP_ALL
 from pyramid_vllm.policy.tiers import TierLayout, runs
 from pyramid_vllm.tools.chat import chat_ids, has_template, stop_ids
 from pyramid_vllm.tools.figures import right_table
-from pyramid_vllm.tools.inspection.engine import EngineTask, run_engine
+from pyramid_vllm.tools.inspection.engine import run_engine
 from pyramid_vllm.tools.inspection.settings import BLOCK_SIZE, InspectSettings
 from pyramid_vllm.tools.inspection.view import (
     Inspection,
@@ -30,7 +30,6 @@ from pyramid_vllm.tools.inspection.view import (
     TokenView,
     inspection_of,
 )
-from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.sizes import format_bytes
 
@@ -44,8 +43,6 @@ def run_inspect(settings: InspectSettings) -> None:
     """
     default = None if settings.json_only else Path("inspect-results")
     folder = settings.out or default
-    if folder is not None:
-        check_matplotlib()  # before the model runs, not after it
     found = inspect_prompt(settings)
     if folder is not None:
         write_report(found, folder)
@@ -84,7 +81,7 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         )
     rule.cache_lengths(len(prompt_ids))  # not every budget can be met
     num_layers = config.get_text_config().num_hidden_layers
-    task = EngineTask(
+    output_ids, held = run_engine(
         model=str(settings.model),
         kv_policy=None if policy is None else json.dumps(policy.model_dump()),
         prompt_ids=prompt_ids,
@@ -93,10 +90,9 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         engine_args=_engine_args(longest, shape.token_bytes * num_layers)
         | settings.engine_args,
     )
-    result = run_engine(task)
-    ids = prompt_ids + result.output_ids
+    ids = prompt_ids + output_ids
     request = Request(
-        model=task.model,
+        model=str(settings.model),
         tokens=tuple(TokenView(i, token_text(tokenizer, i)) for i in ids),
         num_prompt=len(prompt_ids),
         num_kv_heads=shape.num_kv_heads,
@@ -104,7 +100,7 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         layer_page_bytes=shape.token_bytes * BLOCK_SIZE,
     )
     everything = [[*range(len(ids) - 1)]] * shape.num_kv_heads
-    return inspection_of(request, rule, result.held or [everything] * shape.num_layers)
+    return inspection_of(request, rule, held or [everything] * shape.num_layers)
 
 
 def _rule(policy: PolicyConfig | None, config: Any, num_layers: int) -> LengthRule:
@@ -164,16 +160,14 @@ def report(inspection: Inspection) -> dict[str, Any]:
 
 
 def write_report(inspection: Inspection, out: Path) -> None:
-    """Write ``inspect.json``, ``inspect.png`` and ``inspect.html``."""
+    """Write ``inspect.json`` and ``inspect.html``."""
     from pyramid_vllm.tools.inspection.page import page
-    from pyramid_vllm.tools.inspection.plot import plot
 
     out.mkdir(parents=True, exist_ok=True)
     content = report(inspection)
     text = json.dumps(content, ensure_ascii=False)
     (out / "inspect.json").write_text(text + "\n", encoding="utf-8")
     (out / "inspect.html").write_text(page(content), encoding="utf-8")
-    plot(inspection, out / "inspect.png")
 
 
 def print_table(inspection: Inspection, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Results of an inspection, read by the JSON, the tables, the picture and the page."""
+"""Results of an inspection, read by the JSON, the table and the page."""
 
 from collections import Counter
 from collections.abc import Sequence
