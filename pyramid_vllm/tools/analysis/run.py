@@ -18,7 +18,6 @@ from pyramid_vllm.tools.analysis.found import Found, retention_of, suggestion
 from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from pyramid_vllm.tools.analysis.report import write
 from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
-from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import python_manual, read_part, windows
 
@@ -27,16 +26,14 @@ Prompt = tuple[Sequence[int], Sequence[int]]
 
 
 def run_analysis(settings: AnalyzeSettings) -> None:
-    """Measure, print the tables, write plots, figures and the suggested policy.
+    """Measure, print the tables, write figures and the suggested policy.
 
     Raises:
         KVPolicyError: the policy is not valid.
         ValueError: the text is too short.
-        RuntimeError: matplotlib is missing.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    check_matplotlib()
     policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' chooses no tokens")
