@@ -1,6 +1,5 @@
 """The analysis of ``pyramid-vllm analyze``."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +21,7 @@ from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import python_manual, read_part, windows
 
 _SEED = 0
-Prompt = tuple[Sequence[int], Sequence[int]]
+Prompt = tuple[list[int], list[int]]
 
 
 def run_analysis(settings: AnalyzeSettings) -> None:
@@ -41,8 +40,7 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     text, source = _text(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     sizes = settings.prompt_tokens, settings.target_tokens, settings.windows
-    found_windows = windows(tokenizer.encode(text), *sizes, source)
-    parts: list[Prompt] = [(part.prefix, part.target) for part in found_windows]
+    parts = windows(tokenizer.encode(text), *sizes, source)
     needles = _needles(settings, tokenizer, text)
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
     found = Found(settings, config, policy)

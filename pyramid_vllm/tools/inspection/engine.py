@@ -41,7 +41,6 @@ def inspect_request(
     Raises:
         KVPolicyError: the set-up is not one that a record follows.
     """
-    import pyramid_vllm  # noqa: F401, I001 (lets `LLM` take a KV policy)
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 

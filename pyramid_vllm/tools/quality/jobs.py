@@ -1,13 +1,13 @@
-"""The task and the results of an engine's process."""
+"""The task and the results of an engine's process, which are read from JSON."""
 
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import asdict, field
+from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 
+from pyramid_vllm.tools.engine_process import PASSIVE, run_job
 from pyramid_vllm.tools.quality.activity import Activity
-
-_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,27 @@ class JobResult:
     seconds: float
 
 
-def read(kind: type[_Kind], content: Any) -> _Kind:
-    """One of these classes, from JSON."""
-    return TypeAdapter(kind).validate_python(content)
+def run_engine(
+    task: EngineTask,
+    on_result: Callable[[JobResult], None],
+    on_progress: Callable[[int], None],
+) -> None:
+    """Run a task in a process of its own.
+
+    Args:
+        task: the engine and its jobs.
+        on_result: gets every job's result as soon as it is there, in order.
+        on_progress: gets the number of finished requests.
+
+    Raises:
+        KVPolicyError: the engine refused the policy.
+        RuntimeError: the process failed; the message ends with its last lines.
+    """
+    run_job(
+        "pyramid_vllm.tools.quality.runner:run_jobs",
+        asdict(task),
+        lambda result: on_result(JobResult(**result)),
+        on_progress,
+        PASSIVE,
+        len(task.jobs),
+    )

@@ -6,41 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm import LLM, SamplingParams
+
 from pyramid_vllm.policy import RETENTION_ARG
-from pyramid_vllm.tools import engine_process
 from pyramid_vllm.tools.quality.activity import ActivityWatch
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request, read
-
-
-def run_engine(
-    task: EngineTask,
-    on_result: Callable[[JobResult], None],
-    on_progress: Callable[[int], None],
-) -> None:
-    """Run a task in a process of its own.
-
-    Args:
-        task: the engine and its jobs.
-        on_result: gets every job's result as soon as it is there, in order.
-        on_progress: gets the number of finished requests.
-
-    Raises:
-        KVPolicyError: the engine refused the policy.
-        RuntimeError: the process failed; the message ends with its last lines.
-    """
-    engine_process.run_job(
-        f"{__name__}:run_jobs",
-        asdict(task),
-        lambda result: on_result(read(JobResult, result)),
-        on_progress,
-        engine_process.PASSIVE,
-        len(task.jobs),
-    )
+from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
+from pyramid_vllm.tools.quality.forcing import FORCED_ARG, OBSERVER_ARG, ForcedTokens
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
 
 
 def run_jobs(given: dict[str, Any], send: Callable[[str, Any], None]) -> None:
     """Run the jobs of an ``EngineTask`` in this process; send a result for each job."""
-    task = read(EngineTask, given)
+    task = EngineTask(**given)
     engine = make_engine(task)
     before = 0
     for job in task.jobs:
@@ -56,11 +33,6 @@ def run_jobs(given: dict[str, Any], send: Callable[[str, Any], None]) -> None:
 
 def make_engine(task: EngineTask) -> Any:
     """A vLLM engine in this process, so that its logits can be seen."""
-    import pyramid_vllm  # noqa: F401, I001 (lets `LLM` take a KV policy)
-    from vllm import LLM
-
-    from pyramid_vllm.tools.quality.forcing import ForcedTokens
-
     settings = {
         "dtype": task.dtype,
         "enforce_eager": True,
@@ -93,10 +65,8 @@ def run_job(
     Raises:
         RuntimeError: an output is not the one that was forced.
     """
-    from pyramid_vllm.tools.quality.forcing import ForcedTokens
-
     observers = _observers(job, has_policy)
-    ForcedTokens.observers.update(observers)
+    ForcedTokens.observers |= {name: rows.see for name, rows in observers.items()}
     watch = ActivityWatch(engine.engine_core.engine_core.scheduler)
     for index, request in enumerate(job.requests):
         prompt = {"prompt_token_ids": request.prompt_ids}
@@ -121,8 +91,6 @@ def run_job(
 
 
 def _observers(job: Job, has_policy: bool) -> dict[str, Any]:
-    from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
-
     if job.rows_dir is None:
         return {}
     kind = PolicyRows if has_policy else FullRows
@@ -134,10 +102,6 @@ def _observers(job: Job, has_policy: bool) -> dict[str, Any]:
 
 
 def _sampling(request: Request, job: Job, name: str) -> Any:
-    from vllm import SamplingParams
-
-    from pyramid_vllm.tools.quality.forcing import FORCED_ARG, OBSERVER_ARG
-
     extra: dict[str, Any] = {}
     if job.retention is not None:
         extra[RETENTION_ARG] = job.retention

@@ -1,20 +1,12 @@
 """Means with percentile bootstrap intervals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 _NUM_RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and where it lies with 95% confidence."""
-
-    value: float
-    low: float
-    high: float
+#: A figure, ``value``, and where it lies with 95% confidence, from ``low`` to ``high``.
+Interval = dict[str, float]
 
 
 def mean_interval(values: Sequence[float], seed: int) -> Interval:
@@ -43,4 +35,5 @@ def ratio_interval(
     draws = np.random.default_rng(seed).integers(num_samples, size=size)
     resampled = above[draws].mean(axis=1) / below[draws].mean(axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Interval(float(above.mean() / below.mean()), float(low), float(high))
+    value = float(above.mean() / below.mean())
+    return {"value": value, "low": float(low), "high": float(high)}
