@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.plotting import check_matplotlib
-from pyramid_vllm.tools.quality import runner
+from pyramid_vllm.tools.quality import jobs, runner
 from pyramid_vllm.tools.quality.activity import Activity
 from pyramid_vllm.tools.quality.evaluation import Evaluation, check_activity
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request, read
-from pyramid_vllm.tools.quality.report import retention_label, summarize, text_table
+from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+from pyramid_vllm.tools.quality.report import Outcome, outcomes_of, tables
 from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides
 from pyramid_vllm.tools.quality.tasks import Task, agreement_task, continuation_task
 from pyramid_vllm.tools.quality.texts import windows
@@ -83,54 +83,54 @@ def result(kept: float, num_requests: int) -> JobResult:
     )
 
 
-def evaluation(
+def evaluate(
     folder: Path, engine: Any, settings: EvalSettings = SETTINGS
-) -> Evaluation:
-    console = Console(quiet=True)
-    sides = make_sides(settings, 6)
-    return Evaluation(settings, sides, make_tasks(), folder, console, engine)
+) -> list[Outcome]:
+    sides, settings = make_sides(settings, 6), replace(settings, out=folder)
+    made = Evaluation(settings, sides, make_tasks(), Console(quiet=True), engine)
+    return outcomes_of(made.results(), make_tasks(), seed=0)
 
 
 def test_each_policy_has_one_engine_for_all_retentions(tmp_path: Path) -> None:
     engine = FakeEngine()
-    outcomes = evaluation(tmp_path, engine).outcomes()
+    outcomes = evaluate(tmp_path, engine)
     assert engine.jobs == [
         *[(None, None)] * 2,
         *[("pyramid", 0.5)] * 2,
         *[("pyramid", 0.3)] * 2,
     ]
-    assert [retention_label(outcome) for outcome in outcomes] == ["", "0.5", "0.3"]
+    assert [outcome.side.asked for outcome in outcomes] == ["", "0.5", "0.3"]
 
 
 def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
-    first = evaluation(tmp_path, FakeEngine()).outcomes()
+    first = evaluate(tmp_path, FakeEngine())
     engine = FakeEngine()
-    again = evaluation(tmp_path, engine).outcomes()
+    again = evaluate(tmp_path, engine)
     assert engine.jobs == []
     assert [o.values for o in again] == [o.values for o in first]
     wider = replace(SETTINGS, retentions=(0.5, 0.3, 0.7))
-    evaluation(tmp_path, engine, wider).outcomes()
+    evaluate(tmp_path, engine, wider)
     assert engine.jobs == [("pyramid", 0.7)] * 2
-    evaluation(tmp_path, engine, replace(SETTINGS, seed=1)).outcomes()
+    evaluate(tmp_path, engine, replace(SETTINGS, seed=1))
     assert len(engine.jobs) == 2 + 6
 
 
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="went away"):
-        evaluation(tmp_path, FakeEngine(fail_after=3)).outcomes()
+        evaluate(tmp_path, FakeEngine(fail_after=3))
     engine = FakeEngine()
-    evaluation(tmp_path, engine).outcomes()
+    evaluate(tmp_path, engine)
     assert engine.jobs == [("pyramid", 0.5), ("pyramid", 0.3), ("pyramid", 0.3)]
 
 
 def test_lost_distributions_are_made_again(tmp_path: Path) -> None:
-    evaluation(tmp_path, FakeEngine()).outcomes()
+    evaluate(tmp_path, FakeEngine())
     (lost,) = (tmp_path / "full-cache").glob("*/1.npy")
     for path in lost.parent.iterdir():
         path.unlink()
     lost.parent.rmdir()
     engine = FakeEngine()
-    evaluation(tmp_path, engine).outcomes()
+    evaluate(tmp_path, engine)
     assert engine.jobs == [(None, None)]
 
 
@@ -148,28 +148,23 @@ def test_a_policy_that_does_nothing_is_an_error() -> None:
 
 def test_runs_without_effect_are_not_kept(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="should evict"):
-        evaluation(tmp_path, FakeEngine(evicts=False)).outcomes()
+        evaluate(tmp_path, FakeEngine(evicts=False))
     engine = FakeEngine()
-    evaluation(tmp_path, engine).outcomes()
+    evaluate(tmp_path, engine)
     assert engine.jobs == [("pyramid", 0.5)] * 2 + [("pyramid", 0.3)] * 2
 
 
 def test_losses_are_compared_in_pairs(tmp_path: Path) -> None:
-    made = evaluation(tmp_path, FakeEngine())
-    full, half, _ = made.outcomes()
-    summary = summarize(half, full, make_tasks(), seed=0)["continuation"]
-    difference = summary["loss_difference"]
+    full, half, _ = evaluate(tmp_path, FakeEngine())
+    summary = half.summary["continuation"]
     # Windows differ in loss, but all by the same amount.
-    figures = [difference.value, difference.low, difference.high]
+    figures = list(summary["loss_difference"].values())
     assert figures == pytest.approx([0.5] * 3)
-    assert summary["loss"].high > summary["loss"].low
-    assert summary["loss_difference_share"].value == pytest.approx(0.5 / 2.9)
+    assert summary["loss"]["high"] > summary["loss"]["low"]
+    assert summary["loss_difference_share"]["value"] == pytest.approx(0.5 / 2.9)
     assert summary["kv_share"] == pytest.approx(0.5)
-    matches = summarize(half, full, make_tasks(), seed=0)["agreement"]["match_length"]
-    assert matches.value == 2
-    table = text_table(
-        [full, half], [summarize(o, full, make_tasks(), 0) for o in (full, half)]
-    )
+    assert half.summary["agreement"]["match_length"]["value"] == 2
+    (table,) = tables([full, half], make_tasks())
     console = Console(width=140, record=True, file=StringIO())
     console.print(table)
     text = console.export_text()
@@ -240,15 +235,15 @@ def test_an_engine_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "executable", "/bin/false")
     task = EngineTask("m", None, "auto", 1, 1, 1, 0, {}, [])
     with pytest.raises(RuntimeError, match="the engine failed"):
-        runner.run_engine(task, lambda _: None, lambda _: None)
+        jobs.run_engine(task, lambda _: None, lambda _: None)
 
 
 def test_the_process_sends_progress_and_a_result_for_each_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Progress counts the requests of all jobs."""
-    jobs = [Job([Request([1, 2], 3)] * 2, 0.5), Job([Request([4], 1, [5], [6])])]
-    task = EngineTask("m", '{"name": "x"}', "auto", 1, 1, 1, 0, {}, jobs)
+    two = [Job([Request([1, 2], 3)] * 2, 0.5), Job([Request([4], 1, [5], [6])])]
+    task = EngineTask("m", '{"name": "x"}', "auto", 1, 1, 1, 0, {}, two)
 
     def run_job(engine: str, job: Job, has_policy: bool, progress: Any) -> JobResult:
         assert (engine, has_policy) == ("engine of m", True)
@@ -263,6 +258,6 @@ def test_the_process_sends_progress_and_a_result_for_each_job(
     assert [m for m in sent if m[0] == "done"] == [
         ("done", count) for count in (0, 2, 2, 3)
     ]
-    results = [read(JobResult, content) for kind, content in sent if kind == "result"]
+    results = [JobResult(**content) for kind, content in sent if kind == "result"]
     assert results == [result(0.5, 2), result(0.5, 1)]
-    assert read(EngineTask, given) == task
+    assert EngineTask(**given) == task

@@ -17,7 +17,8 @@ from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
 from pyramid_vllm.tools import options
 from pyramid_vllm.tools.options import option
-from pyramid_vllm.tools.quality.retrieval import TASKS, has_depth, make_samples
+from pyramid_vllm.tools.quality.puzzles import WITHOUT_DEPTH
+from pyramid_vllm.tools.quality.retrieval import TASKS, make_samples
 from pyramid_vllm.tools.quality.tasks import (
     Task,
     agreement_task,
@@ -181,6 +182,6 @@ def _text_tasks(
 
 def _depths(task: str, num_depths: int) -> list[float]:
     """Depths from the oldest to the newest, evenly spread."""
-    if num_depths == 1 or not has_depth(task):
+    if num_depths == 1 or task in WITHOUT_DEPTH:
         return [0.5]
     return [round(i / (num_depths - 1), 4) for i in range(num_depths)]
