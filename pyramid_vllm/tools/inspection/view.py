@@ -1,8 +1,8 @@
 """Results of an inspection, read by the table and the page: they are ``inspect.json``.
 
 - ``model``, ``policy``: its settings, as they are for the model;
-- ``tokens``: each with ``id`` and ``text``; the first ``num_prompt`` are the prompt, the
-  first ``num_computed`` have a key and a value: not the last one;
+- ``tokens``: each with ``id`` and ``text``; ``num_prompt`` of them are the prompt, and
+  ``num_computed`` have a key and a value: not the last one;
 - ``num_kv_heads``, ``block_size``, ``layer_page_bytes``: of a page in one layer;
 - ``sinks``, ``recent``: first and newest tokens of the prompt that are always kept;
 - ``stock_kv_bytes``: what stock vLLM holds for the request in the same layers;
