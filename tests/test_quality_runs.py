@@ -32,7 +32,7 @@ SETTINGS = EvalSettings(model="tiny", retentions=(0.5, 0.3))
 
 def make_tasks() -> list[Task]:
     found = windows(range(3000), 400, 4, 3)
-    return [continuation_task(found, []), agreement_task(found, [], 4)]
+    return [continuation_task(found), agreement_task(found, 4)]
 
 
 class FakeEngine:
@@ -140,7 +140,7 @@ def test_a_policy_that_does_nothing_is_an_error() -> None:
     check_activity(side, task, result(0.5, 3))
     with pytest.raises(RuntimeError, match="pyramid should evict in task continuation"):
         check_activity(side, task, idle)
-    short = agreement_task(windows(range(300), 100, 4, 2), [], 4)
+    short = agreement_task(windows(range(300), 100, 4, 2), 4)
     check_activity(side, short, idle)  # kept whole: below min_context
     (_, (full,)) = make_sides(replace(SETTINGS, retentions=(1.0,)), 6)
     check_activity(full, task, idle)

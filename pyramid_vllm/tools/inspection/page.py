@@ -20,18 +20,11 @@ def page(report: Mapping[str, Any]) -> str:
         "number": "{:,}".format,
         "percent": "{:.1%}".format,
     }
-    tiers = report["tiers"]
-    means = {
-        name: sum(tier[name] * len(tier["layers"]) for tier in tiers)
-        / len(report["layers"])
-        for name in ("num_prompt_held", "num_held", "pages")
-    }
     extra = {key: report[key] for key in ("argv", "date") if key in report}
     return environment.get_template("page.html").render(
         report,
         report=report,
-        means=means,
-        total_bytes=sum(tier["kv_bytes"] for tier in tiers),
+        total_bytes=sum(tier["kv_bytes"] for tier in report["tiers"]),
         notes=_notes(report),
         settings={**report["policy"], **report.get("versions", {}), **extra},
     )

@@ -132,18 +132,7 @@ def _fit(
 
 
 def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[str]:
-    """The haystack's pieces with the needles between them."""
-    ends = list(accumulate((size for _, size in pieces), initial=0))
-    lines = [text for text, _ in pieces]
-    # Insert from the end, so that earlier positions stay valid.
-    for share, line in reversed(_places(puzzle, depth)):
-        goal = share * ends[-1]
-        lines.insert(min(range(len(ends)), key=lambda i: abs(ends[i] - goal)), line)
-    return lines
-
-
-def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
-    """Position of each line, as a share of the haystack, in order."""
+    """The haystack's pieces: needles around the depth, distractors all over."""
     gaps = len(puzzle.needles) - 1
     first, gap = depth, 0.0
     if gaps > 0:
@@ -151,4 +140,11 @@ def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
     places = [(first + gap * i, line) for i, line in enumerate(puzzle.needles)]
     for i, line in enumerate(puzzle.distractors):
         places.append(((i + 0.5) / len(puzzle.distractors), line))
-    return sorted(places, key=lambda place: place[0])
+    ends = list(accumulate((size for _, size in pieces), initial=0))
+    lines = [text for text, _ in pieces]
+    # Insert from the end, so that earlier positions stay valid.
+    places.sort(key=lambda place: place[0])
+    for share, line in reversed(places):
+        goal = share * ends[-1]
+        lines.insert(min(range(len(ends)), key=lambda i: abs(ends[i] - goal)), line)
+    return lines

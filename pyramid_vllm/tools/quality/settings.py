@@ -173,10 +173,11 @@ def _text_tasks(
     start = tokenizer.encode("")  # some models' prompts begin with a special token
     ids = tokenizer.encode(text, add_special_tokens=False)
     num_prefix = settings.prompt_tokens - len(start)
-    found = windows(ids, num_prefix, settings.target_tokens, settings.windows, source)
-    tasks = [continuation_task(found, start)]
+    parts = windows(ids, num_prefix, settings.target_tokens, settings.windows, source)
+    found = [(start + prefix, target) for prefix, target in parts]
+    tasks = [continuation_task(found)]
     if settings.agreement_tokens:
-        tasks.append(agreement_task(found, start, settings.agreement_tokens))
+        tasks.append(agreement_task(found, settings.agreement_tokens))
     return tasks
 
 

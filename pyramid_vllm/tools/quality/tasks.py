@@ -34,17 +34,9 @@ class Task:
         return fingerprint([asdict(request) for request in self.requests])
 
 
-def continuation_task(windows: Sequence[Window], start: list[int]) -> Task:
-    """Losses of the tokens that follow each prefix.
-
-    Args:
-        windows: of a text.
-        start: special tokens that every prompt of the model begins with.
-    """
-    requests = [
-        Request([*start, *prefix], len(target), forced=target)
-        for prefix, target in windows
-    ]
+def continuation_task(windows: Sequence[Window]) -> Task:
+    """Losses of the tokens that follow each prefix."""
+    requests = [Request(prefix, len(target), target) for prefix, target in windows]
     return Task("continuation", "continuation", requests, _grade_continuation)
 
 
@@ -63,16 +55,14 @@ def _grade_continuation(result: JobResult, full: JobResult) -> Values:
     return values
 
 
-def agreement_task(
-    windows: Sequence[Window], start: list[int], num_tokens: int
-) -> Task:
+def agreement_task(windows: Sequence[Window], num_tokens: int) -> Task:
     """Greedy outputs after each prefix."""
 
     def grade(result: JobResult, full: JobResult) -> Values:
         lengths = map(match_length, result.outputs, full.outputs)
         return {"match_length": [float(length) for length in lengths]}
 
-    requests = [Request([*start, *prefix], num_tokens) for prefix, _ in windows]
+    requests = [Request(prefix, num_tokens) for prefix, _ in windows]
     return Task("agreement", "agreement", requests, grade)
 
 
