@@ -259,7 +259,10 @@ def found_with(policy: PolicyConfig, **changes: Any) -> Found:
     config = type("Config", (), {"num_hidden_layers": 4})
     costs = np.array([[0.3, 0.2, 2.0, 0.1], [0.1, 0.1, 0.5, 0.05]])
     both = np.stack((costs, costs), axis=-1)
-    return Found(AnalyzeSettings(**options), config, policy, [both])
+    settings = AnalyzeSettings(**options)
+    if settings.retention is not None:
+        policy = policy.model_copy(update={"retention": settings.retention})
+    return Found(settings, config, policy, [both])
 
 
 @pytest.mark.parametrize("name", ["pyramidinfer", "pyramidkv", "h2o"])

@@ -13,7 +13,7 @@ from pyramid_vllm.policy import (
     tier_layout,
 )
 from pyramid_vllm.tools.analysis.dense import DenseModel
-from pyramid_vllm.tools.analysis.found import Found, retention_of, suggestion
+from pyramid_vllm.tools.analysis.found import Found, suggestion
 from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from pyramid_vllm.tools.analysis.report import write
 from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
@@ -36,7 +36,9 @@ def run_analysis(settings: AnalyzeSettings) -> None:
     policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' chooses no tokens")
-    suggestion(policy, retention_of(settings, policy), None)  # fails early
+    if settings.retention is not None:
+        policy = policy.model_copy(update={"retention": settings.retention})
+    suggestion(policy, None)  # fails early
     text, source = _text(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     sizes = settings.prompt_tokens, settings.target_tokens, settings.windows
