@@ -19,7 +19,7 @@ from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality import jobs, runner
 from pyramid_vllm.tools.quality.activity import Activity
 from pyramid_vllm.tools.quality.evaluation import Evaluation, check_activity
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+from pyramid_vllm.tools.quality.jobs import Job, JobResult, Request
 from pyramid_vllm.tools.quality.report import Outcome, outcomes_of, tables
 from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides
 from pyramid_vllm.tools.quality.tasks import Task, agreement_task, continuation_task
@@ -45,12 +45,14 @@ class FakeEngine:
 
     def __call__(
         self,
-        task: EngineTask,
+        llm_args: dict[str, Any],
+        jobs: list[Job],
         on_result: Callable[[JobResult], None],
         on_progress: Callable[[int], None],
     ) -> None:
-        name = task.kv_policy and json.loads(task.kv_policy)["name"]
-        for job in task.jobs:
+        policy = llm_args["kv_policy"]
+        name = policy and json.loads(policy)["name"]
+        for job in jobs:
             if len(self.jobs) == self.fail_after:
                 raise RuntimeError("the machine went away")
             self.jobs.append((name, job.retention))
@@ -233,9 +235,8 @@ def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    task = EngineTask("m", None, "auto", 1, 1, 1, 0, {}, [])
     with pytest.raises(RuntimeError, match="the engine failed"):
-        jobs.run_engine(task, lambda _: None, lambda _: None)
+        jobs.run_engine({"model": "m"}, [], lambda _: None, lambda _: None)
 
 
 def test_the_process_sends_progress_and_a_result_for_each_job(
@@ -243,21 +244,24 @@ def test_the_process_sends_progress_and_a_result_for_each_job(
 ) -> None:
     """Progress counts the requests of all jobs."""
     two = [Job([Request([1, 2], 3)] * 2, 0.5), Job([Request([4], 1, [5], [6])])]
-    task = EngineTask("m", '{"name": "x"}', "auto", 1, 1, 1, 0, {}, two)
+    llm_args = {"model": "m", "kv_policy": '{"name": "x"}'}
 
     def run_job(engine: str, job: Job, has_policy: bool, progress: Any) -> JobResult:
         assert (engine, has_policy) == ("engine of m", True)
         progress(len(job.requests))
         return result(0.5, len(job.requests))
 
-    monkeypatch.setattr(runner, "make_engine", lambda task: f"engine of {task.model}")
+    monkeypatch.setattr(
+        runner, "make_engine", lambda args: f"engine of {args['model']}"
+    )
     monkeypatch.setattr(runner, "run_job", run_job)
     sent: list[tuple[str, Any]] = []
-    given = json.loads(json.dumps(asdict(task)))
+    task = {"llm_args": llm_args, "jobs": [asdict(job) for job in two]}
+    given = json.loads(json.dumps(task))
     runner.run_jobs(given, lambda *message: sent.append(message))
     assert [m for m in sent if m[0] == "done"] == [
         ("done", count) for count in (0, 2, 2, 3)
     ]
     results = [JobResult(**content) for kind, content in sent if kind == "result"]
     assert results == [result(0.5, 2), result(0.5, 1)]
-    assert EngineTask(**given) == task
+    assert [Job(**job) for job in given["jobs"]] == two

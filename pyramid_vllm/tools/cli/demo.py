@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages, resolve_policy
 from pyramid_vllm.tools.bench.measure import MeasureTask, measure
 from pyramid_vllm.tools.bench.watch import Measured
-from pyramid_vllm.tools.cli.prompts import long_prompts
+from pyramid_vllm.tools.chat import chat_ids
 from pyramid_vllm.tools.figures import Metric, bars, side_label, side_table
 from pyramid_vllm.tools.options import JSON_FILE, MODEL, OVERRIDES, POLICY, option
 from pyramid_vllm.tools.provenance import write_report
@@ -22,6 +23,7 @@ from pyramid_vllm.tools.sizes import format_bytes
 
 _BLOCK_SIZE = 32
 _SEED = 0
+_QUESTION = "Explain the page below to a colleague, in a few short paragraphs.\n\n"
 _SHOWN = (
     Metric("kv_bytes_per_request", "KV bytes a request"),
     Metric("max_num_running", "most sequences at once"),
@@ -97,6 +99,33 @@ def run_demo(settings: DemoSettings) -> None:
             "sharing": sharing,
         }
         write_report(settings.json_file, content, _SEED)
+
+
+def long_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[int]]:
+    """Chat prompts over pages of Python's manual, of about ``num_tokens`` tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        num_prompts: how many.
+        num_tokens: length of each, in tokens.
+
+    Raises:
+        ValueError: there is not that much text.
+    """
+    tokens: list[int] = []
+    for name in sorted(topics):
+        tokens += tokenizer.encode(topics[name], add_special_tokens=False)
+        if len(tokens) >= num_prompts * num_tokens:
+            break
+    else:
+        raise ValueError(
+            f"num_prompts is {num_prompts}: valid is up to {len(tokens) // num_tokens} "
+            f"prompts of {num_tokens} tokens"
+        )
+    length = num_tokens - len(chat_ids(tokenizer, _QUESTION))
+    starts = range(0, num_prompts * num_tokens, num_tokens)
+    pages = [tokens[start : start + length] for start in starts]
+    return [chat_ids(tokenizer, _QUESTION + tokenizer.decode(page)) for page in pages]
 
 
 def _stock_task(

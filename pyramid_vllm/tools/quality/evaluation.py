@@ -11,7 +11,7 @@ from rich.progress import Progress
 import pyramid_vllm
 from pyramid_vllm.compat import installed_vllm_version
 from pyramid_vllm.tools.figures import bars
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, run_engine
+from pyramid_vllm.tools.quality.jobs import Job, JobResult, run_engine
 from pyramid_vllm.tools.quality.settings import EvalSettings, Side
 from pyramid_vllm.tools.quality.tasks import Task
 from pyramid_vllm.tools.store import Store, fingerprint
@@ -44,16 +44,17 @@ class Evaluation:
         self._store = Store(self.folder / "runs")
         requests = [request for task in tasks for request in task.requests]
         self._longest = max(len(r.prompt_ids) + r.max_tokens for r in requests)
-        self._engine: dict[str, Any] = {
+        self._llm_args: dict[str, Any] = {
             "model": settings.model,
             "dtype": settings.dtype,
             "seed": settings.seed,
-            "kv_bytes": settings.kv_bytes,
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": settings.kv_bytes,
             # vLLM requires at least a prompt's tokens, and the number of sequences.
             "max_num_batched_tokens": settings.max_num_batched_tokens
             or max(2048, self._longest),
-            "engine_args": settings.engine_args,
-        }
+        } | settings.engine_args
 
     def results(self) -> list[tuple[Side, Results]]:
         """Run what is missing; all results of every side.
@@ -78,7 +79,7 @@ class Evaluation:
     def _identity(self, side: Side, task: Task) -> dict[str, Any]:
         """All that a run's result depends on."""
         return {
-            **self._engine,
+            **self._llm_args,
             "policy": side.policy,
             "retention": side.retention,
             "task": task.name,
@@ -128,16 +129,12 @@ class Evaluation:
             content = {"identity": identity, "result": asdict(result)}
             self._store.save(identity, content)
 
-        self.run(
-            EngineTask(
-                kv_policy=None if policy is None else policy.model_dump_json(),
-                max_model_len=self._longest,
-                jobs=jobs,
-                **self._engine,
-            ),
-            save,
-            lambda done: progress.update(bar, completed=done, description=label),
-        )
+        def advance(done: int) -> None:
+            progress.update(bar, completed=done, description=label)
+
+        kv_policy = None if policy is None else policy.model_dump_json()
+        llm_args = {"max_model_len": self._longest} | self._llm_args
+        self.run(llm_args | {"kv_policy": kv_policy}, jobs, save, advance)
 
 
 def check_activity(side: Side, task: Task, result: JobResult) -> None:

@@ -1,6 +1,6 @@
-"""The task and the results of an engine's process, which are read from JSON."""
+"""The jobs and the results of an engine's process, which are read from JSON."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, field
 from typing import Any
 
@@ -33,22 +33,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class EngineTask:
-    """One engine, and the jobs that it runs."""
-
-    model: str
-    kv_policy: str | None
-    """JSON; None: stock vLLM."""
-    dtype: str
-    kv_bytes: int
-    max_model_len: int
-    max_num_batched_tokens: int
-    seed: int
-    engine_args: dict[str, Any]
-    jobs: list[Job]
-
-
-@dataclass(frozen=True)
 class JobResult:
     """Results of each request, in order, and of the whole batch."""
 
@@ -62,14 +46,16 @@ class JobResult:
 
 
 def run_engine(
-    task: EngineTask,
+    llm_args: dict[str, Any],
+    jobs: Sequence[Job],
     on_result: Callable[[JobResult], None],
     on_progress: Callable[[int], None],
 ) -> None:
-    """Run a task in a process of its own.
+    """Run jobs on one engine, in a process of its own.
 
     Args:
-        task: the engine and its jobs.
+        llm_args: of ``LLM``, as JSON can hold them.
+        jobs: what the engine runs.
         on_result: gets every job's result as soon as it is there, in order.
         on_progress: gets the number of finished requests.
 
@@ -79,9 +65,9 @@ def run_engine(
     """
     run_job(
         "pyramid_vllm.tools.quality.runner:run_jobs",
-        asdict(task),
+        {"llm_args": llm_args, "jobs": [asdict(job) for job in jobs]},
         lambda result: on_result(JobResult(**result)),
         on_progress,
         PASSIVE,
-        len(task.jobs),
+        len(jobs),
     )

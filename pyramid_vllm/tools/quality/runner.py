@@ -12,43 +12,27 @@ from pyramid_vllm.policy import RETENTION_ARG
 from pyramid_vllm.tools.quality.activity import ActivityWatch
 from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
 from pyramid_vllm.tools.quality.forcing import FORCED_ARG, OBSERVER_ARG, ForcedTokens
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+from pyramid_vllm.tools.quality.jobs import Job, JobResult, Request
 
 
-def run_jobs(given: dict[str, Any], send: Callable[[str, Any], None]) -> None:
-    """Run the jobs of an ``EngineTask`` in this process; send a result for each job."""
-    task = EngineTask(**given)
-    engine = make_engine(task)
-    before = 0
-    for job in task.jobs:
+def run_jobs(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
+    """Run the jobs of ``run_engine`` in this process; send a result for each job."""
+    engine = make_engine(task["llm_args"])
+    has_policy, before = task["llm_args"].get("kv_policy") is not None, 0
+    for job in [Job(**given) for given in task["jobs"]]:
         send("done", before)
 
         def progress(done: int, before: int = before) -> None:
             send("done", before + done)
 
-        result = run_job(engine, job, task.kv_policy is not None, progress)
-        send("result", asdict(result))
+        send("result", asdict(run_job(engine, job, has_policy, progress)))
         before += len(job.requests)
 
 
-def make_engine(task: EngineTask) -> Any:
+def make_engine(llm_args: dict[str, Any]) -> Any:
     """A vLLM engine in this process, so that its logits can be seen."""
-    settings = {
-        "dtype": task.dtype,
-        "enforce_eager": True,
-        "block_size": 32,
-        "kv_cache_memory_bytes": task.kv_bytes,
-        "max_model_len": task.max_model_len,
-        "max_num_batched_tokens": task.max_num_batched_tokens,
-    } | task.engine_args
-    return LLM(
-        model=task.model,
-        seed=task.seed,
-        kv_policy=task.kv_policy,
-        skip_tokenizer_init=True,
-        logits_processors=[ForcedTokens],
-        **settings,
-    ).llm_engine
+    llm = LLM(skip_tokenizer_init=True, logits_processors=[ForcedTokens], **llm_args)
+    return llm.llm_engine
 
 
 def run_job(
