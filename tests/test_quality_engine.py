@@ -142,6 +142,7 @@ def test_divergence_is_exact_but_for_half_precision(tmp_path: Path) -> None:
     # A row may be seen again, in any order: the last time counts.
     for position in (0, 2, 1, 3, 0):
         writer.see(position, full[position] if position else full[0])
+    assert not path.exists()
     writer.result()
     reader = PolicyRows(path, 4)
     for position in range(4):

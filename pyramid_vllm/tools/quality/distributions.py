@@ -10,12 +10,12 @@ class FullRows:
     """Writes a window's log-probabilities to an ``.npy`` file, as float16.
 
     Args:
-        path: the file.
+        path: the file; it appears once all is written.
         num_tokens: rows, one for each forced token.
     """
 
     def __init__(self, path: Path, num_tokens: int) -> None:
-        self._path = path
+        self._path, self._partial = path, path.with_suffix(".partial")
         self._rows: np.memmap | None = None
         self._top_tokens = [-1] * num_tokens
 
@@ -23,7 +23,7 @@ class FullRows:
         if self._rows is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._rows = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-                self._path,
+                self._partial,
                 mode="w+",
                 dtype=np.float16,
                 shape=(len(self._top_tokens), logits.shape[-1]),
@@ -33,9 +33,10 @@ class FullRows:
         self._rows[position] = logprobs.clamp_min(-6e4).half().cpu().numpy()
 
     def result(self) -> dict[str, list[float]]:
-        """Finish the file; the most likely token at each position."""
+        """Put the file in its place; the most likely token at each position."""
         assert self._rows is not None
         self._rows.flush()
+        self._partial.rename(self._path)
         return {"top_tokens": list(self._top_tokens)}
 
 

@@ -98,9 +98,12 @@ class Evaluation:
         return self.folder / "full-cache" / fingerprint(identity)
 
     def _is_done(self, side: Side, task: Task) -> bool:
+        if self._store.load(self._identity(side, task)) is None:
+            return False
         folder = self._rows_dir(task)
-        has_rows = side.config is not None or folder is None or folder.is_dir()
-        return has_rows and self._store.load(self._identity(side, task)) is not None
+        if side.config is not None or folder is None:
+            return True
+        return len(list(folder.glob("*.npy"))) == len(task.requests)
 
     def _run_engine(self, sides: list[Side], progress: Progress) -> None:
         """Run the missing jobs of one engine."""
