@@ -6,12 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from pyramid_vllm.policy import (
-    KVPolicyError,
-    LengthRule,
-    resolve_policy,
-    tier_layout,
-)
+from pyramid_vllm.policy import KVPolicyError, LengthRule, resolve_policy, tier_layout
 from pyramid_vllm.tools.analysis.dense import DenseModel
 from pyramid_vllm.tools.analysis.found import Found, suggestion
 from pyramid_vllm.tools.analysis.hypotheses import Continuation

@@ -7,12 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as settings_class
 
-from pyramid_vllm.policy import (
-    LengthRule,
-    PolicyConfig,
-    RequestPolicies,
-    fitted,
-)
+from pyramid_vllm.policy import LengthRule, PolicyConfig, RequestPolicies, fitted
 from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
 from pyramid_vllm.tools import options
