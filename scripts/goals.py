@@ -4,7 +4,6 @@ import json
 import shlex
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,8 @@ def quality_goals(results: Results, model: str, command: str) -> list[Goal]:
     if statistics.mean(theirs) >= 0.9:
         ratio = ratio_interval(needles(ours), theirs, 0)
         name = f"needles found, of the full cache's, {model}"
-        aim, interval = ("at least", 0.95, "0.95"), (ratio.low, ratio.high)
-        goals.append(goal(name, aim, ratio.value, interval, command))
+        aim, interval = ("at least", 0.95, "0.95"), (ratio["low"], ratio["high"])
+        goals.append(goal(name, aim, ratio["value"], interval, command))
     return goals
 
 
@@ -91,7 +90,7 @@ def peer_figures(peers: Results, retrieval: Task) -> Results:
         outputs = JobResult(press["outputs"], [], [], NOTHING, 0.0)
         found[name] = {
             "rises": rises,
-            "share": asdict(ratio_interval(rises, full, 0)),
+            "share": ratio_interval(rises, full, 0),
             "scores": retrieval.grade(outputs, outputs)["score"],
             "kept_tokens": press["kept_tokens"],
         }
@@ -108,7 +107,8 @@ def peer_goals(results: Results, figures: Results, command: str) -> list[Goal]:
     found = statistics.mean(needles(ours))
     found -= max(statistics.mean(f["scores"]) for f in figures.values())
     name = "rise of the loss less that of kvpress's best, nats a token"
-    loss = goal(name, ("below", 0, "0"), less.value, (less.low, less.high), command)
+    interval = less["low"], less["high"]
+    loss = goal(name, ("below", 0, "0"), less["value"], interval, command)
     name = "needles found less those of kvpress's best"
     return [loss, goal(name, ("above", 0, "0"), found, None, command)]
 

@@ -100,8 +100,8 @@ def prompts(
     """What policies are tried on: kind, prompt and the tokens after it."""
     found: list[Prompt] = []
     for text in texts:
-        for part in windows(tokenizer.encode(text), num_tokens, 128, num_windows):
-            found.append(("text", list(part.prefix), list(part.target)))
+        parts = windows(tokenizer.encode(text), num_tokens, 128, num_windows)
+        found += [("text", prefix, target) for prefix, target in parts]
     for index in range(needles):
         depth = (index + 0.5) / needles
         (sample,) = make_samples(

@@ -164,11 +164,10 @@ def test_pruned_rows_never_come_back(
     no others."""
     model, rule = models["llama"].ours, rule_of(steepness=0.8, prune_from=2)
     with recorded_angles(model) as angles:
-        full = model.prefill(prompt, 16, keep_hidden=[1])
+        full = model.prefill(prompt, 16)
         whole = angles[0]
         angles.clear()
         kept = model.kept(full, rule)
-    assert sorted(angles) == [1, 2, 3, 4, 5], "layers before run once"
     rows = {
         layer: [int((whole == row).all(dim=1).nonzero()) for row in angle]
         for layer, angle in angles.items()

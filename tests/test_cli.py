@@ -73,20 +73,19 @@ def test_the_plan_says_what_is_pruned(model: str) -> None:
 
 
 def test_the_plan_is_arithmetic_on_the_model(model: str) -> None:
-    plan = make_plan(plan_request(model))
+    memory, prompt = make_plan(plan_request(model))
     token_bytes = 2 * 2 * 32 * 4  # K and V, 2 heads of 32, float32
-    assert plan.prompt_tokens == 2000
-    assert abs(plan.mean_kept - 800) <= 1
-    pages = [-(-(kept + 48) // 32) for kept in plan.kept]
-    sizes = plan.memory.rule.layout.sizes
-    stock_bytes, policy_bytes = plan.request_bytes
-    assert stock_bytes == 64 * 32 * token_bytes * 6
-    expected = sum(page * size for page, size in zip(pages, sizes, strict=True))
-    padded = plan.memory.rule.layout.num_padding_layers
+    assert prompt == 2000
+    kept, layout = memory.rule.cache_lengths(prompt), memory.rule.layout
+    assert abs(layout.mean(kept) - 800) <= 1
+    pages = [-(-(count + 48) // 32) for count in kept]
+    assert memory.stock_request_bytes(2048) == 64 * 32 * token_bytes * 6
+    expected = sum(page * size for page, size in zip(pages, layout.sizes, strict=True))
+    policy_bytes = memory.request_bytes(prompt, 48)
     assert policy_bytes >= expected * 32 * token_bytes
-    assert padded or policy_bytes == expected * 32 * token_bytes
-    stock_count, count = plan.concurrency
-    assert count / stock_count > 1.5
+    assert layout.num_padding_layers or policy_bytes == expected * 32 * token_bytes
+    count = memory.concurrency(64 * 2**20, prompt, 48)
+    assert count / memory.stock_concurrency(64 * 2**20, 2048) > 1.5
 
 
 def test_plan_prints_both_sides(model: str) -> None:

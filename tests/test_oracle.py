@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyramid_vllm.tools.cli.prompts import long_prompts
+from pyramid_vllm.tools.cli.demo import long_prompts
 from tests.conftest import BACKEND
 from tests.engines import (
     MIB,

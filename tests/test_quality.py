@@ -1,6 +1,5 @@
 """Samples, windows and statistics of the quality evaluation, without an engine."""
 
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +13,10 @@ from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 
-from pyramid_vllm.tools.quality import gsm8k
 from pyramid_vllm.tools.quality.puzzles import PUZZLES
 from pyramid_vllm.tools.quality.retrieval import (
     TASKS,
     Sample,
-    has_depth,
     make_samples,
     score,
     split_sentences,
@@ -123,7 +120,6 @@ def test_common_words_are_the_most_common(tokenizer: Any) -> None:
         counts = Counter(word for word in text.split() if word in PLAIN_WORDS)
         common = {word for word, _ in counts.most_common(3)}
         assert common == set(sample.answers)
-    assert not has_depth("common_words")
 
 
 def test_a_text_is_the_haystack(tokenizer: Any) -> None:
@@ -152,38 +148,23 @@ def test_the_score_is_the_share_of_answers() -> None:
     assert score(sample, "91234567 falcons") == 0.0
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"task": "needles"}, "valid tasks are single_needle"),
-        ({"depth": 1.5}, "depth is 1.5: valid is 0"),
-        ({"num_tokens": 20}, "retrieval_tokens is 20: valid"),
-    ],
-)
-def test_bad_samples_are_named(
-    changes: dict[str, Any], words: str, tokenizer: Any
-) -> None:
-    arguments = {"task": "single_needle", "num_tokens": 300, "depth": 0.5} | changes
-    with pytest.raises(ValueError, match=words):
-        make_samples(tokenizer=tokenizer, num_samples=1, seed=0, **arguments)
+def test_a_length_that_is_too_small_is_named(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="retrieval_tokens is 20: valid"):
+        make_samples("single_needle", tokenizer, 20, 0.5, num_samples=1, seed=0)
 
 
 def test_windows_are_spread_and_apart() -> None:
     ids = list(range(1000))
     found = windows(ids, 30, 20, 4)
-    assert [window.start for window in found] == [0, 250, 500, 750]
-    for window in found:
-        expected = range(window.start, window.start + 50)
-        assert [*window.prefix, *window.target] == list(expected)
-        assert len(window.target) == 20
+    for start, (prefix, target) in zip((0, 250, 500, 750), found, strict=True):
+        assert prefix == list(range(start, start + 30))
+        assert target == list(range(start + 30, start + 50))
     assert len(windows(ids, 80, 20, 10)) == 10
 
 
 def test_a_text_that_is_too_short_is_named() -> None:
     with pytest.raises(ValueError, match=r"book\.txt has 99 tokens.*up to 1 windows"):
         windows(range(99), 30, 20, 2, "book.txt")
-    with pytest.raises(ValueError, match="windows is 0: valid is 1"):
-        windows(range(99), 30, 20, 0)
 
 
 def test_parts_of_a_text_share_nothing(tmp_path: Path) -> None:
@@ -198,22 +179,19 @@ def test_bootstrap_intervals_are_those_of_the_mean() -> None:
     values = np.random.default_rng(1).normal(3.0, 2.0, 400).tolist()
     found = mean_interval(values, seed=0)
     error = np.std(values) / 20
-    assert found.value == pytest.approx(np.mean(values))
-    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.03)
-    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.03)
+    mean = found["value"]
+    assert mean == pytest.approx(np.mean(values))
+    assert found["low"] == pytest.approx(mean - 1.96 * error, abs=0.03)
+    assert found["high"] == pytest.approx(mean + 1.96 * error, abs=0.03)
     assert found == mean_interval(values, seed=0)
     assert found != mean_interval(values, seed=1)
-    with pytest.raises(ValueError, match="samples are 0"):
-        mean_interval([], seed=0)
 
 
 def test_ratios_are_drawn_in_pairs() -> None:
     losses = [1.0, 5.0, 9.0]
     found = ratio_interval([0.1 * loss for loss in losses], losses, seed=0)
-    assert [found.value, found.low, found.high] == pytest.approx([0.1] * 3)
-    assert mean_interval(losses, seed=0).low < 2
-    with pytest.raises(ValueError, match="denominators are 2: valid is 3"):
-        ratio_interval(losses, losses[:2], seed=0)
+    assert list(found.values()) == pytest.approx([0.1] * 3)
+    assert mean_interval(losses, seed=0)["low"] < 2
 
 
 def test_outputs_match_up_to_the_first_difference() -> None:
@@ -221,35 +199,3 @@ def test_outputs_match_up_to_the_first_difference() -> None:
     assert match_length([1, 2, 3], [1, 2, 3]) == 3
     assert match_length([5], [1]) == 0
     assert match_length([1], [1, 2]) == 1
-
-
-def problem_file(path: Path, num_problems: int) -> Path:
-    rows = [
-        {"question": f"What is {i} + 1000?", "answer": f"Add.\n#### 1,{i:03d}"}
-        for i in range(num_problems)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return path
-
-
-def test_problems_come_behind_examples(tokenizer: Any, tmp_path: Path) -> None:
-    path = problem_file(tmp_path / "p.jsonl", 7)
-    first, *others = gsm8k.read_problems(path, tokenizer, 3)
-    assert [first.answer, len(others)] == ["1004", 2]
-    roles = tokenizer.decode(first.prompt_ids).count("<role>")
-    assert roles == 2 * gsm8k.NUM_EXAMPLES + 2
-    assert gsm8k.is_right(first, "1 + 2 is 3, so it is 1,004.00 apples.")
-    assert not gsm8k.is_right(first, "1004, no: 1005")
-    assert not gsm8k.is_right(first, "I do not know")
-
-
-def test_bad_problem_files_are_named(tokenizer: Any, tmp_path: Path) -> None:
-    path = problem_file(tmp_path / "p.jsonl", 7)
-    with pytest.raises(ValueError, match=r"has 7 problems.*up to 3"):
-        gsm8k.read_problems(path, tokenizer, 4)
-    path.write_text('{"question": "?", "answer": "5"}\n')
-    with pytest.raises(ValueError, match="'answer' with '####'"):
-        gsm8k.read_problems(path, tokenizer, 1)
-    path.write_text("what?\n")
-    with pytest.raises(ValueError, match="is not JSON lines"):
-        gsm8k.read_problems(path, tokenizer, 1)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request
+from pyramid_vllm.tools.quality.jobs import Job, JobResult, Request
 from pyramid_vllm.tools.quality.runner import make_engine, run_job
 from tests.engines import MIB, random_prompts
 from tests.one_engine import save_tokenizer
@@ -34,18 +34,17 @@ def requests() -> list[Request]:
 
 
 def engine_of(model: str, policy: dict[str, Any] | None) -> Any:
-    task = EngineTask(
-        model=model,
-        kv_policy=None if policy is None else json.dumps(policy),
-        dtype="float32",
-        kv_bytes=16 * MIB,
-        max_model_len=512,
-        max_num_batched_tokens=2048,
-        seed=0,
-        engine_args={},
-        jobs=[],
-    )
-    return make_engine(task)
+    llm_args = {
+        "model": model,
+        "kv_policy": None if policy is None else json.dumps(policy),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 16 * MIB,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 2048,
+    }
+    return make_engine(llm_args)
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.plotting import check_matplotlib
-from pyramid_vllm.tools.quality import runner
+from pyramid_vllm.tools.quality import jobs, runner
 from pyramid_vllm.tools.quality.activity import Activity
 from pyramid_vllm.tools.quality.evaluation import Evaluation, check_activity
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request, read
-from pyramid_vllm.tools.quality.report import retention_label, summarize, text_table
+from pyramid_vllm.tools.quality.jobs import Job, JobResult, Request
+from pyramid_vllm.tools.quality.report import Outcome, outcomes_of, tables
 from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides
 from pyramid_vllm.tools.quality.tasks import Task, agreement_task, continuation_task
 from pyramid_vllm.tools.quality.texts import windows
@@ -32,7 +32,7 @@ SETTINGS = EvalSettings(model="tiny", retentions=(0.5, 0.3))
 
 def make_tasks() -> list[Task]:
     found = windows(range(3000), 400, 4, 3)
-    return [continuation_task(found, []), agreement_task(found, [], 4)]
+    return [continuation_task(found), agreement_task(found, 4)]
 
 
 class FakeEngine:
@@ -45,19 +45,21 @@ class FakeEngine:
 
     def __call__(
         self,
-        task: EngineTask,
+        llm_args: dict[str, Any],
+        jobs: list[Job],
         on_result: Callable[[JobResult], None],
         on_progress: Callable[[int], None],
     ) -> None:
-        name = task.kv_policy and json.loads(task.kv_policy)["name"]
-        for job in task.jobs:
+        policy = llm_args["kv_policy"]
+        name = policy and json.loads(policy)["name"]
+        for job in jobs:
             if len(self.jobs) == self.fail_after:
                 raise RuntimeError("the machine went away")
             self.jobs.append((name, job.retention))
             kept = 1.0 if name is None else job.retention or 0.5
             kept = kept if self.evicts else 1.0
             if name is None and job.rows_dir is not None:
-                Path(job.rows_dir).mkdir(parents=True)
+                Path(job.rows_dir).mkdir(parents=True, exist_ok=True)
                 for i in range(len(job.requests)):
                     np.save(Path(job.rows_dir) / f"{i}.npy", np.zeros(1))
             on_result(result(kept, len(job.requests)))
@@ -83,54 +85,52 @@ def result(kept: float, num_requests: int) -> JobResult:
     )
 
 
-def evaluation(
+def evaluate(
     folder: Path, engine: Any, settings: EvalSettings = SETTINGS
-) -> Evaluation:
-    console = Console(quiet=True)
-    sides = make_sides(settings, 6)
-    return Evaluation(settings, sides, make_tasks(), folder, console, engine)
+) -> list[Outcome]:
+    sides, settings = make_sides(settings, 6), replace(settings, out=folder)
+    made = Evaluation(settings, sides, make_tasks(), Console(quiet=True), engine)
+    return outcomes_of(made.results(), make_tasks(), seed=0)
 
 
 def test_each_policy_has_one_engine_for_all_retentions(tmp_path: Path) -> None:
     engine = FakeEngine()
-    outcomes = evaluation(tmp_path, engine).outcomes()
+    outcomes = evaluate(tmp_path, engine)
     assert engine.jobs == [
         *[(None, None)] * 2,
         *[("pyramid", 0.5)] * 2,
         *[("pyramid", 0.3)] * 2,
     ]
-    assert [retention_label(outcome) for outcome in outcomes] == ["", "0.5", "0.3"]
+    assert [outcome.side.asked for outcome in outcomes] == ["", "0.5", "0.3"]
 
 
 def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
-    first = evaluation(tmp_path, FakeEngine()).outcomes()
+    first = evaluate(tmp_path, FakeEngine())
     engine = FakeEngine()
-    again = evaluation(tmp_path, engine).outcomes()
+    again = evaluate(tmp_path, engine)
     assert engine.jobs == []
     assert [o.values for o in again] == [o.values for o in first]
     wider = replace(SETTINGS, retentions=(0.5, 0.3, 0.7))
-    evaluation(tmp_path, engine, wider).outcomes()
+    evaluate(tmp_path, engine, wider)
     assert engine.jobs == [("pyramid", 0.7)] * 2
-    evaluation(tmp_path, engine, replace(SETTINGS, seed=1)).outcomes()
+    evaluate(tmp_path, engine, replace(SETTINGS, seed=1))
     assert len(engine.jobs) == 2 + 6
 
 
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="went away"):
-        evaluation(tmp_path, FakeEngine(fail_after=3)).outcomes()
+        evaluate(tmp_path, FakeEngine(fail_after=3))
     engine = FakeEngine()
-    evaluation(tmp_path, engine).outcomes()
+    evaluate(tmp_path, engine)
     assert engine.jobs == [("pyramid", 0.5), ("pyramid", 0.3), ("pyramid", 0.3)]
 
 
 def test_lost_distributions_are_made_again(tmp_path: Path) -> None:
-    evaluation(tmp_path, FakeEngine()).outcomes()
+    evaluate(tmp_path, FakeEngine())
     (lost,) = (tmp_path / "full-cache").glob("*/1.npy")
-    for path in lost.parent.iterdir():
-        path.unlink()
-    lost.parent.rmdir()
+    lost.unlink()
     engine = FakeEngine()
-    evaluation(tmp_path, engine).outcomes()
+    evaluate(tmp_path, engine)
     assert engine.jobs == [(None, None)]
 
 
@@ -140,7 +140,7 @@ def test_a_policy_that_does_nothing_is_an_error() -> None:
     check_activity(side, task, result(0.5, 3))
     with pytest.raises(RuntimeError, match="pyramid should evict in task continuation"):
         check_activity(side, task, idle)
-    short = agreement_task(windows(range(300), 100, 4, 2), [], 4)
+    short = agreement_task(windows(range(300), 100, 4, 2), 4)
     check_activity(side, short, idle)  # kept whole: below min_context
     (_, (full,)) = make_sides(replace(SETTINGS, retentions=(1.0,)), 6)
     check_activity(full, task, idle)
@@ -148,28 +148,23 @@ def test_a_policy_that_does_nothing_is_an_error() -> None:
 
 def test_runs_without_effect_are_not_kept(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="should evict"):
-        evaluation(tmp_path, FakeEngine(evicts=False)).outcomes()
+        evaluate(tmp_path, FakeEngine(evicts=False))
     engine = FakeEngine()
-    evaluation(tmp_path, engine).outcomes()
+    evaluate(tmp_path, engine)
     assert engine.jobs == [("pyramid", 0.5)] * 2 + [("pyramid", 0.3)] * 2
 
 
 def test_losses_are_compared_in_pairs(tmp_path: Path) -> None:
-    made = evaluation(tmp_path, FakeEngine())
-    full, half, _ = made.outcomes()
-    summary = summarize(half, full, make_tasks(), seed=0)["continuation"]
-    difference = summary["loss_difference"]
+    full, half, _ = evaluate(tmp_path, FakeEngine())
+    summary = half.summary["continuation"]
     # Windows differ in loss, but all by the same amount.
-    figures = [difference.value, difference.low, difference.high]
+    figures = list(summary["loss_difference"].values())
     assert figures == pytest.approx([0.5] * 3)
-    assert summary["loss"].high > summary["loss"].low
-    assert summary["loss_difference_share"].value == pytest.approx(0.5 / 2.9)
+    assert summary["loss"]["high"] > summary["loss"]["low"]
+    assert summary["loss_difference_share"]["value"] == pytest.approx(0.5 / 2.9)
     assert summary["kv_share"] == pytest.approx(0.5)
-    matches = summarize(half, full, make_tasks(), seed=0)["agreement"]["match_length"]
-    assert matches.value == 2
-    table = text_table(
-        [full, half], [summarize(o, full, make_tasks(), 0) for o in (full, half)]
-    )
+    assert half.summary["agreement"]["match_length"]["value"] == 2
+    (table,) = tables([full, half], make_tasks())
     console = Console(width=140, record=True, file=StringIO())
     console.print(table)
     text = console.export_text()
@@ -238,31 +233,33 @@ def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    task = EngineTask("m", None, "auto", 1, 1, 1, 0, {}, [])
     with pytest.raises(RuntimeError, match="the engine failed"):
-        runner.run_engine(task, lambda _: None, lambda _: None)
+        jobs.run_engine({"model": "m"}, [], lambda _: None, lambda _: None)
 
 
 def test_the_process_sends_progress_and_a_result_for_each_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Progress counts the requests of all jobs."""
-    jobs = [Job([Request([1, 2], 3)] * 2, 0.5), Job([Request([4], 1, [5], [6])])]
-    task = EngineTask("m", '{"name": "x"}', "auto", 1, 1, 1, 0, {}, jobs)
+    two = [Job([Request([1, 2], 3)] * 2, 0.5), Job([Request([4], 1, [5], [6])])]
+    llm_args = {"model": "m", "kv_policy": '{"name": "x"}'}
 
     def run_job(engine: str, job: Job, has_policy: bool, progress: Any) -> JobResult:
         assert (engine, has_policy) == ("engine of m", True)
         progress(len(job.requests))
         return result(0.5, len(job.requests))
 
-    monkeypatch.setattr(runner, "make_engine", lambda task: f"engine of {task.model}")
+    monkeypatch.setattr(
+        runner, "make_engine", lambda args: f"engine of {args['model']}"
+    )
     monkeypatch.setattr(runner, "run_job", run_job)
     sent: list[tuple[str, Any]] = []
-    given = json.loads(json.dumps(asdict(task)))
+    task = {"llm_args": llm_args, "jobs": [asdict(job) for job in two]}
+    given = json.loads(json.dumps(task))
     runner.run_jobs(given, lambda *message: sent.append(message))
     assert [m for m in sent if m[0] == "done"] == [
         ("done", count) for count in (0, 2, 2, 3)
     ]
-    results = [read(JobResult, content) for kind, content in sent if kind == "result"]
+    results = [JobResult(**content) for kind, content in sent if kind == "result"]
     assert results == [result(0.5, 2), result(0.5, 1)]
-    assert read(EngineTask, given) == task
+    assert [Job(**job) for job in given["jobs"]] == two

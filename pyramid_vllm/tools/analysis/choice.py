@@ -70,11 +70,6 @@ def gathered(cache: LayerCache, kept: torch.Tensor) -> LayerCache:
     return LayerCache(key, value, cache.query, cache.scale)
 
 
-def layer_before_pruning(rule: LengthRule) -> int:
-    """The last layer that computes all rows."""
-    return sum(rule.layout.sizes[: rule.first_pruned_tier]) - 1
-
-
 class Pruning:
     """Rows that layers compute, narrowed from tier to tier."""
 

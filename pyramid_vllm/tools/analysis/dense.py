@@ -4,9 +4,8 @@ Slower than an engine, but it tries many policies on one prefill: what layers ke
 a mask away.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,13 +14,7 @@ from torch.nn import functional
 
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.policy import LengthRule
-from pyramid_vllm.tools.analysis.choice import (
-    LayerCache,
-    Pruning,
-    choose,
-    gathered,
-    layer_before_pruning,
-)
+from pyramid_vllm.tools.analysis.choice import LayerCache, Pruning, choose, gathered
 
 _ATTENTION = "pyramid_vllm_dense"
 
@@ -30,12 +23,15 @@ _ATTENTION = "pyramid_vllm_dense"
 class Prefill:
     """A prompt's caches, and the logits after it."""
 
-    num_tokens: int
+    prompt: Sequence[int]
     layers: list[LayerCache]
     logits: torch.Tensor
     """``[vocab_size]``, those that predict the first new token."""
-    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Inputs of layers, ``[1, num_tokens, hidden_size]``, by layer."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
 
 
 @dataclass
@@ -115,24 +111,12 @@ class DenseModel:
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=_ATTENTION
         ).eval()
-        self._stack = self.model.get_decoder()
-        self._layers = self._stack.layers
+        self._layers = self.model.get_decoder().layers
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self._layers)
-
-    @contextmanager
-    def _from_layer(self, first: int) -> Iterator[None]:
-        """Let the model start with a later layer."""
-        self._stack.layers = self._layers[first:]
-        self.model.config.num_hidden_layers = self.num_layers - first
-        try:
-            yield
-        finally:
-            self._stack.layers = self._layers
-            self.model.config.num_hidden_layers = self.num_layers
 
     def _forward(self, run: _Pass, start: int, count: int, **inputs: Any) -> Any:
         global _current
@@ -143,56 +127,34 @@ class DenseModel:
         return output.logits[0]
 
     def prefill(
-        self, prompt: Sequence[int], num_queries: int, keep_hidden: Sequence[int] = ()
+        self, prompt: Sequence[int], num_queries: int, rule: LengthRule | None = None
     ) -> Prefill:
-        """Run a prompt with the full cache.
+        """Run a prompt in one chunk.
 
         Args:
             prompt: token ids.
             num_queries: newest tokens whose queries are wanted.
-            keep_hidden: layers whose inputs are wanted, to start from them again.
+            rule: how rows are pruned; None: every layer computes all of them.
         """
-        hidden: dict[int, torch.Tensor] = {}
+        pruning = Pruning(rule, len(prompt)) if rule else None
         hooks = [
-            self._layers[layer].register_forward_pre_hook(
-                lambda module, args, layer=layer: hidden.update({layer: args[0]})
-            )
-            for layer in keep_hidden
+            layer.register_forward_pre_hook(pruning.before, with_kwargs=True)
+            for layer in self._layers
+            if pruning
         ]
-        run = _Pass(num_queries=num_queries)
+        run = _Pass(num_queries=num_queries, prune=pruning)
         ids = torch.tensor([list(prompt)])
         logits = self._forward(run, 0, len(prompt), input_ids=ids, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
         layers = [run.layers[layer] for layer in range(self.num_layers)]
-        return Prefill(len(prompt), layers, logits[-1], hidden)
-
-    def pruned(self, full: Prefill, rule: LengthRule) -> Prefill:
-        """The same prompt, with rows pruned as the rule says, in one chunk.
-
-        ``full`` has to hold the input of the last layer before the first pruned tier.
-        """
-        first = layer_before_pruning(rule)
-        pruning = Pruning(rule, full.num_tokens)
-        hooks = [
-            layer.register_forward_pre_hook(pruning.before, with_kwargs=True)
-            for layer in self._layers[first:]
-        ]
-        run = _Pass(num_queries=len(full.layers[0].query), prune=pruning)
-        with self._from_layer(first):
-            inputs = {"inputs_embeds": full.hidden[first], "logits_to_keep": 1}
-            logits = self._forward(run, 0, full.num_tokens, **inputs)
-        for hook in hooks:
-            hook.remove()
-        layers = [
-            run.layers.get(layer, full.layers[layer])
-            for layer in range(self.num_layers)
-        ]
-        return Prefill(full.num_tokens, layers, logits[-1])
+        return Prefill(prompt, layers, logits[-1])
 
     def kept(self, full: Prefill, rule: LengthRule) -> Prefill:
         """The cache of a prompt after a policy's rule has evicted tokens."""
-        prefill = self.pruned(full, rule) if rule.prunes else full
+        prefill = full
+        if rule.prunes:
+            prefill = self.prefill(full.prompt, len(full.layers[0].query), rule)
         counts = rule.cache_lengths(full.num_tokens)
         layers = []
         for tier, cache in zip(rule.layout.tier_of_layer, prefill.layers, strict=True):
@@ -201,7 +163,7 @@ class DenseModel:
                 chosen = choose(cache, rule.config, rule, count, full.num_tokens)
                 cache = gathered(cache, chosen)
             layers.append(cache)
-        return Prefill(full.num_tokens, layers, prefill.logits)
+        return replace(prefill, layers=layers)
 
     def continued(self, prefill: Prefill, tokens: Sequence[int]) -> torch.Tensor:
         """Log-probabilities of the tokens after a prompt, each given those before.

@@ -29,6 +29,7 @@ class Found:
     model: Any
     """The model's configuration."""
     policy: PolicyConfig
+    """At the suggestion's retention."""
     text_costs: list[np.ndarray] = field(default_factory=list)
     """Loss and divergence of each window, ``[num_ratios, num_layers, 2]``."""
     needle_costs: list[np.ndarray] = field(default_factory=list)
@@ -48,11 +49,6 @@ class Found:
         return mean
 
     @property
-    def retention(self) -> float:
-        """Mean share that the suggestion keeps."""
-        return retention_of(self.settings, self.policy)
-
-    @property
     def rule(self) -> LengthRule:
         """The policy's counts on this model."""
         layers = self.model.num_hidden_layers
@@ -63,41 +59,33 @@ class Found:
         """What each layer should keep, as a share of its context: layers of a tier
         keep equally much."""
         falling = self.settings.falling or self.policy.prune_from is not None
-        asked = (self.settings.ratios, self.costs[..., 1], self.retention, _LEAST)
+        retention = self.policy.retention
+        asked = (self.settings.ratios, self.costs[..., 1], retention, _LEAST)
         shares = layer_shares(*asked)
         if falling:
             return [round(share, 4) for share in not_rising(shares)]
-        apart = suggestion(self.policy, self.retention, shares)
+        apart = suggestion(self.policy, shares)
         tiers = tier_layout(apart, len(shares)).layers
         return [round(share, 4) for share in layer_shares(*asked, tiers)]
 
     @property
     def suggested(self) -> PolicyConfig:
         """The policy with these shares."""
-        return suggestion(self.policy, self.retention, self.shares)
+        return suggestion(self.policy, self.shares)
 
     def compared(self) -> list[PolicyConfig]:
         """The suggestion, the policy as it is, and as it is for unknown models."""
-        base = self.policy.model_copy(update={"retention": self.retention})
-        known = fitted(base, profile_weights(self.model))
-        flat = {"layer_weights": None, "name": f"{base.name}, no profile"}
+        known = fitted(self.policy, profile_weights(self.model))
+        flat = {"layer_weights": None, "name": f"{self.policy.name}, no profile"}
         weighted = [known] if known.given_weights else []
-        return [self.suggested, *weighted, base.model_copy(update=flat)]
+        return [self.suggested, *weighted, self.policy.model_copy(update=flat)]
 
 
-def retention_of(settings: AnalyzeSettings, policy: PolicyConfig) -> float:
-    """Mean share that a suggestion keeps."""
-    return policy.retention if settings.retention is None else settings.retention
-
-
-def suggestion(
-    policy: PolicyConfig, retention: float, weights: Sequence[float] | None
-) -> PolicyConfig:
-    """The policy with weights of layers, and a mean share that it keeps."""
+def suggestion(policy: PolicyConfig, weights: Sequence[float] | None) -> PolicyConfig:
+    """The policy with weights of layers."""
     changes = {
         "name": f"{policy.name}-suggested",
         "budget": "retention",
-        "retention": retention,
         "layer_weights": weights,
         # One tier has one count, whatever the weights.
         "tiers": "auto" if policy.tiers == 1 else policy.tiers,

@@ -11,12 +11,7 @@ import numpy as np
 import torch
 
 from pyramid_vllm.policy import LengthRule, PolicyConfig, tier_layout
-from pyramid_vllm.tools.analysis.choice import (
-    choose,
-    gathered,
-    layer_before_pruning,
-    num_queries_read,
-)
+from pyramid_vllm.tools.analysis.choice import choose, gathered, num_queries_read
 from pyramid_vllm.tools.analysis.dense import DenseModel, Prefill
 
 
@@ -52,8 +47,7 @@ class Continuation:
         self._model, self._target = model, list(target)
         self._index = torch.tensor(self._target)[:, None]
         num_queries = max([1, *(num_queries_read(rule, len(prompt)) for rule in rules)])
-        hidden = {layer_before_pruning(rule) for rule in rules if rule.prunes}
-        self.full = model.prefill(prompt, num_queries, sorted(hidden))
+        self.full = model.prefill(prompt, num_queries)
         self._logprobs = model.continued(self.full, self._target)
         self.loss = -float(self._logprobs.gather(1, self._index).mean())
 

@@ -1,4 +1,4 @@
-"""Tables, plots and files of an analysis."""
+"""Tables and files of an analysis."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +13,11 @@ from rich.table import Table
 from pyramid_vllm.policy.profiles import IDENTITY
 from pyramid_vllm.tools.analysis.found import Found
 from pyramid_vllm.tools.figures import right_table
-from pyramid_vllm.tools.plotting import new_figure
 from pyramid_vllm.tools.provenance import write_report
 
 
 def write(found: Found, source: str, seed: int, console: Console) -> None:
-    """Print tables; write ``results.json``, ``icr.png``, ``policy.yaml`` and
-    ``profile.yaml``.
+    """Print tables; write ``results.json``, ``policy.yaml`` and ``profile.yaml``.
 
     Args:
         found: what to write.
@@ -35,7 +33,6 @@ def write(found: Found, source: str, seed: int, console: Console) -> None:
         f"{len(found.needle_costs)} of {settings.needles} needles were found with the "
         "full cache, and count"
     )
-    _plot_costs(found, out / "icr.png")
     content = {
         "settings": {**asdict(settings), "text": source},
         "text_costs": np.array(found.text_costs).tolist(),
@@ -49,7 +46,7 @@ def write(found: Found, source: str, seed: int, console: Console) -> None:
     _write_yaml(out / "policy.yaml", found.suggested.model_dump(mode="json"))
     profile = {"model": identity, "layer_weights": found.shares}
     _write_yaml(out / "profile.yaml", profile)
-    console.print(f"In {out}: policy.yaml, profile.yaml, results.json, icr.png")
+    console.print(f"In {out}: policy.yaml, profile.yaml, results.json")
 
 
 def _write_yaml(path: Path, content: dict[str, Any]) -> None:
@@ -91,21 +88,3 @@ def _trial_table(trial: dict[str, list[dict[str, float]]]) -> Table:
             f"{mean['agreement']:.1%}",
         )
     return table
-
-
-def _plot_costs(found: Found, path: Path) -> None:
-    """ICR: what cutting one layer alone costs, by layer, a line a ratio."""
-    figure = new_figure(figsize=(8, 6))
-    parts = figure.subplots(2, 1, sharex=True)
-    for column, label in enumerate(
-        ("loss, nats a token", "KL to the full cache, nats")
-    ):
-        axes = parts[column]
-        for ratio, layers in zip(found.settings.ratios, found.costs, strict=True):
-            axes.plot(layers[:, column], marker=".", label=f"{ratio:.0%} kept")
-        axes.set_ylabel(label)
-        axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set_xlabel("the layer whose context is cut")
-    axes.legend()
-    figure.suptitle("Inference context redundancy")
-    figure.savefig(path)

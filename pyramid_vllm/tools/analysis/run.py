@@ -1,51 +1,43 @@
 """The analysis of ``pyramid-vllm analyze``."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from pyramid_vllm.policy import (
-    KVPolicyError,
-    LengthRule,
-    resolve_policy,
-    tier_layout,
-)
+from pyramid_vllm.policy import KVPolicyError, LengthRule, resolve_policy, tier_layout
 from pyramid_vllm.tools.analysis.dense import DenseModel
-from pyramid_vllm.tools.analysis.found import Found, retention_of, suggestion
+from pyramid_vllm.tools.analysis.found import Found, suggestion
 from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from pyramid_vllm.tools.analysis.report import write
 from pyramid_vllm.tools.analysis.settings import AnalyzeSettings
-from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import python_manual, read_part, windows
 
 _SEED = 0
-Prompt = tuple[Sequence[int], Sequence[int]]
+Prompt = tuple[list[int], list[int]]
 
 
 def run_analysis(settings: AnalyzeSettings) -> None:
-    """Measure, print the tables, write plots, figures and the suggested policy.
+    """Measure, print the tables, write figures and the suggested policy.
 
     Raises:
         KVPolicyError: the policy is not valid.
         ValueError: the text is too short.
-        RuntimeError: matplotlib is missing.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    check_matplotlib()
     policy = resolve_policy(settings.kv_policy, settings.kv_policy_config)
     if policy is None:
         raise KVPolicyError("kv_policy 'none' chooses no tokens")
-    suggestion(policy, retention_of(settings, policy), None)  # fails early
+    if settings.retention is not None:
+        policy = policy.model_copy(update={"retention": settings.retention})
+    suggestion(policy, None)  # fails early
     text, source = _text(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     sizes = settings.prompt_tokens, settings.target_tokens, settings.windows
-    found_windows = windows(tokenizer.encode(text), *sizes, source)
-    parts: list[Prompt] = [(part.prefix, part.target) for part in found_windows]
+    parts = windows(tokenizer.encode(text), *sizes, source)
     needles = _needles(settings, tokenizer, text)
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
     found = Found(settings, config, policy)

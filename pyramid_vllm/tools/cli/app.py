@@ -12,8 +12,8 @@ from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.cli.demo import DemoSettings
 from pyramid_vllm.tools.cli.name_vllm import name_vllm
 from pyramid_vllm.tools.cli.plan import PlanRequest
-from pyramid_vllm.tools.cli.top import TopSettings
 from pyramid_vllm.tools.inspection.settings import InspectSettings
+from pyramid_vllm.tools.monitor.settings import TopSettings
 from pyramid_vllm.tools.options import command, or_fail
 from pyramid_vllm.tools.quality.settings import EvalSettings
 from pyramid_vllm.tools.simulate.settings import SimulateSettings
@@ -59,7 +59,7 @@ _add("simulate", SimulateSettings, "simulate.report:run_simulation", False)
 _add("eval", EvalSettings, "quality.run:run_eval")
 _add("analyze", AnalyzeSettings, "analysis.run:run_analysis")
 _add("inspect", InspectSettings, "inspection.run:run_inspect")
-_add("top", TopSettings, "cli.top:run_top", False)
+_add("top", TopSettings, "monitor.top:run_top", False)
 app.command()(name_vllm)
 _add("plan", PlanRequest, "cli.plan:print_plan", False)
 _add("demo", DemoSettings, "cli.demo:run_demo")

@@ -2,37 +2,38 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
 from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages, resolve_policy
-from pyramid_vllm.tools.bench.figures import METRICS
 from pyramid_vllm.tools.bench.measure import MeasureTask, measure
 from pyramid_vllm.tools.bench.watch import Measured
-from pyramid_vllm.tools.cli.prompts import long_prompts
-from pyramid_vllm.tools.figures import Metric, bars, side_table
+from pyramid_vllm.tools.chat import chat_ids
+from pyramid_vllm.tools.figures import Metric, bars, side_label, side_table
 from pyramid_vllm.tools.options import JSON_FILE, MODEL, OVERRIDES, POLICY, option
 from pyramid_vllm.tools.provenance import write_report
+from pyramid_vllm.tools.quality.tasks import match_length
 from pyramid_vllm.tools.sizes import format_bytes
 
 _BLOCK_SIZE = 32
 _SEED = 0
-#: The figures of bench that are shown.
+_QUESTION = "Explain the page below to a colleague, in a few short paragraphs.\n\n"
 _SHOWN = (
-    "kv_bytes_per_request",
-    "max_num_running",
-    "mean_num_running",
-    "num_preemptions",
-    "num_pages_freed",
-    "prefix_hit_rate",
-    "total_tokens_per_s",
+    Metric("kv_bytes_per_request", "KV bytes a request"),
+    Metric("max_num_running", "most sequences at once"),
+    Metric("mean_num_running", "mean sequences at once", ".1f"),
+    Metric("num_preemptions", "preemptions"),
+    Metric("num_pages_freed", "pages freed by eviction"),
+    Metric("prefix_hit_rate", "prompt tokens from the prefix cache", ".1%"),
+    Metric("total_tokens_per_s", "tokens/s, prompt and output", ",.1f"),
+    Metric("ratio_to_stock", "ratio to stock", ".2f"),
+    Metric("greedy_agreement", "output equal to stock's up to", ".0%"),
 )
 
 
@@ -69,9 +70,7 @@ def run_demo(settings: DemoSettings) -> None:
     if policy is not None:
         kv_policy = {"kv_policy": json.dumps(policy.model_dump())}
         sides[policy.name] = replace(task, engine_args=task.engine_args | kv_policy)
-    # Tokens that all prompts begin with.
-    columns = zip(*prompts, strict=False)
-    shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+    shared = match_length(min(prompts), max(prompts))
     sharing = f"prompts share their first {shared} tokens"
     kv_bytes = task.engine_args["kv_cache_memory_bytes"]
     console = Console()
@@ -80,19 +79,53 @@ def run_demo(settings: DemoSettings) -> None:
         f"{settings.output_tokens} output tokens each, "
         f"{format_bytes(kv_bytes)} of KV memory, prefix caching on ({sharing})"
     )
-    measured = _measure_all(console, sides)
+    measured = {}
+    with bars(console, 28) as progress:
+        for name, side in sides.items():
+            label = side_label(name)
+            bar = progress.add_task(f"{label}: loading", total=len(prompts))
+
+            def advance(done: int, bar: Any = bar, label: str = label) -> None:
+                progress.update(bar, completed=done, description=label)
+
+            measured[name] = measure(side, advance)
     figures = {name: _figures(side, measured[NONE]) for name, side in measured.items()}
-    console.print(_table(figures))
+    console.print(side_table(_SHOWN, figures))
     if settings.json_file is not None:
-        given = asdict(settings)
-        del given["json_file"]
         content = {
             "policies": figures,
-            "settings": given,
+            "settings": asdict(settings),
             "kv_bytes": kv_bytes,
             "sharing": sharing,
         }
         write_report(settings.json_file, content, _SEED)
+
+
+def long_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[int]]:
+    """Chat prompts over pages of Python's manual, of about ``num_tokens`` tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        num_prompts: how many.
+        num_tokens: length of each, in tokens.
+
+    Raises:
+        ValueError: there is not that much text.
+    """
+    tokens: list[int] = []
+    for name in sorted(topics):
+        tokens += tokenizer.encode(topics[name], add_special_tokens=False)
+        if len(tokens) >= num_prompts * num_tokens:
+            break
+    else:
+        raise ValueError(
+            f"num_prompts is {num_prompts}: valid is up to {len(tokens) // num_tokens} "
+            f"prompts of {num_tokens} tokens"
+        )
+    length = num_tokens - len(chat_ids(tokenizer, _QUESTION))
+    starts = range(0, num_prompts * num_tokens, num_tokens)
+    pages = [tokens[start : start + length] for start in starts]
+    return [chat_ids(tokenizer, _QUESTION + tokenizer.decode(page)) for page in pages]
 
 
 def _stock_task(
@@ -116,28 +149,10 @@ def _stock_task(
     return MeasureTask(str(settings.model), [prompts], outputs, engine_args)
 
 
-def _measure_all(
-    console: Console, sides: dict[str, MeasureTask]
-) -> dict[str, Measured]:
-    measured = {}
-    with bars(console, 28) as progress:
-        for name, task in sides.items():
-            label = "stock vLLM" if name == NONE else f"policy {name}"
-            total = len(task.output_lengths)
-            bar = progress.add_task(f"{label}: loading", total=total)
-
-            def advance(done: int, bar: Any = bar, label: str = label) -> None:
-                progress.update(bar, completed=done, description=label)
-
-            measured[name] = measure(task, advance)
-    return measured
-
-
 def greedy_agreement(outputs: list[list[int]], reference: list[list[int]]) -> float:
     """Mean share of an output that equals the reference, up to the first difference."""
     pairs = zip(outputs, reference, strict=True)
-    shares = [np.cumprod(np.equal(ours, theirs)).mean() for ours, theirs in pairs]
-    return float(np.mean(shares))
+    return fmean(match_length(ours, theirs) / len(ours) for ours, theirs in pairs)
 
 
 def _figures(side: Measured, stock: Measured) -> dict[str, Any]:
@@ -147,16 +162,3 @@ def _figures(side: Measured, stock: Measured) -> dict[str, Any]:
         "greedy_agreement": greedy_agreement(side.outputs, stock.outputs),
         "ratio_to_stock": side.total_tokens_per_s / stock.total_tokens_per_s,
     }
-
-
-def _table(figures: dict[str, dict[str, Any]]) -> Table:
-    metrics = {metric.key: metric for metric in METRICS}
-    shown = [
-        *(metrics[key] for key in _SHOWN),
-        Metric("ratio_to_stock", "ratio to stock", ".2f"),
-        Metric("greedy_agreement", "output equal to stock's up to", ".0%"),
-    ]
-    table = side_table(shown, figures)
-    states = ["on" if side["prefix_caching"] else "off" for side in figures.values()]
-    table.add_row("prefix caching", *states)
-    return table

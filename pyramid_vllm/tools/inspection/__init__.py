@@ -1,1 +1,1 @@
-"""Which tokens of one prompt each tier keeps: as numbers, a picture and a page."""
+"""Which tokens of one prompt each tier keeps: as numbers and a page."""

@@ -1,6 +1,6 @@
 """The page: one HTML file that needs nothing else."""
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,43 +20,24 @@ def page(report: Mapping[str, Any]) -> str:
         "number": "{:,}".format,
         "percent": "{:.1%}".format,
     }
-    tiers = report["tiers"]
-    means = {
-        name: sum(tier[name] * len(tier["layers"]) for tier in tiers)
-        / len(report["layers"])
-        for name in ("num_prompt_held", "num_held", "pages")
-    }
     extra = {key: report[key] for key in ("argv", "date") if key in report}
     return environment.get_template("page.html").render(
         report,
         report=report,
-        means=means,
-        total_bytes=sum(tier["kv_bytes"] for tier in tiers),
+        total_bytes=sum(tier["kv_bytes"] for tier in report["tiers"]),
         notes=_notes(report),
         settings={**report["policy"], **report.get("versions", {}), **extra},
     )
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    """Notes on each token: its position, the layers that keep it, by how many heads."""
-    layers_by_count: list[defaultdict[int, list[int]]] = [
-        defaultdict(list) for _ in report["tokens"]
+    """Notes on each token: its position, its part, how many layers keep it."""
+    counts = Counter(p for layer in report["layers"] for p in layer["positions"])
+    return [
+        f"Position {position} (id {token['id']}, {_part(report, position)}): "
+        f"kept in {counts[position]} of {len(report['layers'])} layers"
+        for position, token in enumerate(report["tokens"])
     ]
-    for layer in report["layers"]:
-        for position, heads in zip(layer["positions"], layer["heads"], strict=True):
-            layers_by_count[position][heads].append(layer["layer"])
-    notes = []
-    for position, found in enumerate(layers_by_count):
-        where = f"id {report['tokens'][position]['id']}, {_part(report, position)}"
-        num_kept = sum(map(len, found.values()))
-        note = f"Position {position} ({where}): kept in {num_kept} of "
-        note += f"{len(report['layers'])} layers"
-        who = [
-            f"{heads} of {report['num_kv_heads']} heads in layers {runs(tuple(layers))}"
-            for heads, layers in sorted(found.items(), reverse=True)
-        ]
-        notes.append(f"{note}: {'; '.join(who)}" if who else note)
-    return notes
 
 
 def _part(report: Mapping[str, Any], position: int) -> str:

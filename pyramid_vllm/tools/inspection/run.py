@@ -1,7 +1,6 @@
 """``pyramid-vllm inspect``: runs a prompt, reports the tokens that tiers kept."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,10 @@ from pyramid_vllm.policy.requests import KEEP_ALL
 from pyramid_vllm.policy.tiers import TierLayout, runs
 from pyramid_vllm.tools.chat import chat_ids, has_template, stop_ids
 from pyramid_vllm.tools.figures import right_table
-from pyramid_vllm.tools.inspection.engine import EngineTask, run_engine
+from pyramid_vllm.tools.inspection.engine import run_engine
+from pyramid_vllm.tools.inspection.page import page
 from pyramid_vllm.tools.inspection.settings import BLOCK_SIZE, InspectSettings
-from pyramid_vllm.tools.inspection.view import (
-    Inspection,
-    Request,
-    TokenView,
-    inspection_of,
-)
-from pyramid_vllm.tools.plotting import check_matplotlib
+from pyramid_vllm.tools.inspection.view import Inspection, inspection_of
 from pyramid_vllm.tools.provenance import provenance
 from pyramid_vllm.tools.sizes import format_bytes
 
@@ -42,17 +36,17 @@ def run_inspect(settings: InspectSettings) -> None:
 
     Raises: as ``inspect_prompt``.
     """
+    found = inspect_prompt(settings) | provenance(_SEED)
+    text, console = json.dumps(found, ensure_ascii=False), Console()
     default = None if settings.json_only else Path("inspect-results")
     folder = settings.out or default
     if folder is not None:
-        check_matplotlib()  # before the model runs, not after it
-    found = inspect_prompt(settings)
-    if folder is not None:
-        write_report(found, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "inspect.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "inspect.html").write_text(page(found), encoding="utf-8")
     if settings.json_only:
-        print(json.dumps(report(found), ensure_ascii=False))
+        print(text)
         return
-    console = Console()
     print_table(found, console)
     console.print(f"results are in {folder}")
 
@@ -84,7 +78,7 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         )
     rule.cache_lengths(len(prompt_ids))  # not every budget can be met
     num_layers = config.get_text_config().num_hidden_layers
-    task = EngineTask(
+    output_ids, held = run_engine(
         model=str(settings.model),
         kv_policy=None if policy is None else json.dumps(policy.model_dump()),
         prompt_ids=prompt_ids,
@@ -93,18 +87,17 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         engine_args=_engine_args(longest, shape.token_bytes * num_layers)
         | settings.engine_args,
     )
-    result = run_engine(task)
-    ids = prompt_ids + result.output_ids
-    request = Request(
-        model=task.model,
-        tokens=tuple(TokenView(i, token_text(tokenizer, i)) for i in ids),
-        num_prompt=len(prompt_ids),
-        num_kv_heads=shape.num_kv_heads,
-        block_size=BLOCK_SIZE,
-        layer_page_bytes=shape.token_bytes * BLOCK_SIZE,
-    )
+    ids = prompt_ids + output_ids
+    request = {
+        "model": str(settings.model),
+        "tokens": [{"id": i, "text": token_text(tokenizer, i)} for i in ids],
+        "num_prompt": len(prompt_ids),
+        "num_kv_heads": shape.num_kv_heads,
+        "block_size": BLOCK_SIZE,
+        "layer_page_bytes": shape.token_bytes * BLOCK_SIZE,
+    }
     everything = [[*range(len(ids) - 1)]] * shape.num_kv_heads
-    return inspection_of(request, rule, result.held or [everything] * shape.num_layers)
+    return inspection_of(request, rule, held or [everything] * shape.num_layers)
 
 
 def _rule(policy: PolicyConfig | None, config: Any, num_layers: int) -> LengthRule:
@@ -158,44 +151,28 @@ def _engine_args(longest: int, token_bytes: int) -> dict[str, Any]:
     }
 
 
-def report(inspection: Inspection) -> dict[str, Any]:
-    """The JSON: what was found, and where it comes from."""
-    return asdict(inspection) | provenance(_SEED)
-
-
-def write_report(inspection: Inspection, out: Path) -> None:
-    """Write ``inspect.json``, ``inspect.png`` and ``inspect.html``."""
-    from pyramid_vllm.tools.inspection.page import page
-    from pyramid_vllm.tools.inspection.plot import plot
-
-    out.mkdir(parents=True, exist_ok=True)
-    content = report(inspection)
-    text = json.dumps(content, ensure_ascii=False)
-    (out / "inspect.json").write_text(text + "\n", encoding="utf-8")
-    (out / "inspect.html").write_text(page(content), encoding="utf-8")
-    plot(inspection, out / "inspect.png")
-
-
 def print_table(inspection: Inspection, console: Console) -> None:
     """Print a table of what each tier holds."""
-    num_generated = len(inspection.tokens) - inspection.num_prompt
+    num_prompt, policy = inspection["num_prompt"], inspection["policy"]
+    num_generated = len(inspection["tokens"]) - num_prompt
     table = right_table(
         ("tier", "layers", "prompt kept", "share", "tokens held", "pages", "KV bytes"),
-        f"Policy {inspection.policy['name']}: {inspection.num_prompt} tokens of "
-        f"prompt, {num_generated} generated",
+        f"Policy {policy['name']}: {num_prompt} tokens of prompt, {num_generated} "
+        "generated",
     )
-    for tier in inspection.tiers:
+    for tier in inspection["tiers"]:
         table.add_row(
-            str(tier.tier),
-            runs(tier.layers),
-            f"{tier.num_prompt_held:,}",
-            f"{tier.num_prompt_held / inspection.num_prompt:.1%}",
-            f"{tier.num_held:,}",
-            f"{tier.pages:,}",
-            format_bytes(tier.kv_bytes),
+            str(tier["tier"]),
+            runs(tier["layers"]),
+            f"{tier['num_prompt_held']:,}",
+            f"{tier['num_prompt_held'] / num_prompt:.1%}",
+            f"{tier['num_held']:,}",
+            f"{tier['pages']:,}",
+            format_bytes(tier["kv_bytes"]),
         )
     console.print(table)
-    ours, stock = inspection.kv_bytes, inspection.stock_kv_bytes
+    ours = sum(tier["kv_bytes"] for tier in inspection["tiers"])
+    stock = inspection["stock_kv_bytes"]
     console.print(
         f"{format_bytes(ours)} of KV cache, {ours / stock:.1%} of stock vLLM's "
         f"{format_bytes(stock)}"

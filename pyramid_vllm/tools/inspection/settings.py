@@ -18,6 +18,7 @@ _REFUSED = {
     "block_size": f"{BLOCK_SIZE}, which is set",
     "skip_tokenizer_init": "true, which is set",
     "speculative_config": "none: drafts are not recorded",
+    "tensor_parallel_size": "1, its default: what other ranks keep is not recorded",
 }
 
 
@@ -43,12 +44,6 @@ class InspectSettings:
             if name in self.engine_args:
                 value = self.engine_args[name]
                 raise ValueError(f"engine_args has {name}={value!r}: valid is {valid}")
-        ranks = self.engine_args.get("tensor_parallel_size", 1)
-        if ranks != 1:
-            raise ValueError(
-                f"engine_args has tensor_parallel_size={ranks}: valid is 1, what other "
-                "ranks keep is not recorded"
-            )
         if (self.prompt is None) == (self.prompt_file is None):
             given = "none" if self.prompt is None else "both"
             raise ValueError(

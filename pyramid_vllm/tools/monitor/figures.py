@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from pyramid_vllm.tools.monitor.scrape import Labels, Scrape
 
-#: Figures by their names in ``_FIGURES``; None: the server does not report it.
-Figures = dict[str, Any]
 Where = Mapping[str, str]
 _POLICY = "vllm:kv_policy_"
 
@@ -41,26 +41,19 @@ class Span:
             for key, value in found.items()
         )
 
-    def gauge(self, name: str, where: Where) -> float | None:
-        """The sum over engines.
+    def gauge(self, name: str, where: Where, is_mean: bool = False) -> float | None:
+        """The sum, or the mean, over engines.
 
         Several front ends may report one engine, and none says which is the newest:
         of series that differ in ``pid`` alone the largest counts.
         """
-        largest = self._gauges(name, where)
-        return sum(largest.values()) if largest else None
-
-    def mean_gauge(self, name: str, where: Where) -> float | None:
-        """The mean over engines."""
-        largest = self._gauges(name, where)
-        return sum(largest.values()) / len(largest) if largest else None
-
-    def _gauges(self, name: str, where: Where) -> dict[Labels, float]:
         largest: dict[Labels, float] = {}
-        for key, value in self.after.select(name, where).items():
-            key = tuple(label for label in key if label[0] != "pid")
+        for labels, value in self.after.select(name, where).items():
+            key = tuple(label for label in labels if label[0] != "pid")
             largest[key] = max(value, largest.get(key, -math.inf))
-        return largest
+        if not largest:
+            return None
+        return sum(largest.values()) / (len(largest) if is_mean else 1)
 
     def total(self, name: str, where: Where, label: str | None = None) -> Any:
         """A counter's value since the server began, by a label's values."""
@@ -77,7 +70,7 @@ class Span:
         total = sum(self._increases(f"{name}_sum", where).values())
         return total / count if count else None
 
-    def p95(self, name: str, where: Where) -> Any:
+    def p95(self, name: str, where: Where) -> float | None:
         """95th percentile of a histogram's new values, evenly spread in their bucket.
 
         Of values above the last bound, that bound is all that is known.
@@ -86,14 +79,10 @@ class Span:
         buckets = sorted((float(bound), count) for bound, count in found.items())
         if not buckets or buckets[-1][1] <= 0:
             return None
-        rank, low, below = 0.95 * buckets[-1][1], 0.0, 0.0
-        for bound, count in buckets:
-            if math.isinf(bound):
-                break
-            if count >= rank and count > below:
-                return low + (bound - low) * (rank - below) / (count - below)
-            low, below = bound, count
-        return low
+        bounds, counts = zip((0.0, 0.0), *buckets[:-1], strict=True)
+        # Just below the rank: of empty buckets behind it, none is taken.
+        rank = np.nextafter(0.95 * buckets[-1][1], 0)
+        return float(np.interp(rank, counts, bounds))
 
     def _increases(self, name: str, where: Where) -> dict[Labels, float]:
         """Increases by series; a new series began at 0."""
@@ -105,12 +94,12 @@ class Span:
 
 
 #: Figures by name in the JSON: the method, the metric, the label that splits it.
-_FIGURES: dict[str, Any] = {
+_FIGURES: dict[str, tuple[Any, ...]] = {
     "num_running": (Span.gauge, "vllm:num_requests_running"),
     "num_waiting": (Span.gauge, "vllm:num_requests_waiting"),
     "num_above_stock": (Span.gauge, f"{_POLICY}num_requests_above_stock"),
-    "kv_usage": (Span.mean_gauge, "vllm:kv_cache_usage_perc"),
-    "retention": (Span.mean_gauge, f"{_POLICY}retention"),
+    "kv_usage": (Span.gauge, "vllm:kv_cache_usage_perc", True),
+    "retention": (Span.gauge, f"{_POLICY}retention", True),
     "entries_held": (Span.gauge, f"{_POLICY}tokens_held"),
     "entries_represented": (Span.gauge, f"{_POLICY}tokens_represented"),
     "prompt_tokens_per_s": (Span.rate, "vllm:prompt_tokens_total"),
@@ -134,55 +123,36 @@ _FIGURES: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One engine of a server, by its labels."""
-
-    model_name: str
-    engine: str
-    figures: Figures
-
-
-@dataclass(frozen=True)
-class ServerFigures:
-    """A server's engines, and all of them together."""
-
-    #: Labels of the policies that run: one, unless engines differ.
-    policies: tuple[dict[str, str], ...]
-    engines: tuple[Engine, ...]
-    total: Figures
-    seconds: float
-    is_restart: bool
-
-
-def server_figures(span: Span) -> ServerFigures:
-    """All figures of a server with a policy."""
+def server_figures(span: Span) -> dict[str, Any]:
+    """All figures of a server with a policy, as JSON can hold them: of each engine,
+    and of all together; ``policies`` differ where engines do."""
     infos = [dict(key) for key in span.after.series.get(f"{_POLICY}info", {})]
     running = span.after.series.get("vllm:num_requests_running", {})
     keys = [*map(dict, running), *infos]
-    pairs = {(key.get("model_name", ""), key.get("engine", "")) for key in keys}
+    engines = {(key.get("model_name", ""), key.get("engine", "")) for key in keys}
     reporters = {"model_name", "engine", "pid"}
     policies = {
-        tuple(item for item in info.items() if item[0] not in reporters)
+        tuple((name, info[name]) for name in info if name not in reporters)
         for info in infos
     }
-    return ServerFigures(
-        policies=tuple(dict(policy) for policy in sorted(policies)),
-        engines=tuple(
-            Engine(model, name, _figures(span, {"model_name": model, "engine": name}))
-            for model, name in sorted(pairs, key=lambda p: (p[0], number_first(p[1])))
-        ),
-        total=_figures(span, {}),
-        seconds=span.seconds,
-        is_restart=span.is_restart,
-    )
-
-
-def _figures(span: Span, where: Where) -> Figures:
-    """Figures of the engines with these labels."""
     return {
-        field: compute(span, metric, where, *label)
-        for field, (compute, metric, *label) in _FIGURES.items()
+        "policies": [dict(policy) for policy in sorted(policies)],
+        "engines": [
+            where | {"figures": _figures(span, where)}
+            for model, name in sorted(engines, key=lambda e: (e[0], by_number(e[1])))
+            for where in [{"model_name": model, "engine": name}]
+        ],
+        "total": _figures(span, {}),
+        "seconds": span.seconds,
+        "is_restart": span.is_restart,
+    }
+
+
+def _figures(span: Span, where: Where) -> dict[str, Any]:
+    """Figures of the engines with these labels; None: the server reports none."""
+    return {
+        field: compute(span, metric, where, *more)
+        for field, (compute, metric, *more) in _FIGURES.items()
     }
 
 
@@ -196,6 +166,6 @@ def _summed(series: Mapping[Labels, float], label: str | None) -> Any:
     return dict(sums)
 
 
-def number_first(label: str) -> tuple[int, str]:
-    """Key that sorts "10" after "9", and names after numbers."""
-    return (int(label), "") if label.isdecimal() else (2**31, label)
+def by_number(label: str) -> tuple[int, str]:
+    """Key that sorts "10" after "9"."""
+    return len(label), label

@@ -30,15 +30,10 @@ class Scrape:
     taken: float
     series: Mapping[str, Mapping[Labels, float]]
 
-    def has(self, prefix: str) -> bool:
-        """Whether any series has a name that begins like this."""
-        return any(name.startswith(prefix) for name in self.series)
-
     def select(self, name: str, where: Mapping[str, str]) -> dict[Labels, float]:
         """The series of a name that carry all of these labels."""
-        wanted = set(where.items())
         found = self.series.get(name, {})
-        return {key: value for key, value in found.items() if wanted <= set(key)}
+        return {k: value for k, value in found.items() if where.items() <= set(k)}
 
 
 def metrics_url(url: str) -> str:
@@ -78,5 +73,5 @@ def fetch(url: str, timeout: float = TIMEOUT_S) -> Scrape:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             body = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise ScrapeError(str(error) or type(error).__name__) from error
+        raise ScrapeError(f"{url}: {str(error) or type(error).__name__}") from error
     return parse(body.decode("utf-8", errors="replace"), time.monotonic())

@@ -45,14 +45,11 @@ class ActivityWatch:
             ids = self._scheduler.kv_cache_manager.get_block_ids(name)
             self._bytes[name] = sum(map(len, ids)) * self._page_bytes
             if name not in self._prompts:
-                self._prompts[name] = (length - self._mean_evicted(name), length)
-
-    def _mean_evicted(self, req_id: str) -> float:
-        lengths = getattr(self._scheduler, "tier_lengths", None)
-        if lengths is None:
-            return 0.0
-        layout = self._scheduler.kv_rule.layout
-        return float(layout.mean(lengths.evicted(req_id)))
+                lengths, evicted = getattr(self._scheduler, "tier_lengths", None), 0.0
+                if lengths is not None:
+                    layout = self._scheduler.kv_rule.layout
+                    evicted = float(layout.mean(lengths.evicted(name)))
+                self._prompts[name] = (length - evicted, length)
 
     def _counts(self) -> dict[str, int]:
         counters = getattr(self._scheduler, "kv_counters", None)

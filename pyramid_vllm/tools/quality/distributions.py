@@ -36,7 +36,6 @@ class FullRows:
         """Put the file in its place; the most likely token at each position."""
         assert self._rows is not None
         self._rows.flush()
-        self._rows = None
         self._partial.rename(self._path)
         return {"top_tokens": list(self._top_tokens)}
 

@@ -1,7 +1,7 @@
 """Runs every side over every task, and keeps what is already there."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +11,53 @@ from rich.progress import Progress
 import pyramid_vllm
 from pyramid_vllm.compat import installed_vllm_version
 from pyramid_vllm.tools.figures import bars
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, read
-from pyramid_vllm.tools.quality.runner import run_engine
+from pyramid_vllm.tools.quality.jobs import Job, JobResult, run_engine
 from pyramid_vllm.tools.quality.settings import EvalSettings, Side
-from pyramid_vllm.tools.quality.tasks import Task, Values
+from pyramid_vllm.tools.quality.tasks import Task
 from pyramid_vllm.tools.store import Store, fingerprint
 
-RunEngine = Callable[
-    [EngineTask, Callable[[JobResult], None], Callable[[int], None]], None
-]
+#: One side's results, by the tasks' names.
+Results = dict[str, JobResult]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One side's results, by the tasks' names."""
-
-    side: Side
-    results: dict[str, JobResult]
-    values: dict[str, Values]
-
-
-@dataclass
 class Evaluation:
-    """All runs of one set of options."""
+    """All runs of one set of options.
 
-    settings: EvalSettings
-    sides: Sequence[list[Side]]
-    """Sides by engine, the full cache first."""
-    tasks: Sequence[Task]
-    folder: Path
-    console: Console
-    run: RunEngine = run_engine
+    Args:
+        settings: the options.
+        sides: sides by engine, the full cache first.
+        tasks: what every side does.
+        console: where progress is shown.
+        run: ``run_engine``, unless there is no engine.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        settings: EvalSettings,
+        sides: Sequence[list[Side]],
+        tasks: Sequence[Task],
+        console: Console,
+        run: Callable[..., None] = run_engine,
+    ) -> None:
+        self.sides, self.tasks, self.run = sides, tasks, run
+        self.console, self.folder = console, settings.out
         self._store = Store(self.folder / "runs")
-        requests = [request for task in self.tasks for request in task.requests]
+        requests = [request for task in tasks for request in task.requests]
         self._longest = max(len(r.prompt_ids) + r.max_tokens for r in requests)
-        settings = self.settings
-        self._engine: dict[str, Any] = {
+        self._llm_args: dict[str, Any] = {
             "model": settings.model,
             "dtype": settings.dtype,
             "seed": settings.seed,
-            "kv_bytes": settings.kv_bytes,
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": settings.kv_bytes,
             # vLLM requires at least a prompt's tokens, and the number of sequences.
             "max_num_batched_tokens": settings.max_num_batched_tokens
             or max(2048, self._longest),
-            "engine_args": settings.engine_args,
-        }
-        self._digests = {
-            task.name: fingerprint([asdict(request) for request in task.requests])
-            for task in self.tasks
-        }
+        } | settings.engine_args
 
-    def outcomes(self) -> list[Outcome]:
-        """Run what is missing and grade everything.
+    def results(self) -> list[tuple[Side, Results]]:
+        """Run what is missing; all results of every side.
 
         Raises:
             RuntimeError: an engine failed, or a policy did nothing.
@@ -72,34 +65,25 @@ class Evaluation:
         with bars(self.console, 32) as progress:
             for sides in self.sides:
                 self._run_engine(sides, progress)
-        found = [
+        return [
             (side, {task.name: self._result(side, task) for task in self.tasks})
             for sides in self.sides
             for side in sides
-        ]
-        full = found[0][1]
-        return [
-            Outcome(
-                side,
-                results,
-                {t.name: t.grade(results[t.name], full[t.name]) for t in self.tasks},
-            )
-            for side, results in found
         ]
 
     def _result(self, side: Side, task: Task) -> JobResult:
         content = self._store.load(self._identity(side, task))
         assert content is not None
-        return read(JobResult, content["result"])
+        return JobResult(**content["result"])
 
     def _identity(self, side: Side, task: Task) -> dict[str, Any]:
         """All that a run's result depends on."""
         return {
-            **self._engine,
+            **self._llm_args,
             "policy": side.policy,
             "retention": side.retention,
             "task": task.name,
-            "requests": self._digests[task.name],
+            "requests": task.digest,
             "versions": {
                 "vllm": installed_vllm_version(),
                 "pyramid_vllm": pyramid_vllm.__version__,
@@ -119,11 +103,11 @@ class Evaluation:
         folder = self._rows_dir(task)
         if side.config is not None or folder is None:
             return True
-        return all((folder / f"{i}.npy").is_file() for i in range(len(task.requests)))
+        return len(list(folder.glob("*.npy"))) == len(task.requests)
 
     def _run_engine(self, sides: list[Side], progress: Progress) -> None:
         """Run the missing jobs of one engine."""
-        label = sides[0].label
+        label, policy = sides[0].label, sides[0].config
         pairs = [(side, task) for side in sides for task in self.tasks]
         missing = [pair for pair in pairs if not self._is_done(*pair)]
         if len(missing) < len(pairs):
@@ -132,18 +116,11 @@ class Evaluation:
             )
         if not missing:
             return
-        jobs = [
-            Job(task.requests, side.retention, None if folder is None else str(folder))
-            for side, task in missing
-            for folder in [self._rows_dir(task)]
-        ]
-        config = sides[0].config
-        engine_task = EngineTask(
-            kv_policy=None if config is None else config.model_dump_json(),
-            max_model_len=self._longest,
-            jobs=jobs,
-            **self._engine,
-        )
+        jobs = []
+        for side, task in missing:
+            folder = self._rows_dir(task)
+            rows = None if folder is None else str(folder)
+            jobs.append(Job(task.requests, side.retention, rows))
         total = sum(len(job.requests) for job in jobs)
         bar = progress.add_task(f"{label}: loading", total=total)
         waiting = iter(missing)
@@ -158,7 +135,9 @@ class Evaluation:
         def advance(done: int) -> None:
             progress.update(bar, completed=done, description=label)
 
-        self.run(engine_task, save, advance)
+        kv_policy = None if policy is None else policy.model_dump_json()
+        llm_args = {"max_model_len": self._longest} | self._llm_args
+        self.run(llm_args | {"kv_policy": kv_policy}, jobs, save, advance)
 
 
 def check_activity(side: Side, task: Task, result: JobResult) -> None:

@@ -1,7 +1,7 @@
 """Continuations given from outside: the losses that a policy leaves on a text."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from vllm import SamplingParams
@@ -10,16 +10,9 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 #: Keys of ``SamplingParams.extra_args``.
 FORCED_ARG = "forced_tokens"
 OBSERVER_ARG = "observer"
-
-
-class Observer(Protocol):
-    """Is shown the model's own logits, before a token is forced."""
-
-    def see(self, position: int, logits: torch.Tensor) -> None:
-        """Look at the row of the output's token at ``position``.
-
-        A row of an unfinished prompt is seen as position 0, and seen again later.
-        """
+#: Is shown the output's position and the model's own logits before a token is forced. A
+#: row of an unfinished prompt is seen as position 0, and seen again later.
+Observer = Callable[[int, torch.Tensor], None]
 
 
 class ForcedTokens(AdapterLogitsProcessor):
@@ -31,16 +24,6 @@ class ForcedTokens(AdapterLogitsProcessor):
 
     observers: ClassVar[dict[str, Observer]] = {}
     """Observers by the name in a request; only engines in this process see them."""
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        tokens = (sampling_params.extra_args or {}).get(FORCED_ARG)
-        if tokens is None:
-            return
-        if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens):
-            raise ValueError(
-                f"{FORCED_ARG} is {tokens!r}: valid is a list of token ids"
-            )
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -59,7 +42,7 @@ class ForcedTokens(AdapterLogitsProcessor):
             if position >= len(tokens):
                 return logits
             if observer is not None:
-                observer.see(position, logits)
+                observer(position, logits)
             forced = torch.full_like(logits, float("-inf"))
             forced[tokens[position]] = 0.0
             return forced

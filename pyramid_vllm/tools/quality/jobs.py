@@ -1,13 +1,13 @@
-"""The task and the results of an engine's process."""
+"""The jobs and the results of an engine's process, which are read from JSON."""
 
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, field
+from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 
+from pyramid_vllm.tools.engine_process import PASSIVE, run_job
 from pyramid_vllm.tools.quality.activity import Activity
-
-_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class EngineTask:
-    """One engine, and the jobs that it runs."""
-
-    model: str
-    kv_policy: str | None
-    """JSON; None: stock vLLM."""
-    dtype: str
-    kv_bytes: int
-    max_model_len: int
-    max_num_batched_tokens: int
-    seed: int
-    engine_args: dict[str, Any]
-    jobs: list[Job]
-
-
-@dataclass(frozen=True)
 class JobResult:
     """Results of each request, in order, and of the whole batch."""
 
@@ -61,6 +45,29 @@ class JobResult:
     seconds: float
 
 
-def read(kind: type[_Kind], content: Any) -> _Kind:
-    """One of these classes, from JSON."""
-    return TypeAdapter(kind).validate_python(content)
+def run_engine(
+    llm_args: dict[str, Any],
+    jobs: Sequence[Job],
+    on_result: Callable[[JobResult], None],
+    on_progress: Callable[[int], None],
+) -> None:
+    """Run jobs on one engine, in a process of its own.
+
+    Args:
+        llm_args: of ``LLM``, as JSON can hold them.
+        jobs: what the engine runs.
+        on_result: gets every job's result as soon as it is there, in order.
+        on_progress: gets the number of finished requests.
+
+    Raises:
+        KVPolicyError: the engine refused the policy.
+        RuntimeError: the process failed; the message ends with its last lines.
+    """
+    run_job(
+        "pyramid_vllm.tools.quality.runner:run_jobs",
+        {"llm_args": llm_args, "jobs": [asdict(job) for job in jobs]},
+        lambda result: on_result(JobResult(**result)),
+        on_progress,
+        PASSIVE,
+        len(jobs),
+    )

@@ -5,20 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_vllm.tools.plotting import new_figure
-from pyramid_vllm.tools.quality.evaluation import Outcome
-from pyramid_vllm.tools.quality.report import Summary, retention_label
+from pyramid_vllm.tools.quality.report import Outcome
 from pyramid_vllm.tools.quality.tasks import Task
 
 
-def plot_losses(
-    outcomes: Sequence[Outcome], summaries: Sequence[Summary], path: Path
-) -> None:
+def plot_losses(outcomes: Sequence[Outcome], path: Path) -> None:
     """Loss against memory, one curve a policy."""
     figure = new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
     full, *others = [
-        (summary["continuation"]["kv_share"], summary["continuation"]["loss"].value)
-        for summary in summaries
+        (figures["kv_share"], figures["loss"]["value"])
+        for figures in (outcome.summary["continuation"] for outcome in outcomes)
     ]
     axes.axhline(full[1], color="0.6", linestyle="--", linewidth=1, label="full cache")
     labels = [outcome.side.label for outcome in outcomes[1:]]
@@ -35,32 +32,32 @@ def plot_losses(
 
 
 def plot_retrieval(
-    pairs: Sequence[tuple[Outcome, Summary]], tasks: Sequence[Task], path: Path
+    outcomes: Sequence[Outcome], tasks: Sequence[Task], path: Path
 ) -> None:
     """Scores by length and depth: a row a task, a column a retention.
 
     Args:
-        pairs: the full cache and one policy, with their summaries.
+        outcomes: the full cache's and one policy's.
         tasks: of retrieval.
         path: of the picture.
     """
     kinds = list(dict.fromkeys(task.cells[0]["task"] for task in tasks))
-    size = (1 + 2.6 * len(pairs), 0.8 + 2.2 * len(kinds))
+    size = (1 + 2.6 * len(outcomes), 0.8 + 2.2 * len(kinds))
     figure = new_figure(figsize=size)
-    grid = figure.subplots(len(kinds), len(pairs), squeeze=False)
+    grid = figure.subplots(len(kinds), len(outcomes), squeeze=False)
     for row, kind in zip(grid, kinds, strict=True):
         own = [task for task in tasks if task.cells[0]["task"] == kind]
         row[0].set_ylabel(f"{kind.replace('_', ' ')}\ndepth")
-        for axes, (_, summary) in zip(row, pairs, strict=True):
-            image = _heat_map(axes, own, summary)
-    for axes, (outcome, _) in zip(grid[0], pairs, strict=True):
-        axes.set_title(f"{outcome.side.label} {retention_label(outcome)}")
+        for axes, outcome in zip(row, outcomes, strict=True):
+            image = _heat_map(axes, own, outcome)
+    for axes, outcome in zip(grid[0], outcomes, strict=True):
+        axes.set_title(f"{outcome.side.label} {outcome.side.asked}")
     figure.colorbar(image, ax=grid, label="share of right answers", shrink=0.8)
     figure.savefig(path, dpi=150)
 
 
-def _heat_map(axes: Any, tasks: Sequence[Task], summary: Summary) -> Any:
-    columns = [summary[task.name]["by_depth"] for task in tasks]
+def _heat_map(axes: Any, tasks: Sequence[Task], outcome: Outcome) -> Any:
+    columns = [outcome.summary[task.name]["by_depth"] for task in tasks]
     scores = [[cell["score"] for cell in row] for row in zip(*columns, strict=True)]
     image = axes.imshow(scores, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(tasks)), [t.cells[0]["num_tokens"] for t in tasks])

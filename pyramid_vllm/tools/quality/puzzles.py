@@ -5,13 +5,12 @@ The kinds are RULER's (arXiv 2404.06654), the wording is ours.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, pairwise
 from random import Random
 
 from pyramid_vllm.tools.quality.words import KEYS, PLAIN_WORDS
 
-_NUM_DISTRACTORS = 4
-_NUM_VALUES = 3
 _NUM_COMMON = 3
 _CHAIN = 3
 
@@ -37,14 +36,19 @@ def _number(rng: Random) -> str:
     return str(rng.randrange(1_000_000, 10_000_000))
 
 
+def _needles(pairs: list[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(f"The special magic number for {k} is: {n}." for k, n in pairs)
+
+
 def _magic_numbers(
-    hidden: list[tuple[str, str]], names: str, others: list[tuple[str, str]]
+    rng: Random, num_keys: int = 1, num_values: int = 1, num_others: int = 0
 ) -> Puzzle:
-    """Keys and their numbers, of which those of ``hidden`` are asked for."""
-
-    def needles(pairs: list[tuple[str, str]]) -> tuple[str, ...]:
-        return tuple(f"The special magic number for {k} is: {n}." for k, n in pairs)
-
+    """Keys, the numbers of each that are asked for, and other keys' numbers."""
+    keys = rng.sample(KEYS, num_keys + num_others)
+    others = [(key, _number(rng)) for key in keys[num_keys:]]
+    asked = keys[:num_keys]
+    hidden = [(key, _number(rng)) for key in asked for _ in range(num_values)]
+    names = " and ".join(filter(None, (", ".join(asked[:-1]), asked[-1])))
     what, verb, number = "is the", "is", "number"
     if len(hidden) > 1:
         what, verb, number = "are all the", "are", "numbers"
@@ -54,31 +58,9 @@ def _magic_numbers(
         question=f"What {what} special magic {number} for {names} mentioned above?",
         answer_start=f"The special magic {number} for {names} {verb}:",
         answers=tuple(number for _, number in hidden),
-        needles=needles(hidden),
-        distractors=needles(others),
+        needles=_needles(hidden),
+        distractors=_needles(others),
     )
-
-
-def _single_needle(rng: Random) -> Puzzle:
-    key = rng.choice(KEYS)
-    return _magic_numbers([(key, _number(rng))], key, [])
-
-
-def _multi_key(rng: Random) -> Puzzle:
-    key, *others = rng.sample(KEYS, 1 + _NUM_DISTRACTORS)
-    distractors = [(other, _number(rng)) for other in others]
-    return _magic_numbers([(key, _number(rng))], key, distractors)
-
-
-def _multi_value(rng: Random) -> Puzzle:
-    key = rng.choice(KEYS)
-    return _magic_numbers([(key, _number(rng)) for _ in range(_NUM_VALUES)], key, [])
-
-
-def _multi_query(rng: Random) -> Puzzle:
-    keys = rng.sample(KEYS, _NUM_VALUES)
-    names = f"{', '.join(keys[:-1])} and {keys[-1]}"
-    return _magic_numbers([(key, _number(rng)) for key in keys], names, [])
 
 
 def _chain(rng: Random, names: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -123,10 +105,10 @@ def _word_list(rng: Random, common: tuple[str, ...]) -> Iterator[str]:
 
 
 PUZZLES: dict[str, Callable[[Random], Puzzle]] = {
-    "single_needle": _single_needle,
-    "multi_key": _multi_key,
-    "multi_value": _multi_value,
-    "multi_query": _multi_query,
+    "single_needle": _magic_numbers,
+    "multi_key": partial(_magic_numbers, num_others=4),
+    "multi_value": partial(_magic_numbers, num_values=3),
+    "multi_query": partial(_magic_numbers, num_keys=3),
     "variable_tracking": _variable_tracking,
     "common_words": _common_words,
 }

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from pyramid_vllm.tools.chat import chat_ids, encode, has_template
-from pyramid_vllm.tools.quality.puzzles import PUZZLES, WITHOUT_DEPTH, Puzzle
+from pyramid_vllm.tools.quality.puzzles import PUZZLES, Puzzle
 from pyramid_vllm.tools.quality.words import sentences
 
 #: Names of the tasks.
@@ -42,11 +42,6 @@ def score(sample: Sample, text: str) -> float:
     return sum(match is not None for match in found) / len(found)
 
 
-def has_depth(task: str) -> bool:
-    """Whether a task's answer lies at one place."""
-    return task not in WITHOUT_DEPTH
-
-
 def make_samples(
     task: str,
     tokenizer: Any,
@@ -68,12 +63,8 @@ def make_samples(
         haystack_text: its sentences are the haystack, else synthetic ones.
 
     Raises:
-        ValueError: an argument is not valid.
+        ValueError: ``num_tokens`` is too small, or the text has no sentence.
     """
-    if task not in PUZZLES:
-        raise ValueError(f"retrieval is '{task}': valid tasks are {', '.join(TASKS)}")
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth is {depth}: valid is 0 (oldest) to 1 (newest)")
     texts = None if haystack_text is None else split_sentences(haystack_text)
     samples = []
     for index in range(num_samples):
@@ -141,18 +132,7 @@ def _fit(
 
 
 def _hide(puzzle: Puzzle, pieces: list[tuple[str, int]], depth: float) -> list[str]:
-    """The haystack's pieces with the needles between them."""
-    ends = list(accumulate((size for _, size in pieces), initial=0))
-    lines = [text for text, _ in pieces]
-    # Insert from the end, so that earlier positions stay valid.
-    for share, line in reversed(_places(puzzle, depth)):
-        goal = share * ends[-1]
-        lines.insert(min(range(len(ends)), key=lambda i: abs(ends[i] - goal)), line)
-    return lines
-
-
-def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
-    """Position of each line, as a share of the haystack, in order."""
+    """The haystack's pieces: needles around the depth, distractors all over."""
     gaps = len(puzzle.needles) - 1
     first, gap = depth, 0.0
     if gaps > 0:
@@ -160,4 +140,11 @@ def _places(puzzle: Puzzle, depth: float) -> list[tuple[float, str]]:
     places = [(first + gap * i, line) for i, line in enumerate(puzzle.needles)]
     for i, line in enumerate(puzzle.distractors):
         places.append(((i + 0.5) / len(puzzle.distractors), line))
-    return sorted(places, key=lambda place: place[0])
+    ends = list(accumulate((size for _, size in pieces), initial=0))
+    lines = [text for text, _ in pieces]
+    # Insert from the end, so that earlier positions stay valid.
+    places.sort(key=lambda place: place[0])
+    for share, line in reversed(places):
+        goal = share * ends[-1]
+        lines.insert(min(range(len(ends)), key=lambda i: abs(ends[i] - goal)), line)
+    return lines

@@ -13,12 +13,7 @@ from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.quality.evaluation import Evaluation
 from pyramid_vllm.tools.quality.plots import plot_losses, plot_retrieval
-from pyramid_vllm.tools.quality.report import (
-    as_json,
-    summarize,
-    task_table,
-    text_table,
-)
+from pyramid_vllm.tools.quality.report import as_json, outcomes_of, tables
 from pyramid_vllm.tools.quality.settings import EvalSettings, make_sides, make_tasks
 
 
@@ -40,28 +35,19 @@ def run_eval(settings: EvalSettings) -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tasks = make_tasks(settings, tokenizer, stop_ids(str(settings.model), tokenizer))
     if settings.text is None:
-        console.print("no text is given: only synthetic tasks and problem files run")
-    outcomes = Evaluation(settings, sides, tasks, out, console).outcomes()
-    summaries = [
-        summarize(outcome, outcomes[0], tasks, settings.seed) for outcome in outcomes
-    ]
-    kinds = {task.kind for task in tasks}
-    if "continuation" in kinds:
-        console.print(text_table(outcomes, summaries))
-    if kinds & {"retrieval", "gsm8k"}:
-        console.print(task_table(outcomes, summaries, tasks))
-    content = {
-        "settings": asdict(settings),
-        "sides": as_json(outcomes, summaries, tasks),
-    }
+        console.print("no text is given: only synthetic tasks run")
+    found = Evaluation(settings, sides, tasks, console).results()
+    outcomes = outcomes_of(found, tasks, settings.seed)
+    for table in tables(outcomes, tasks):
+        console.print(table)
+    content = {"settings": asdict(settings), "sides": as_json(outcomes, tasks)}
     write_report(out / "results.json", content, settings.seed)
-    if "continuation" in kinds:
-        plot_losses(outcomes, summaries, out / "loss.png")
-    if "retrieval" in kinds:
-        found = [task for task in tasks if task.kind == "retrieval"]
-        full, *others = zip(outcomes, summaries, strict=True)
-        for label in dict.fromkeys(outcome.side.label for outcome, _ in others):
-            own = [pair for pair in others if pair[0].side.label == label]
+    if tasks[0].kind == "continuation":
+        plot_losses(outcomes, out / "loss.png")
+    if retrieval := [task for task in tasks if task.kind == "retrieval"]:
+        full, *others = outcomes
+        for label in dict.fromkeys(outcome.side.label for outcome in others):
+            own = [outcome for outcome in others if outcome.side.label == label]
             name = label.replace(" ", "-").replace("/", "-")
-            plot_retrieval([full, *own], found, out / f"retrieval-{name}.png")
+            plot_retrieval([full, *own], retrieval, out / f"retrieval-{name}.png")
     console.print(f"results are in {out}")

@@ -6,77 +6,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm import LLM, SamplingParams
+
 from pyramid_vllm.policy import RETENTION_ARG
-from pyramid_vllm.tools import engine_process
 from pyramid_vllm.tools.quality.activity import ActivityWatch
-from pyramid_vllm.tools.quality.jobs import EngineTask, Job, JobResult, Request, read
+from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
+from pyramid_vllm.tools.quality.forcing import FORCED_ARG, OBSERVER_ARG, ForcedTokens
+from pyramid_vllm.tools.quality.jobs import Job, JobResult, Request
 
 
-def run_engine(
-    task: EngineTask,
-    on_result: Callable[[JobResult], None],
-    on_progress: Callable[[int], None],
-) -> None:
-    """Run a task in a process of its own.
-
-    Args:
-        task: the engine and its jobs.
-        on_result: gets every job's result as soon as it is there, in order.
-        on_progress: gets the number of finished requests.
-
-    Raises:
-        KVPolicyError: the engine refused the policy.
-        RuntimeError: the process failed; the message ends with its last lines.
-    """
-    engine_process.run_job(
-        f"{__name__}:run_jobs",
-        asdict(task),
-        lambda result: on_result(read(JobResult, result)),
-        on_progress,
-        engine_process.PASSIVE,
-        len(task.jobs),
-    )
-
-
-def run_jobs(given: dict[str, Any], send: Callable[[str, Any], None]) -> None:
-    """Run the jobs of an ``EngineTask`` in this process; send a result for each job."""
-    task = read(EngineTask, given)
-    engine = make_engine(task)
-    before = 0
-    for job in task.jobs:
+def run_jobs(task: dict[str, Any], send: Callable[[str, Any], None]) -> None:
+    """Run the jobs of ``run_engine`` in this process; send a result for each job."""
+    engine = make_engine(task["llm_args"])
+    has_policy, before = task["llm_args"].get("kv_policy") is not None, 0
+    for job in [Job(**given) for given in task["jobs"]]:
         send("done", before)
 
         def progress(done: int, before: int = before) -> None:
             send("done", before + done)
 
-        result = run_job(engine, job, task.kv_policy is not None, progress)
-        send("result", asdict(result))
+        send("result", asdict(run_job(engine, job, has_policy, progress)))
         before += len(job.requests)
 
 
-def make_engine(task: EngineTask) -> Any:
+def make_engine(llm_args: dict[str, Any]) -> Any:
     """A vLLM engine in this process, so that its logits can be seen."""
-    import pyramid_vllm  # noqa: F401, I001 (lets `LLM` take a KV policy)
-    from vllm import LLM
-
-    from pyramid_vllm.tools.quality.forcing import ForcedTokens
-
-    settings = {
-        "dtype": task.dtype,
-        "enforce_eager": True,
-        "block_size": 32,
-        "kv_cache_memory_bytes": task.kv_bytes,
-        "max_model_len": task.max_model_len,
-        "max_num_batched_tokens": task.max_num_batched_tokens,
-    } | task.engine_args
-    return LLM(
-        model=task.model,
-        seed=task.seed,
-        kv_policy=task.kv_policy,
-        skip_tokenizer_init=True,
-        logits_processors=[ForcedTokens],
-        **settings,
-    ).llm_engine
+    llm = LLM(skip_tokenizer_init=True, logits_processors=[ForcedTokens], **llm_args)
+    return llm.llm_engine
 
 
 def run_job(
@@ -93,10 +49,8 @@ def run_job(
     Raises:
         RuntimeError: an output is not the one that was forced.
     """
-    from pyramid_vllm.tools.quality.forcing import ForcedTokens
-
     observers = _observers(job, has_policy)
-    ForcedTokens.observers.update(observers)
+    ForcedTokens.observers |= {name: rows.see for name, rows in observers.items()}
     watch = ActivityWatch(engine.engine_core.engine_core.scheduler)
     for index, request in enumerate(job.requests):
         prompt = {"prompt_token_ids": request.prompt_ids}
@@ -121,8 +75,6 @@ def run_job(
 
 
 def _observers(job: Job, has_policy: bool) -> dict[str, Any]:
-    from pyramid_vllm.tools.quality.distributions import FullRows, PolicyRows
-
     if job.rows_dir is None:
         return {}
     kind = PolicyRows if has_policy else FullRows
@@ -134,10 +86,6 @@ def _observers(job: Job, has_policy: bool) -> dict[str, Any]:
 
 
 def _sampling(request: Request, job: Job, name: str) -> Any:
-    from vllm import SamplingParams
-
-    from pyramid_vllm.tools.quality.forcing import FORCED_ARG, OBSERVER_ARG
-
     extra: dict[str, Any] = {}
     if job.retention is not None:
         extra[RETENTION_ARG] = job.retention

@@ -7,23 +7,17 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as settings_class
 
-from pyramid_vllm.policy import (
-    LengthRule,
-    PolicyConfig,
-    RequestPolicies,
-    fitted,
-)
+from pyramid_vllm.policy import LengthRule, PolicyConfig, RequestPolicies, fitted
 from pyramid_vllm.policy.profiles import Weights
 from pyramid_vllm.policy.requests import RETENTION_ARG
 from pyramid_vllm.tools import options
 from pyramid_vllm.tools.options import option
-from pyramid_vllm.tools.quality.gsm8k import read_problems
-from pyramid_vllm.tools.quality.retrieval import TASKS, has_depth, make_samples
+from pyramid_vllm.tools.quality.puzzles import WITHOUT_DEPTH
+from pyramid_vllm.tools.quality.retrieval import TASKS, make_samples
 from pyramid_vllm.tools.quality.tasks import (
     Task,
     agreement_task,
     continuation_task,
-    gsm8k_task,
     retrieval_task,
 )
 from pyramid_vllm.tools.quality.texts import read_part, windows
@@ -44,7 +38,7 @@ def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:
 
 @settings_class(frozen=True, config=options.SETTINGS_CONFIG)
 class EvalSettings:
-    """Compare policies with the full cache: losses, retrieval, GSM8K, memory."""
+    """Compare policies with the full cache: losses, retrieval, memory."""
 
     model: str | None = option(None, options.MODEL_NAME)
     kv_policies: options.Texts = option(("pyramid",), options.POLICY, "--kv-policy")
@@ -54,7 +48,7 @@ class EvalSettings:
     text: str | None = option(None, "A text file: losses, agreement, haystack.")
     text_from: float = option(0.0, options.TEXT_FROM)
     text_to: float = option(1.0, options.TEXT_TO)
-    prompt_tokens: int = option(1024, "Of each window of the text.", min=1)
+    prompt_tokens: int = option(1024, "Of each window of the text.", min=8)
     target_tokens: int = option(128, "Tokens after each prompt.", min=1)
     windows: int = option(8, "Windows of the text.", min=1)
     agreement_tokens: int = option(
@@ -66,9 +60,6 @@ class EvalSettings:
     retrieval_tokens: options.Integers = option((1024,), "Lengths of prompts.")
     depths: int = option(5, "Places of a needle, evenly spread.", min=1)
     samples: int = option(4, "Number for each task, length and depth.", min=1)
-    gsm8k: str | None = option(None, "GSM8K's problems, as JSON lines.")
-    gsm8k_problems: int = option(50, "Problems that are asked.", min=1)
-    gsm8k_tokens: int = 256
     seed: int = option(0, "Of samples, engines and intervals.")
     kv_bytes: options.Bytes = option(
         "2GiB", "Bytes, or with KiB, MiB, GiB.", "--kv-memory"
@@ -95,6 +86,16 @@ class Side:
     def policy(self) -> dict[str, Any] | None:
         """The engine's policy, as JSON can hold it."""
         return None if self.config is None else self.config.model_dump(mode="json")
+
+    @property
+    def asked(self) -> str:
+        """The retention asked for, else the policy's own; of the full cache, none."""
+        if self.config is None:
+            return ""
+        if self.retention is None and self.config.budget != "retention":
+            return "its own"
+        own = self.config.retention
+        return f"{own if self.retention is None else self.retention:g}"
 
     def should_evict(self, task: Task) -> bool:
         """Whether any of the prompts is longer than what is kept of it."""
@@ -153,15 +154,10 @@ def make_tasks(
                 for sample in make_samples(name, tokenizer, length, depth, *asked)
             ]
             tasks.append(retrieval_task(samples, tokenizer, stop_ids))
-    if settings.gsm8k is not None:
-        problems = read_problems(
-            Path(settings.gsm8k), tokenizer, settings.gsm8k_problems
-        )
-        tasks.append(gsm8k_task(problems, tokenizer, stop_ids, settings.gsm8k_tokens))
     if not tasks:
         raise ValueError(
-            "nothing is asked: valid is a text, a retrieval task or a gsm8k file; "
-            f"retrieval tasks are {', '.join(TASKS)}"
+            "nothing is asked: valid is a text or a retrieval task; retrieval tasks "
+            f"are {', '.join(TASKS)}"
         )
     return tasks
 
@@ -172,15 +168,16 @@ def _text_tasks(
     start = tokenizer.encode("")  # some models' prompts begin with a special token
     ids = tokenizer.encode(text, add_special_tokens=False)
     num_prefix = settings.prompt_tokens - len(start)
-    found = windows(ids, num_prefix, settings.target_tokens, settings.windows, source)
-    tasks = [continuation_task(found, start)]
+    parts = windows(ids, num_prefix, settings.target_tokens, settings.windows, source)
+    found = [(start + prefix, target) for prefix, target in parts]
+    tasks = [continuation_task(found)]
     if settings.agreement_tokens:
-        tasks.append(agreement_task(found, start, settings.agreement_tokens))
+        tasks.append(agreement_task(found, settings.agreement_tokens))
     return tasks
 
 
 def _depths(task: str, num_depths: int) -> list[float]:
     """Depths from the oldest to the newest, evenly spread."""
-    if num_depths == 1 or not has_depth(task):
+    if num_depths == 1 or task in WITHOUT_DEPTH:
         return [0.5]
     return [round(i / (num_depths - 1), 4) for i in range(num_depths)]

@@ -1,14 +1,15 @@
 """The tasks of an evaluation: their requests, and how outputs are graded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from pyramid_vllm.tools.quality.gsm8k import Problem, is_right
 from pyramid_vllm.tools.quality.jobs import JobResult, Request
 from pyramid_vllm.tools.quality.retrieval import Sample, score
 from pyramid_vllm.tools.quality.texts import Window
+from pyramid_vllm.tools.store import fingerprint
 
 #: Values by name, one for each request.
 Values = dict[str, list[float]]
@@ -20,25 +21,22 @@ class Task:
 
     name: str
     kind: str
-    """``continuation``, ``agreement``, ``retrieval`` or ``gsm8k``."""
+    """``continuation``, ``agreement`` or ``retrieval``."""
     requests: list[Request]
     grade: Callable[[JobResult, JobResult], Values]
     """Called with the results of a policy and of the full cache."""
     cells: tuple[dict[str, Any], ...] = ()
     """Task, length and depth of each request, where they differ."""
 
+    @cached_property
+    def digest(self) -> str:
+        """A short name for the requests."""
+        return fingerprint([asdict(request) for request in self.requests])
 
-def continuation_task(windows: Sequence[Window], start: list[int]) -> Task:
-    """Losses of the tokens that follow each prefix.
 
-    Args:
-        windows: of a text.
-        start: special tokens that every prompt of the model begins with.
-    """
-    requests = [
-        Request([*start, *w.prefix], len(w.target), forced=list(w.target))
-        for w in windows
-    ]
+def continuation_task(windows: Sequence[Window]) -> Task:
+    """Losses of the tokens that follow each prefix."""
+    requests = [Request(prefix, len(target), target) for prefix, target in windows]
     return Task("continuation", "continuation", requests, _grade_continuation)
 
 
@@ -57,16 +55,14 @@ def _grade_continuation(result: JobResult, full: JobResult) -> Values:
     return values
 
 
-def agreement_task(
-    windows: Sequence[Window], start: list[int], num_tokens: int
-) -> Task:
+def agreement_task(windows: Sequence[Window], num_tokens: int) -> Task:
     """Greedy outputs after each prefix."""
 
     def grade(result: JobResult, full: JobResult) -> Values:
         lengths = map(match_length, result.outputs, full.outputs)
         return {"match_length": [float(length) for length in lengths]}
 
-    requests = [Request([*start, *w.prefix], num_tokens) for w in windows]
+    requests = [Request(prefix, num_tokens) for prefix, _ in windows]
     return Task("agreement", "agreement", requests, grade)
 
 
@@ -84,27 +80,11 @@ def retrieval_task(
     requests = [Request(s.prompt_ids, s.max_tokens, stop_ids=stop_ids) for s in samples]
 
     def grade(result: JobResult, full: JobResult) -> Values:
-        return {"score": list(map(score, samples, _texts(tokenizer, result)))}
+        texts = tokenizer.batch_decode(result.outputs, skip_special_tokens=True)
+        return {"score": list(map(score, samples, texts))}
 
     cells = tuple(
         {"task": s.task, "num_tokens": s.num_tokens, "depth": s.depth} for s in samples
     )
     name = f"{samples[0].task} {samples[0].num_tokens}"
     return Task(name, "retrieval", requests, grade, cells)
-
-
-def gsm8k_task(
-    problems: Sequence[Problem], tokenizer: Any, stop_ids: list[int], max_tokens: int
-) -> Task:
-    """Problems solved in words."""
-    requests = [Request(p.prompt_ids, max_tokens, stop_ids=stop_ids) for p in problems]
-
-    def grade(result: JobResult, full: JobResult) -> Values:
-        right = map(is_right, problems, _texts(tokenizer, result))
-        return {"right": [float(each) for each in right]}
-
-    return Task("gsm8k", "gsm8k", requests, grade)
-
-
-def _texts(tokenizer: Any, result: JobResult) -> list[str]:
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in result.outputs]

@@ -1,20 +1,11 @@
 """Windows of a text: a prefix to keep or evict, and the tokens that follow it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-
-@dataclass(frozen=True)
-class Window:
-    """A run of a text's tokens."""
-
-    start: int
-    """Position of its first token in the text."""
-    prefix: tuple[int, ...]
-    target: tuple[int, ...]
-    """The tokens after the prefix."""
+#: A run of a text's tokens: a prefix, and the tokens that follow it.
+Window = tuple[list[int], list[int]]
 
 
 def python_manual() -> str:
@@ -48,16 +39,8 @@ def windows(
     """Evenly spread windows of a text's tokens, none of which overlap.
 
     Raises:
-        ValueError: a number is below 1, or the text, ``source``, is too short.
+        ValueError: the text, ``source``, is too short.
     """
-    asked = {
-        "prompt_tokens": prefix_tokens,
-        "target_tokens": target_tokens,
-        "windows": num_windows,
-    }
-    for name, value in asked.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}: valid is 1 or more")
     length = prefix_tokens + target_tokens
     if len(ids) < num_windows * length:
         raise ValueError(
@@ -66,8 +49,8 @@ def windows(
             f"valid is up to {len(ids) // length} windows"
         )
     stride = len(ids) // num_windows
-    found = []
-    for start in range(0, num_windows * stride, stride):
-        part = tuple(ids[start : start + length])
-        found.append(Window(start, part[:prefix_tokens], part[prefix_tokens:]))
-    return found
+    parts = [
+        list(ids[start : start + length])
+        for start in range(0, num_windows * stride, stride)
+    ]
+    return [(part[:prefix_tokens], part[prefix_tokens:]) for part in parts]
