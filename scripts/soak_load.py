@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from soak_server import METRICS_WITHIN_S
 
-from pyramid_vllm.tools.bench.server import as_flags
 from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
 
 PROMPT_TOKENS = (64, 400)
@@ -34,8 +34,6 @@ SHARED_SHARE, NUM_PREFIXES, PREFIX_TOKENS = 0.3, 4, 64
 #: Earliest and latest time of an abort by time; drawn evenly in its logarithm, so that
 #: fast and slow servers both meet some at every stage of a request.
 ABORT_S = (0.05, 20.0)
-
-METRICS_WITHIN_S = 30.0
 
 
 class RequestFailed(Exception):
@@ -71,19 +69,13 @@ class Settings:
 
     def arguments(self) -> list[str]:
         """Options of ``vllm serve``."""
-        return as_flags(
-            {
-                "served_model_name": "model",
-                "dtype": "float32",
-                "enforce_eager": True,
-                "block_size": BLOCK_SIZE,
-                "max_model_len": MAX_MODEL_LEN,
-                "max_num_seqs": MAX_NUM_SEQS,
-                "max_num_batched_tokens": MAX_CHUNK,
-                "kv_cache_memory_bytes": self.kv_bytes,
-                "seed": self.seed,
-            }
-        )
+        return [
+            *("--served-model-name", "model", "--dtype", "float32", "--enforce-eager"),
+            *("--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN)),
+            *("--max-num-seqs", str(MAX_NUM_SEQS), "--seed", str(self.seed)),
+            *("--max-num-batched-tokens", str(MAX_CHUNK)),
+            *("--kv-cache-memory-bytes", str(self.kv_bytes)),
+        ]
 
     def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
         """Requests that arrive as a Poisson process.

@@ -44,7 +44,7 @@ MODEL_NAME = "Folder or hub name; default: the bundled one."
 POLICY = "A preset, a YAML file or inline JSON."
 POLICIES = (
     "A preset, a YAML file or inline JSON; repeat it to compare more. Stock vLLM is "
-    "always there. Default: pyramid."
+    "always there."
 )
 OVERRIDES = "Settings that replace it, as JSON."
 POLICY_OVERRIDES = "Settings that replace the policy's, as JSON."

@@ -105,12 +105,12 @@ def settings(shape: Shape, folder: Path, options: Options) -> BenchSettings:
         num_prompts=shape.num_prompts,
         prompt_tokens=str(shape.prompt_tokens),
         output_tokens=str(shape.output_tokens),
-        kv_memory=list(shape.kv_memory),
+        kv_memory=shape.kv_memory,
         repeats=1 if options.quick else shape.repeats,
         seed=options.seed,
         dtype=shape.dtype,
         max_num_batched_tokens=max(2048, longest),
-        engine_args=json.dumps({"load_format": "dummy"}),
+        engine_args={"load_format": "dummy"},
         out=folder,
     )
 

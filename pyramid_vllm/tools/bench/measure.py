@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from pyramid_vllm.tools.bench.requests import Turn, prompt_lengths
-from pyramid_vllm.tools.bench.watch import Measured, Watch
+from pyramid_vllm.tools.bench.watch import Watch
 from pyramid_vllm.tools.engine_process import run_job
 
 
@@ -28,6 +28,37 @@ class MeasureTask:
     def prompt_lengths(self) -> list[int]:
         """Prompt tokens of each request, with those of its conversation before it."""
         return prompt_lengths(self.turns, self.output_lengths)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Counts and times of one side."""
+
+    kv_bytes_per_request: float
+    """Mean over requests of the KV bytes held in their last step; pages that requests
+    share count for each of them."""
+    max_num_running: int
+    mean_num_running: float
+    num_preemptions: int
+    num_pages_freed: int
+    num_compactions: int
+    num_rows_scheduled: int
+    """Rows of the first layer: what stock vLLM would have computed in every layer."""
+    num_rows_computed: float
+    """Rows that layers computed, mean over layers."""
+    num_prompt_tokens_computed: int
+    """Prompt tokens of the first layer, also those that preemption computes again."""
+    seconds: float
+    total_tokens_per_s: float
+    prefix_caching: bool
+    """Whether the engine looked for prompts in its prefix cache."""
+    prefix_hit_rate: float
+    """Prompt tokens that were found there, of all prompt tokens."""
+    first_token_s: list[float]
+    """Seconds from when each request was sent to its first token."""
+    finish_s: list[float]
+    """Seconds from when each request was sent to its last token."""
+    outputs: list[list[int]]
 
 
 def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
@@ -166,14 +197,15 @@ def run_batch(
             batch.take(news, seconds)
             watch.step()
             progress(len(batch.outputs))
-    result = watch.result()
-    result.outputs = [batch.outputs[number] for number in sorted(batch.sent)]
-    result.first_token_s = batch.since_sent(batch.first)
-    result.finish_s = batch.since_sent(batch.last)
     num_prompt_tokens = sum(task.prompt_lengths)
-    result.prefix_caching = bool(engine.vllm_config.cache_config.enable_prefix_caching)
-    result.prefix_hit_rate = batch.num_cached / num_prompt_tokens
-    result.seconds = seconds
-    tokens = num_prompt_tokens + sum(map(len, result.outputs))
-    result.total_tokens_per_s = tokens / seconds
-    return result
+    outputs = [batch.outputs[number] for number in sorted(batch.sent)]
+    return Measured(
+        **watch.counts(),
+        seconds=seconds,
+        total_tokens_per_s=(num_prompt_tokens + sum(map(len, outputs))) / seconds,
+        prefix_caching=bool(engine.vllm_config.cache_config.enable_prefix_caching),
+        prefix_hit_rate=batch.num_cached / num_prompt_tokens,
+        first_token_s=batch.since_sent(batch.first),
+        finish_s=batch.since_sent(batch.last),
+        outputs=outputs,
+    )

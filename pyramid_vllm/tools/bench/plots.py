@@ -23,47 +23,26 @@ def save_plots(reports: Sequence[PointReport], folder: Path) -> list[Path]:
 
 
 def draw_ratios(figure: Any, reports: Sequence[PointReport]) -> None:
-    """Over memory, a line for each policy and rate; over rates where only they vary.
-
-    Marks are hollow where memory does not bind.
-    """
+    """Over memory, a line for each policy; marks are hollow where memory does not
+    bind."""
     figure.set_size_inches(7, 4.5)
     axes = figure.subplots()
-    points = [report.point for report in reports]
-    over_rates = (
-        len({p.kv_bytes for p in points}) == 1 < len({p.request_rate for p in points})
-    )
-
-    def place(report: PointReport) -> float:
-        point = report.point
-        return point.request_rate or 0.0 if over_rates else point.kv_bytes / 2**20
-
-    lines: dict[str, list[PointReport]] = {}
-    for report in reports:
-        rate = report.point.request_rate
-        at_rate = "" if over_rates or rate is None else f", {rate:g} requests/s"
-        lines.setdefault(at_rate, []).append(report)
-    for at_rate, of_line in lines.items():
-        x = [place(report) for report in of_line]
-        for name in reports[0].policies:
-            ratios = [report.ratio(name) or {} for report in of_line]
-            y = [ratio["median"] for ratio in ratios]
-            line = axes.errorbar(
-                x, y, yerr=_errors(ratios), capsize=3, label=name + at_rate
-            )
-            color = line.lines[0].get_color()
-            for report, at_x, at_y in zip(of_line, x, y, strict=True):
-                face = color if report.memory_binds else "white"
-                axes.plot(at_x, at_y, "o", color=color, mfc=face, markersize=7)
+    x = [report.point.kv_bytes / 2**20 for report in reports]
+    for name in reports[0].policies:
+        ratios = [report.ratio(name) or {} for report in reports]
+        y = [ratio["median"] for ratio in ratios]
+        line = axes.errorbar(x, y, yerr=_errors(ratios), capsize=3, label=name)
+        color = line.lines[0].get_color()
+        for report, at_x, at_y in zip(reports, x, y, strict=True):
+            face = color if report.memory_binds else "white"
+            axes.plot(at_x, at_y, "o", color=color, mfc=face, markersize=7)
     axes.axhline(1, color="black", linewidth=1, linestyle="--", label=side_label(NONE))
     for label in sorted({report.binds_label for report in reports}):
         face = "gray" if label == "memory binds" else "white"
         axes.plot([], [], "o", color="gray", mfc=face, label=label)
-    places = sorted({place(report) for report in reports})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(places, [f"{at:,.4g}" for at in places])
-    axes.set_xlabel("requests/s" if over_rates else "KV memory, MiB")
-    axes.set_ylabel("tokens/s, ratio to stock vLLM")
+    axes.set_xticks(x, [f"{at:,.4g}" for at in x])
+    axes.set(xlabel="KV memory, MiB", ylabel="tokens/s, ratio to stock vLLM")
     axes.set_ylim(bottom=0)
     axes.legend()
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from pyramid_vllm.tools.sizes import parse_bytes
+from pyramid_vllm.tools.sizes import BYTES, quantity
 
 
 @dataclass(frozen=True)
@@ -30,32 +30,24 @@ class TokenRange:
         return found
 
 
-@dataclass(frozen=True)
-class KVMemory:
-    """A point of the sweep, in bytes or in stock sequences of the longest request."""
+def memory_bytes(text: str, sequence_pages: int, page_bytes: int) -> int:
+    """Bytes of ``80MiB``, or of ``4x``: stock sequences of the longest request.
 
-    label: str
-    num_bytes: int = 0
-    num_sequences: float = 0.0
+    Args:
+        text: a value of ``--kv-memory``.
+        sequence_pages: pages of the longest request in stock vLLM.
+        page_bytes: bytes of such a page.
 
-    @classmethod
-    def parse(cls, text: str) -> "KVMemory":
-        """Read ``80MiB`` or ``4x``; ``ValueError`` if it is neither."""
-        label = text.strip()
-        try:
-            if not label.lower().endswith("x"):
-                return cls(label, num_bytes=parse_bytes(label))
-            sequences = float(label[:-1])
-        except ValueError:
-            sequences = 0.0
-        if not 0 < sequences < math.inf:
-            raise ValueError(
-                f"--kv-memory is '{text}': valid are bytes, a number with KiB, MiB or "
-                "GiB, or stock sequences of the longest request like 4x"
-            )
-        return cls(label, num_sequences=sequences)
-
-    def resolve(self, sequence_pages: int, page_bytes: int) -> int:
-        """Bytes, given the pages of the longest request in stock vLLM."""
-        pages = math.ceil(self.num_sequences * sequence_pages) + 1  # the null page
-        return self.num_bytes or pages * page_bytes
+    Raises:
+        ValueError: the text is neither.
+    """
+    if num_bytes := int(quantity(text, BYTES)):
+        return num_bytes
+    num_sequences = quantity(text, {"x": 1.0})
+    if not num_sequences:
+        raise ValueError(
+            f"--kv-memory is '{text}': valid are bytes, a number with KiB, MiB or GiB, "
+            "or stock sequences of the longest request like 4x"
+        )
+    pages = math.ceil(num_sequences * sequence_pages) + 1  # the null page
+    return pages * page_bytes

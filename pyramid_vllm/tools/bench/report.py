@@ -7,9 +7,14 @@ from typing import Any
 from rich.table import Table
 
 from pyramid_vllm.policy import NONE
-from pyramid_vllm.tools.bench.figures import METRICS, Summary
+from pyramid_vllm.tools.bench.figures import (
+    METRICS,
+    Summary,
+    memory_binds,
+    summarize,
+)
 from pyramid_vllm.tools.bench.settings import BenchSettings
-from pyramid_vllm.tools.bench.workload import Point
+from pyramid_vllm.tools.bench.workload import Point, Workload
 from pyramid_vllm.tools.figures import HIT_RATE, right_table, side_label, side_table
 from pyramid_vllm.tools.sizes import format_bytes
 
@@ -72,9 +77,29 @@ class PointReport:
 
     def as_json(self) -> dict[str, Any]:
         """For the file of results."""
-        return asdict(self.point) | {
-            key: value for key, value in vars(self).items() if key != "point"
-        }
+        found = vars(self).copy()
+        return asdict(found.pop("point")) | found
+
+
+def make_reports(
+    workload: Workload, points: Sequence[Point], results: Sequence[dict[str, Any]]
+) -> list[PointReport]:
+    """The reports of all points, from the results of all runs."""
+    settings = workload.settings
+    reports = []
+    num_at_once = min(settings.num_prompts, settings.max_num_seqs)
+    for point in points:
+        sides: dict[str, list[dict[str, float]]] = {}
+        caching: dict[str, bool] = {}
+        for result in results:
+            if result["point"] == asdict(point):
+                sides.setdefault(result["side"], []).append(result["figures"])
+                caching[result["side"]] = result["raw"]["prefix_caching"]
+        fits = workload.stock_fits(point.kv_bytes, num_at_once)
+        binds = memory_binds(fits, num_at_once, sides[NONE])
+        summary = summarize(sides)
+        reports.append(PointReport(point, binds, summary, caching, settings.sharing))
+    return reports
 
 
 def format_ratio(ratio: Mapping[str, Any] | None) -> str:
@@ -86,18 +111,18 @@ def format_ratio(ratio: Mapping[str, Any] | None) -> str:
 
 def point_table(report: PointReport) -> Table:
     """All figures of one point."""
-    medians = {
-        name: {key: found["median"] for key, found in side.items()}
-        for name, side in report.sides.items()
-    }
     return side_table(
         METRICS,
-        medians,
+        {name: _medians_of(side) for name, side in report.sides.items()},
         lambda name, key: format_ratio(report.ratio(name, key)),
         title=f"KV memory {report.memory_label}: {report.binds_label}",
         caption=f"{report.caching_label}; {report.sharing}\n"
         "medians; ratios to stock within each repeat: median (lowest-highest)",
     )
+
+
+def _medians_of(side: Summary) -> dict[str, float]:
+    return {key: spread["median"] for key, spread in side.items()}
 
 
 def sweep_table(reports: Sequence[PointReport]) -> Table:
@@ -117,28 +142,26 @@ def sweep_table(reports: Sequence[PointReport]) -> Table:
 
 def medians(settings: BenchSettings, reports: Sequence[PointReport]) -> dict[str, Any]:
     """Medians of every point and side, for other programs."""
-    points = [
-        {
-            "kv_memory": report.point.kv_memory,
-            "kv_bytes": report.point.kv_bytes,
-            "request_rate": report.point.request_rate,
-            "memory_binds": report.memory_binds,
-            "shared_prefix": settings.shared_prefix,
-            "num_prefixes": settings.num_prefixes,
-            "turns": settings.turns,
-            "sides": {name: _medians_of(report, name) for name in report.sides},
-        }
-        for report in reports
-    ]
+    points = []
+    for report in reports:
+        sides = {}
+        for name, side in report.sides.items():
+            found, ratio = _medians_of(side), report.ratio(name)
+            sides[name] = {
+                "tokens_per_s": found["total_tokens_per_s"],
+                **{key: found[key] for key in _MEDIANS},
+                "ratio": 1.0 if name == NONE else ratio and ratio["median"],
+                "prefix_caching": report.prefix_caching[name],
+            }
+        points.append(
+            {
+                "kv_memory": report.point.label,
+                "kv_bytes": report.point.kv_bytes,
+                "memory_binds": report.memory_binds,
+                "shared_prefix": settings.shared_prefix,
+                "num_prefixes": settings.num_prefixes,
+                "turns": settings.turns,
+                "sides": sides,
+            }
+        )
     return {"points": points, "settings": settings.describe()}
-
-
-def _medians_of(report: PointReport, name: str) -> dict[str, Any]:
-    """One side's; None where a workload has no such figure."""
-    side, ratio = report.sides[name], report.ratio(name)
-    return {
-        "tokens_per_s": side["total_tokens_per_s"]["median"],
-        **{key: side[key]["median"] if key in side else None for key in _MEDIANS},
-        "ratio": 1.0 if name == NONE else ratio and ratio["median"],
-        "prefix_caching": report.prefix_caching[name],
-    }

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.tools.bench.ranges import TokenRange
 from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.quality.texts import python_manual
 
@@ -51,17 +49,6 @@ def prompt_lengths(turns: Sequence[Turn], output_lengths: Sequence[int]) -> list
     return lengths
 
 
-def draw_lengths(
-    num: int, prompt: TokenRange, output: TokenRange, seed: int
-) -> tuple[list[int], list[int]]:
-    """Lengths of prompts and of outputs, uniform in their ranges."""
-    rng = np.random.default_rng(seed)
-    return (
-        rng.integers(prompt.low, prompt.high + 1, num).tolist(),
-        rng.integers(output.low, output.high + 1, num).tolist(),
-    )
-
-
 def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     """Consecutive runs of tokens, as many as there are tokens for."""
     ends = np.cumsum(lengths).tolist()
@@ -72,42 +59,36 @@ def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     ]
 
 
-def text_prompts(
-    tokenizer: Any, file: Path, lengths: Sequence[int]
+def draw_prompts(
+    settings: BenchSettings, tokenizer: Any, vocab_size: int, lengths: Sequence[int]
 ) -> tuple[list[list[int]], str]:
-    """Prompts from a file.
+    """Prompts from the settings' text; without one, from Python's own documentation,
+    then of random tokens. Also what they are made of, in words.
 
     Raises:
-        ValueError: it does not have as many tokens.
+        ValueError: the text does not have as many tokens.
         OSError: it cannot be read.
     """
-    if tokenizer is None:
-        raise ValueError(f"--text is {file}: the model's folder has no tokenizer")
-    text = file.read_text(encoding="utf-8")
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if sum(lengths) > len(tokens):
-        raise ValueError(
-            f"--text {file} has {len(tokens)} tokens, the prompts have {sum(lengths)}: "
-            "valid are fewer or shorter prompts, or a longer text"
-        )
-    return windows(tokens, lengths), f"consecutive windows of {file.name}"
-
-
-def synthetic_prompts(
-    tokenizer: Any, vocab_size: int, lengths: Sequence[int], seed: int
-) -> tuple[list[list[int]], str]:
-    """Prompts from Python's own documentation, then of random tokens."""
+    file, num = settings.text, len(lengths)
     prompts: list[list[int]] = []
     allowed = np.arange(vocab_size)
     if tokenizer is not None:
-        tokens = tokenizer.encode(python_manual(), add_special_tokens=False)
+        text = python_manual() if file is None else file.read_text(encoding="utf-8")
+        tokens = tokenizer.encode(text, add_special_tokens=False)
         prompts = windows(tokens, lengths)
         allowed = np.setdiff1d(allowed, tokenizer.all_special_ids)
-    rng = np.random.default_rng(seed + 1)
-    num_real, num = len(prompts), len(lengths)
+    elif file is not None:
+        raise ValueError(f"--text is {file}: the model's folder has no tokenizer")
+    num_real = len(prompts)
+    if file is not None:
+        if num_real < num:
+            raise ValueError(
+                f"--text {file} has {len(tokens)} tokens, the prompts have "
+                f"{sum(lengths)}: valid are fewer or shorter prompts, or a longer text"
+            )
+        return prompts, f"consecutive windows of {file.name}"
+    rng = np.random.default_rng(settings.seed + 1)
     prompts += [rng.choice(allowed, length).tolist() for length in lengths[num_real:]]
-    if num_real == num:
-        return prompts, "real text: Python's language reference"
     return prompts, (
         f"{num_real} of real text (Python's language reference), "
         f"{num - num_real} of random token ids"
@@ -115,25 +96,24 @@ def synthetic_prompts(
 
 
 def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> Requests:
-    """Draw all turns; the prefixes that prompts share are drawn before them.
+    """Draw all turns; lengths are uniform in their ranges, and the prefixes that
+    prompts share are drawn before them.
 
     Raises:
         ValueError: a text is too short for them.
         OSError: it cannot be read.
     """
     num, shared = settings.num_prompts, settings.shared_prefix
-    prompt, output = settings.prompt_range, settings.output_range
-    lengths, outputs = draw_lengths(
-        settings.num_requests, prompt, output, settings.seed
+    rng = np.random.default_rng(settings.seed)
+    own, outputs = (
+        rng.integers(of.low, of.high + 1, settings.num_requests).tolist()
+        for of in (settings.prompt_tokens, settings.output_tokens)
     )
     num_prefixes = settings.num_prefixes if shared else 0
-    lengths = [shared] * num_prefixes + lengths
-    if settings.text is not None:
-        parts, source = text_prompts(tokenizer, settings.text, lengths)
-    else:
-        parts, source = synthetic_prompts(tokenizer, vocab_size, lengths, settings.seed)
-    prefixes, own = parts[:num_prefixes], parts[num_prefixes:]
-    turns = [own[start : start + num] for start in range(0, len(own), num)]
+    lengths = [shared] * num_prefixes + own
+    parts, source = draw_prompts(settings, tokenizer, vocab_size, lengths)
+    prefixes, parts = parts[:num_prefixes], parts[num_prefixes:]
+    turns = [parts[start : start + num] for start in range(0, len(parts), num)]
     if prefixes:
         turns[0] = [
             prefixes[i % num_prefixes] + part for i, part in enumerate(turns[0])

@@ -2,39 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-
-
-@dataclass
-class Measured:
-    """Counts and times of one side."""
-
-    kv_bytes_per_request: float = 0.0
-    """Mean over requests of the KV bytes held in their last step; pages that requests
-    share count for each of them."""
-    max_num_running: int = 0
-    mean_num_running: float = 0.0
-    num_preemptions: int = 0
-    num_pages_freed: int = 0
-    num_compactions: int = 0
-    num_rows_scheduled: int = 0
-    """Rows of the first layer: what stock vLLM would have computed in every layer."""
-    num_rows_computed: float = 0.0
-    """Rows that layers computed, mean over layers."""
-    num_prompt_tokens_computed: int = 0
-    """Prompt tokens of the first layer, also those that preemption computes again."""
-    seconds: float = 0.0
-    total_tokens_per_s: float = 0.0
-    prefix_caching: bool = False
-    """Whether the engine looked for prompts in its prefix cache."""
-    prefix_hit_rate: float = 0.0
-    """Prompt tokens that were found there, of all prompt tokens."""
-    first_token_s: list[float] = field(default_factory=list)
-    """Seconds from when each request was sent to its first token."""
-    finish_s: list[float] = field(default_factory=list)
-    """Seconds from when each request was sent to its last token."""
-    outputs: list[list[int]] = field(default_factory=list)
 
 
 class Watch:
@@ -91,19 +59,19 @@ class Watch:
         pruned = rows.num_scheduled - float(rows.num_computed.mean())
         return counters.num_compactions, counters.num_pages_freed, pruned
 
-    def result(self) -> Measured:
-        """The counts so far."""
+    def counts(self) -> dict[str, Any]:
+        """The counts so far, as ``Measured`` has them."""
         counts = zip(self._counts(), self._before, strict=True)
         compactions, freed, pruned = (now - before for now, before in counts)
         held = self._last_bytes.values()
-        return Measured(
-            kv_bytes_per_request=sum(held) / max(1, len(held)),
-            max_num_running=max(self._running, default=0),
-            mean_num_running=sum(self._running) / max(1, len(self._running)),
-            num_preemptions=sum(self._preemptions.values()),
-            num_pages_freed=int(freed),
-            num_compactions=int(compactions),
-            num_rows_scheduled=self._num_scheduled,
-            num_rows_computed=self._num_scheduled - pruned,
-            num_prompt_tokens_computed=self._num_prompt_tokens,
-        )
+        return {
+            "kv_bytes_per_request": sum(held) / max(1, len(held)),
+            "max_num_running": max(self._running, default=0),
+            "mean_num_running": sum(self._running) / max(1, len(self._running)),
+            "num_preemptions": sum(self._preemptions.values()),
+            "num_pages_freed": int(freed),
+            "num_compactions": int(compactions),
+            "num_rows_scheduled": self._num_scheduled,
+            "num_rows_computed": self._num_scheduled - pruned,
+            "num_prompt_tokens_computed": self._num_prompt_tokens,
+        }
