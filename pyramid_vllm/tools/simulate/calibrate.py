@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import yaml
 
 from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
-from pyramid_vllm.tools.simulate.clock import step_seconds
+from pyramid_vllm.tools.simulate.clock import StepWork, step_seconds
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
 from pyramid_vllm.tools.simulate.loads import Load, Piece, Session, Turn
@@ -64,15 +64,14 @@ def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
     repeated."""
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     settings = content["settings"]
-    for key, valid in (("workload", "offline"), ("turns", 1)):
-        found = settings.get(key, valid)
-        if found != valid:
-            raise ValueError(
-                f"--calibrate {folder} was run with {key}={found!r}: valid is "
-                f"{valid!r}, where every request is there from the start"
-            )
+    if settings["turns"] != 1:
+        raise ValueError(
+            f"--calibrate {folder} was run with turns={settings['turns']}: valid is 1, "
+            "where every request is there from the start"
+        )
     dtype = settings["dtype"] or ("float32" if device.name == "cpu" else None)
     work = load_model(model, dtype, 1)
+    device.check_dtype(work.dtype)
     return [_measured(run, settings, work, device) for run in content["runs"]]
 
 
@@ -115,7 +114,7 @@ def _errors_of(run: MeasuredRun, device: Device) -> Callable[[Device], Floats]:
     engine = SimulatedEngine(run.engine, run.policy)
     options = RunOptions(cpu_time=False, keep_works=True)
     done = simulate(run.side, engine, device, run.load, options)
-    works = np.array([work.values() for work in done.works])
+    works = StepWork(*np.array([astuple(work) for work in done.works]).T)
     records = [done.requests[f"{index}.0"] for index in range(len(run.finish_s))]
     times = [*(r.first_token for r in records), *(r.finish for r in records)]
     steps = np.searchsorted([step.end for step in done.steps], times)

@@ -43,25 +43,26 @@ def run_simulation(settings: SimulateSettings) -> None:
 
         run_calibration(settings.model, settings.gpu, settings.calibrate)
         return
-    settings.check()
     check_vllm_version()
+    # All options are checked before anything is printed.
+    sides, load, objective = settings.sides, settings.traffic, settings.objective
+    heading = _heading(settings)
     console = Console()
-    console.print(_heading(settings), highlight=False)
-    engines = {
-        side.name: SimulatedEngine(settings.engine, side.policy)
-        for side in settings.sides
-    }
-    runs = [_run(console, settings, engine) for engine in engines.items()]
+    console.print(heading, highlight=False)
+    engines = [
+        (side.name, SimulatedEngine(settings.engine, side.policy)) for side in sides
+    ]
+    runs = [_run(console, settings, engine, load) for engine in engines]
     figures = {run.policy: run_figures(run) for run in runs}
     console.print(figures_table(figures))
     report: list[dict[str, Any]]
     report = [{"policy": name, **of_side} for name, of_side in figures.items()]
-    if settings.objective is not None:
+    if objective is not None:
         capacities = {
-            engine[0]: _capacity(console, settings, settings.objective, engine)
-            for engine in engines.items()
+            engine[0]: _capacity(console, settings, objective, engine)
+            for engine in engines
         }
-        console.print(_capacity_table(settings, settings.objective, capacities))
+        console.print(_capacity_table(settings, objective, capacities))
         for run in report:
             run["capacity"] = vars(capacities[run["policy"]])
     if settings.json_file is not None:
@@ -75,12 +76,12 @@ def _run(
     console: Console,
     settings: SimulateSettings,
     engine: tuple[str, SimulatedEngine],
-    load: Load | None = None,
+    load: Load,
 ) -> SimulatedRun:
-    """Run a side under the settings' load, or under another one."""
-    name = side_label(engine[0])
-    label = f"{name}, {load.rate:.3g} sessions/s" if load else name
-    load = load or settings.traffic
+    """Run a side under a load."""
+    label = side_label(engine[0])
+    if load.rate:
+        label += f", {load.rate:.3g} sessions/s"
     with bars(console, 36, transient=True) as progress:
         bar = progress.add_task(label, total=load.num_requests)
         return simulate(

@@ -100,7 +100,6 @@ class Simulation:
         self._events: list[tuple[float, int, int]] = []
         """When the next turn of a session arrives: time, session, turn."""
         self._tokens: dict[int, list[int]] = {}
-        self._origin: dict[str, tuple[int, int]] = {}
         self._num_finished = 0
         # Sessions from this one on start when others end.
         num, clients = len(self.load.sessions), self.load.num_clients
@@ -150,7 +149,6 @@ class Simulation:
             for piece in turn.pieces:
                 tokens += piece_tokens(piece)
             name = f"{index}.{number}"
-            self._origin[name] = index, number
             self.run_record.requests[name] = RequestRecord(
                 len(tokens), turn.num_outputs, arrival
             )
@@ -161,7 +159,7 @@ class Simulation:
     def _ended(self, name: str) -> None:
         """A request's last token is there: its session goes on, or the next starts."""
         self._num_finished += 1
-        index, number = self._origin.pop(name)
+        index, number = map(int, name.split("."))
         turns = self.load.sessions[index].turns
         if number + 1 < len(turns):
             self._tokens[index] += [SAMPLED_TOKEN] * turns[number].num_outputs

@@ -66,20 +66,17 @@ def find_capacity(
     def holds(speed: float) -> bool:
         return objective.holds(simulate(load.scaled(speed)))
 
-    low = high = 1.0
-    if holds(1.0):
-        for _ in range(_MAX_DOUBLINGS):
-            high *= 2
-            if not holds(high):
-                break
-            low = high
+    speed, holds_at_first = 1.0, holds(1.0)
+    factor = 2.0 if holds_at_first else 0.5
+    for _ in range(_MAX_DOUBLINGS):
+        speed *= factor
+        if holds(speed) is not holds_at_first:
+            low, high = sorted((speed, speed / factor))
+            break
     else:
-        for _ in range(_MAX_DOUBLINGS):
-            low, high = low / 2, low
-            if holds(low):
-                break
-        else:
+        if not holds_at_first:
             return Capacity(0.0, 0.0, None)
+        low = high = speed
     while high / low > _PRECISION:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
