@@ -22,7 +22,7 @@ from pyramid_vllm.tools.simulate.calibrate import MeasuredRun, fit, read_runs
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import SimulatedEngine
 from pyramid_vllm.tools.simulate.figures import run_figures
-from pyramid_vllm.tools.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.simulate.run import Simulation
 
 POLICY = "pyramid"
 
@@ -78,9 +78,8 @@ def tokens_per_s(runs: list[MeasuredRun], device: Device) -> dict[str, float]:
         if run.side not in found:
             engine = SimulatedEngine(run.engine, run.policy)
             # What the scheduler takes on this machine is part of the fitted times.
-            options = RunOptions(cpu_time=False)
-            done = simulate(run.side, engine, device, run.load, options)
-            found[run.side] = run_figures(done)["tokens_per_s"]
+            done = Simulation(run.side, engine, device, run.load, cpu_time=False)
+            found[run.side] = run_figures(done.run())["tokens_per_s"]
     return found
 
 

@@ -13,7 +13,7 @@ from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.simulate.calibrate import fit, read_runs
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import SimulatedEngine
-from pyramid_vllm.tools.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.simulate.run import Simulation
 
 MODEL = "SmolLM2-135M"
 CPU = load_device("cpu")
@@ -61,8 +61,7 @@ def measure(folder: Path, device: Device) -> None:
         content["runs"], read_runs(folder, MODEL, device), strict=True
     ):
         engine = SimulatedEngine(of_run.engine, of_run.policy)
-        options = RunOptions(cpu_time=False)
-        done = simulate(run["side"], engine, device, of_run.load, options)
+        done = Simulation(run["side"], engine, device, of_run.load, False).run()
         requests = [done.requests[f"{i}.0"] for i in range(len(LENGTHS))]
         run["raw"]["first_token_s"] = [request.first_token for request in requests]
         run["raw"]["finish_s"] = [request.finish for request in requests]
@@ -81,7 +80,7 @@ def test_a_fit_finds_the_times_of_another_device(tmp_path: Path) -> None:
     engine = SimulatedEngine(run.engine, run.policy)
     ends = []
     for device in (fitted, CPU.changed({"flops": 0.9})):
-        done = simulate("none", engine, device, run.load, RunOptions(cpu_time=False))
+        done = Simulation("none", engine, device, run.load, False).run()
         ends.append(max(request.finish for request in done.requests.values()))
     measured = max(run.finish_s)
     assert abs(np.log(ends[0] / measured)) < 0.05

@@ -23,21 +23,15 @@ from pyramid_vllm.tools.simulate.loads import (
     Turn,
     named_load,
     piece_tokens,
-    read_trace,
 )
 from pyramid_vllm.tools.simulate.model import load_model
 from pyramid_vllm.tools.simulate.pages import saved_tokens
-from pyramid_vllm.tools.simulate.run import (
-    RunOptions,
-    SimulatedRun,
-    Simulation,
-    simulate,
-)
+from pyramid_vllm.tools.simulate.run import Simulation
 from pyramid_vllm.tools.simulate.slo import Objective, find_capacity
+from pyramid_vllm.tools.simulate.trace import read_trace
 from pyramid_vllm.tools.sizes import parse_seconds
 from tests import simulated
 
-EXACT = RunOptions(cpu_time=False)
 DEVICE = load_device("h100")
 
 
@@ -56,12 +50,12 @@ def settings(**changes: Any) -> EngineSettings:
     return replace(base, **changes)
 
 
-def run(load: Load, policy: str | None = None, **changes: Any) -> SimulatedRun:
-    options = changes.pop("options", EXACT)
+def run(load: Load, policy: str | None = None, **changes: Any) -> Simulation:
+    cascade = changes.pop("cascade", False)
     resolved = None if policy is None else resolve_policy(policy)
     name = policy or "none"
     engine = SimulatedEngine(settings(**changes), resolved)
-    return simulate(name, engine, DEVICE, load, options)
+    return Simulation(name, engine, DEVICE, load, False, cascade).run()
 
 
 def small(name: str, **changes: Any) -> Load:
@@ -160,9 +154,8 @@ def test_time_of_the_scheduler_counts_unless_it_is_left_out() -> None:
         update={"bandwidth_gb_s": 1e12, "tflops": {"bfloat16": 1e12}}
     )
     for cpu_time in (False, True):
-        options = RunOptions(cpu_time=cpu_time)
         engine = SimulatedEngine(settings(), None)
-        done = simulate("none", engine, device, load, options)
+        done = Simulation("none", engine, device, load, cpu_time).run()
         cpu_s = sum(step.cpu_s for step in done.steps)
         assert (run_figures(done)["seconds"] >= 0.9 * cpu_s) is cpu_time
 
@@ -238,7 +231,7 @@ def test_a_step_takes_the_longer_of_bytes_and_flops() -> None:
 
 def test_shared_pages_are_read_once_by_cascade() -> None:
     load = small("shared", shared_prefix=640, num_requests=6, output_tokens=40)
-    again = run(load, options=RunOptions(cpu_time=False, cascade=True))
+    again = run(load, cascade=True)
     assert run_figures(again)["seconds"] < run_figures(run(load))["seconds"]
 
 
@@ -386,6 +379,7 @@ def test_bad_input_is_named(arguments: tuple[str, ...], says: str) -> None:
 def test_a_request_that_ends_early_is_an_error() -> None:
     load = Load("long", (Session((Turn(((1, 300),), 200),)),))
     engine = SimulatedEngine(settings(max_model_len=400), None)
-    simulation = Simulation("none", engine, DEVICE, load, EXACT, lambda done: None)
+    engine.max_model_len = 500  # what the engine itself does not know
+    simulation = Simulation("none", engine, DEVICE, load)
     with pytest.raises(RuntimeError, match=r"300 \+ 200 tokens ended after 100"):
         simulation.run()

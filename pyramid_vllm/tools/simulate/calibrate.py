@@ -25,7 +25,7 @@ from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
 from pyramid_vllm.tools.simulate.loads import Load, Piece, Session, Turn
 from pyramid_vllm.tools.simulate.model import ModelWork, load_model
-from pyramid_vllm.tools.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.simulate.run import Simulation
 
 Floats = npt.NDArray[np.float64]
 
@@ -112,8 +112,9 @@ def _errors_of(run: MeasuredRun, device: Device) -> Callable[[Device], Floats]:
     """Simulate a run; the logarithms of predicted over measured times of first and of
     last tokens, as a function of the efficiencies."""
     engine = SimulatedEngine(run.engine, run.policy)
-    options = RunOptions(cpu_time=False, keep_works=True)
-    done = simulate(run.side, engine, device, run.load, options)
+    done = Simulation(
+        run.side, engine, device, run.load, cpu_time=False, keep_works=True
+    ).run()
     works = StepWork(*np.array([astuple(work) for work in done.works]).T)
     records = [done.requests[f"{index}.0"] for index in range(len(run.finish_s))]
     times = [*(r.first_token for r in records), *(r.finish for r in records)]

@@ -1,29 +1,14 @@
-"""Loads: sessions of one or more turns, drawn by a seed or read from a trace."""
+"""Loads: sessions of one or more turns, which a seed draws."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
 
-from pyramid_vllm.tools.json_settings import first_problem
-
-#: Tokens of an entry of ``hash_ids`` in Mooncake's traces.
-TRACE_BLOCK = 512
 _VOCABULARY = 32_000
 #: Separates the sources of a session's own pieces from those of shared pieces.
 _OWN = 1 << 32
@@ -199,70 +184,3 @@ def _sessions(settings: LoadSettings) -> Iterator[Session]:
 def _length(rng: np.random.Generator, middle: int, spread: float) -> int:
     low, high = round(middle * (1 - spread)), round(middle * (1 + spread))
     return max(1, int(rng.integers(low, high + 1)))
-
-
-class _TraceRow(BaseModel):
-    """A line of a trace."""
-
-    model_config = ConfigDict(strict=True)
-
-    timestamp: NonNegativeFloat
-    """Milliseconds."""
-    input_length: PositiveInt
-    output_length: NonNegativeInt
-    hash_ids: list[NonNegativeInt]
-
-    @model_validator(mode="after")
-    def _covers_its_prompt(self) -> _TraceRow:
-        needed = -(-self.input_length // TRACE_BLOCK)
-        if len(self.hash_ids) < needed:
-            raise ValueError(
-                f"hash_ids does not cover input_length, {self.input_length}: valid are "
-                f"{needed} ids"
-            )
-        return self
-
-    def session(self) -> Session:
-        """Its request."""
-        starts = range(0, self.input_length, TRACE_BLOCK)
-        pieces = tuple(
-            (of_block, min(TRACE_BLOCK, self.input_length - start))
-            for of_block, start in zip(self.hash_ids, starts, strict=False)
-        )
-        # vLLM generates at least one token.
-        turn = Turn(pieces, max(1, self.output_length))
-        return Session((turn,), self.timestamp / 1000)
-
-
-def read_trace(file: Path, limit: int | None) -> Load:
-    """A trace in Mooncake's form (Qin et al., FAST 2025): JSON lines with
-    ``timestamp`` in ms, ``input_length``, ``output_length`` and ``hash_ids``, one for
-    each 512 tokens of the prompt; equal ids are equal tokens.
-
-    Args:
-        file: the trace.
-        limit: most requests, from the first one on; None: all.
-
-    Raises:
-        ValueError: a line is not of that form; names the file, the line and why.
-        OSError: the file cannot be read.
-    """
-    sessions: list[Session] = []
-    with file.open(encoding="utf-8") as lines:
-        full = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
-        for number, line in islice(full, limit):
-            try:
-                sessions.append(_TraceRow.model_validate_json(line).session())
-            except ValidationError as error:
-                name, value, why = first_problem(error)
-                raise ValueError(
-                    f"--trace {file}, line {number}: {name or 'the line'}: {why}, not "
-                    f"{value!r}; valid is an object with timestamp, input_length, "
-                    "output_length and hash_ids"
-                ) from None
-    if not sessions:
-        raise ValueError(f"--trace {file} has no requests: valid is one or more")
-    start = min(session.arrival for session in sessions)
-    shifted = [replace(s, arrival=s.arrival - start) for s in sessions]
-    # Lines of traces may not be in order.
-    return Load(file.name, tuple(sorted(shifted, key=lambda s: s.arrival)))

@@ -14,10 +14,10 @@ from pyramid_vllm.tools.options import argument, option, parsed
 from pyramid_vllm.tools.sides import Side, parse_sides
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings
-from pyramid_vllm.tools.simulate.loads import Load, LoadSettings, named_load, read_trace
+from pyramid_vllm.tools.simulate.loads import Load, LoadSettings, named_load
 from pyramid_vllm.tools.simulate.model import load_model
-from pyramid_vllm.tools.simulate.run import RunOptions
 from pyramid_vllm.tools.simulate.slo import Objective, check_arrivals
+from pyramid_vllm.tools.simulate.trace import read_trace
 from pyramid_vllm.tools.sizes import parse_bytes, parse_seconds
 
 _DEVICE_DEFAULT = "Default: vLLM's for the device."
@@ -154,11 +154,6 @@ class SimulateSettings:
                 "named loads; valid with it are --num-requests and --trace-speed"
             )
         return read_trace(self.trace, self.num_requests).scaled(self.trace_speed)
-
-    @property
-    def timing(self) -> RunOptions:
-        """How runs are timed."""
-        return RunOptions(self.cpu_time, self.cascade)
 
     @cached_property
     def objective(self) -> Objective | None:
