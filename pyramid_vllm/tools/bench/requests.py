@@ -60,34 +60,18 @@ def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
 
 
 def draw_prompts(
-    settings: BenchSettings, tokenizer: Any, vocab_size: int, lengths: Sequence[int]
+    tokenizer: Any, vocab_size: int, lengths: Sequence[int], seed: int
 ) -> tuple[list[list[int]], str]:
-    """Prompts from the settings' text; without one, from Python's own documentation,
-    then of random tokens. Also what they are made of, in words.
-
-    Raises:
-        ValueError: the text does not have as many tokens.
-        OSError: it cannot be read.
-    """
-    file, num = settings.text, len(lengths)
+    """Prompts from Python's own documentation, then of random tokens; also what they
+    are made of, in words."""
     prompts: list[list[int]] = []
     allowed = np.arange(vocab_size)
     if tokenizer is not None:
-        text = python_manual() if file is None else file.read_text(encoding="utf-8")
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+        tokens = tokenizer.encode(python_manual(), add_special_tokens=False)
         prompts = windows(tokens, lengths)
         allowed = np.setdiff1d(allowed, tokenizer.all_special_ids)
-    elif file is not None:
-        raise ValueError(f"--text is {file}: the model's folder has no tokenizer")
-    num_real = len(prompts)
-    if file is not None:
-        if num_real < num:
-            raise ValueError(
-                f"--text {file} has {len(tokens)} tokens, the prompts have "
-                f"{sum(lengths)}: valid are fewer or shorter prompts, or a longer text"
-            )
-        return prompts, f"consecutive windows of {file.name}"
-    rng = np.random.default_rng(settings.seed + 1)
+    rng = np.random.default_rng(seed + 1)
+    num_real, num = len(prompts), len(lengths)
     prompts += [rng.choice(allowed, length).tolist() for length in lengths[num_real:]]
     return prompts, (
         f"{num_real} of real text (Python's language reference), "
@@ -97,12 +81,7 @@ def draw_prompts(
 
 def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> Requests:
     """Draw all turns; lengths are uniform in their ranges, and the prefixes that
-    prompts share are drawn before them.
-
-    Raises:
-        ValueError: a text is too short for them.
-        OSError: it cannot be read.
-    """
+    prompts share are drawn before them."""
     num, shared = settings.num_prompts, settings.shared_prefix
     rng = np.random.default_rng(settings.seed)
     own, outputs = (
@@ -111,7 +90,7 @@ def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> R
     )
     num_prefixes = settings.num_prefixes if shared else 0
     lengths = [shared] * num_prefixes + own
-    parts, source = draw_prompts(settings, tokenizer, vocab_size, lengths)
+    parts, source = draw_prompts(tokenizer, vocab_size, lengths, settings.seed)
     prefixes, parts = parts[:num_prefixes], parts[num_prefixes:]
     turns = [parts[start : start + num] for start in range(0, len(parts), num)]
     if prefixes:

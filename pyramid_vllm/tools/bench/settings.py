@@ -1,15 +1,14 @@
 """The options of ``pyramid-vllm bench``; nothing here loads a model."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as settings_class
 
 from pyramid_vllm.policy import NONE
 from pyramid_vllm.tools import options
-from pyramid_vllm.tools.bench.ranges import TokenRange
 from pyramid_vllm.tools.options import option, parsed
 from pyramid_vllm.tools.sides import Side, parse_sides
 
@@ -26,6 +25,30 @@ _OWN_OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class TokenRange:
+    """Lengths between two bounds, both included."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, option: str, text: str, least: int) -> "TokenRange":
+        """Read ``512`` or ``512-2048``; ``ValueError`` if it is neither, or below
+        ``least``."""
+        low, _, high = text.partition("-")
+        try:
+            found = cls(int(low), int(high or low))
+        except ValueError:
+            found = cls(0, 0)
+        if not least <= found.low <= found.high:
+            raise ValueError(
+                f"{option} is '{text}': valid is a number or a range like 512-2048, "
+                f"from {least} on"
+            )
+        return found
+
+
 def _prompts(text: str) -> TokenRange:
     return TokenRange.parse("--prompt-tokens", text, 1)
 
@@ -34,7 +57,7 @@ def _outputs(text: str) -> TokenRange:
     return TokenRange.parse("--output-tokens", text, 2)
 
 
-@dataclass(frozen=True, config=options.SETTINGS_CONFIG)
+@settings_class(frozen=True, config=options.SETTINGS_CONFIG)
 class BenchSettings:
     """Compare stock vLLM with KV policies: same requests, same KV bytes."""
 
@@ -48,9 +71,6 @@ class BenchSettings:
     )
     output_tokens: Annotated[TokenRange, parsed(_outputs)] = option(
         "128", "Length of outputs, likewise; at least 2."
-    )
-    text: Path | None = option(
-        None, "Prompts are consecutive windows of this file's tokens."
     )
     kv_memory: options.Texts = option(
         ("4x",),

@@ -1,17 +1,40 @@
 """Points of the sweep: memory, checked against the longest request."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import LengthRule, MemoryModel, num_pages, tier_layout
-from pyramid_vllm.tools.bench.ranges import memory_bytes
 from pyramid_vllm.tools.bench.requests import Requests, make_requests
 from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.sides import Side, should_evict
-from pyramid_vllm.tools.sizes import format_bytes
+from pyramid_vllm.tools.sizes import BYTES, format_bytes, quantity
 
 _BLOCK_SIZE = 32
+
+
+def memory_bytes(text: str, sequence_pages: int, page_bytes: int) -> int:
+    """Bytes of ``80MiB``, or of ``4x``: stock sequences of the longest request.
+
+    Args:
+        text: a value of ``--kv-memory``.
+        sequence_pages: pages of the longest request in stock vLLM.
+        page_bytes: bytes of such a page.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if num_bytes := int(quantity(text, BYTES)):
+        return num_bytes
+    num_sequences = quantity(text, {"x": 1.0})
+    if not num_sequences:
+        raise ValueError(
+            f"--kv-memory is '{text}': valid are bytes, a number with KiB, MiB or GiB, "
+            "or stock sequences of the longest request like 4x"
+        )
+    pages = math.ceil(num_sequences * sequence_pages) + 1  # the null page
+    return pages * page_bytes
 
 
 @dataclass(frozen=True)
@@ -99,7 +122,7 @@ def make_workload(settings: BenchSettings) -> Workload:
 
     Raises:
         ValueError: an option is not valid; names it, its value and what is.
-        OSError: the model's configuration or the text cannot be read.
+        OSError: the model's configuration cannot be read.
     """
     from transformers import AutoConfig
     from vllm.engine.arg_utils import EngineArgs

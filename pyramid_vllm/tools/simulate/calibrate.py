@@ -41,7 +41,6 @@ _STARTS = {
     "sequence_us": 300.0,
     "compaction_us": 100.0,
 }
-_SHARES = ("bandwidth", "flops", "attention_flops", "score_flops", "move_bandwidth")
 #: Weight of a setting's distance from its start, relative to one measured time: a
 #: setting that the runs do not depend on stays at its start.
 _PRIOR = 0.05
@@ -151,7 +150,8 @@ def fit(runs: list[MeasuredRun], device: Device) -> tuple[Device, float]:
         errors = [of_run(changed) for of_run in errors_of]
         return np.concatenate([*errors, _PRIOR * (values - start)])
 
-    upper = [0.0 if name in _SHARES else np.inf for name in names]
+    # Times, in ms and us, have no bound; shares are at most 1.
+    upper = [np.inf if name.endswith(("_ms", "_us")) else 0.0 for name in names]
     best = least_squares(residuals, start, bounds=(-np.inf, upper))
     errors = residuals(best.x)[: -len(names)]
     return with_values(best.x), float(np.sqrt(np.mean(errors**2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,7 @@ class ModelWork:
         Rows choose experts independently: of E experts, k a row, a share of
         1 - (1 - k/E)^rows is read.
         """
-        share = 1 - (1 - self.num_active_experts / self.num_experts) ** num_rows
-        return self._layer_bytes(1.0 if self.num_experts == 1 else share)
-
-    def _layer_bytes(self, share: float) -> float:
+        share: float = 1 - (1 - self.num_active_experts / self.num_experts) ** num_rows
         experts = self.num_experts * share
         attention = self.attention_params * self.dtype_bytes
         return attention + experts * self.expert_params * self.mlp_bytes
@@ -86,7 +84,7 @@ class ModelWork:
         """Bytes of all weights."""
         tied = bool(self.config.get("tie_word_embeddings"))
         embeddings = self.head_params * self.dtype_bytes * (1 if tied else 2)
-        return self.num_layers * self._layer_bytes(1.0) + embeddings
+        return self.num_layers * self.layer_bytes(math.inf) + embeddings
 
     @property
     def layer_flops(self) -> float:
