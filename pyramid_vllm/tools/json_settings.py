@@ -16,13 +16,14 @@ def json_object(option: str, text: str | None) -> dict[str, Any]:
     try:
         return {} if text is None else _OBJECT.validate_json(text)
     except ValidationError as error:
-        why = first_problem(error)[-1]
         raise ValueError(
-            f"{option} is '{text}': {why}; valid is a JSON object of settings"
+            f"{option}: {explained(error)}; valid is a JSON object of settings"
         ) from None
 
 
-def first_problem(error: ValidationError) -> tuple[str, Any, str]:
+def explained(error: ValidationError) -> str:
     """The setting that pydantic refuses first, its value, and why."""
     problem = error.errors()[0]
-    return ".".join(map(str, problem["loc"])), problem["input"], problem["msg"]
+    name = ".".join(map(str, problem["loc"])) or "it"
+    cause = problem.get("ctx", {}).get("error")
+    return str(cause or f"{name} is {problem['input']!r}: {problem['msg']}")

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from pyramid_vllm.tools.json_settings import first_problem
+from pyramid_vllm.tools.json_settings import explained
 from pyramid_vllm.tools.simulate.loads import Load, Session, Turn
 
 #: Tokens of an entry of ``hash_ids``.
@@ -76,11 +76,9 @@ def read_trace(file: Path, limit: int | None) -> Load:
             try:
                 sessions.append(_TraceRow.model_validate_json(line).session())
             except ValidationError as error:
-                name, value, why = first_problem(error)
                 raise ValueError(
-                    f"--trace {file}, line {number}: {name or 'the line'}: {why}, not "
-                    f"{value!r}; valid is an object with timestamp, input_length, "
-                    "output_length and hash_ids"
+                    f"--trace {file}, line {number}: {explained(error)}; valid is an "
+                    "object with timestamp, input_length, output_length and hash_ids"
                 ) from None
     if not sessions:
         raise ValueError(f"--trace {file} has no requests: valid is one or more")
