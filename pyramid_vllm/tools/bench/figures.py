@@ -84,9 +84,8 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratios(ours: Sequence[float], stock: Sequence[float]) -> dict[str, Any] | None:
-    """Spread of the ratios within each repeat; None where stock has zeros, or is
-    without the figure."""
-    if len(ours) != len(stock) or not all(stock):
+    """Spread of the ratios within each repeat; None where stock has zeros."""
+    if not all(stock):
         return None
     return spread([a / b for a, b in zip(ours, stock, strict=True)])
 
@@ -102,7 +101,7 @@ def summarize(sides: Mapping[str, Sequence[Figures]]) -> dict[str, Summary]:
         summary[name] = {}
         for key in runs[0]:
             ours = [run[key] for run in runs]
-            theirs = [run[key] for run in sides[NONE] if key in run]
+            theirs = [run[key] for run in sides[NONE]]
             summary[name][key] = spread(ours) | {"ratio": ratios(ours, theirs)}
     return summary
 

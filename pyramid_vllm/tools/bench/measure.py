@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from pyramid_vllm.tools.bench.requests import Turn, prompt_lengths
+from pyramid_vllm.tools.bench.requests import Requests, Turn
 from pyramid_vllm.tools.bench.watch import Watch
 from pyramid_vllm.tools.engine_process import run_job
 
@@ -27,7 +27,7 @@ class MeasureTask:
     @property
     def prompt_lengths(self) -> list[int]:
         """Prompt tokens of each request, with those of its conversation before it."""
-        return prompt_lengths(self.turns, self.output_lengths)
+        return Requests(self.turns, self.output_lengths, "").prompt_lengths
 
 
 @dataclass(frozen=True)

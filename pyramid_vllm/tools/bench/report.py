@@ -73,7 +73,8 @@ class PointReport:
         self, name: str, key: str = "total_tokens_per_s"
     ) -> dict[str, Any] | None:
         """A side's ratio to stock."""
-        return self.sides[name].get(key, {}).get("ratio")
+        ratio: dict[str, Any] | None = self.sides[name][key]["ratio"]
+        return ratio
 
     def as_json(self) -> dict[str, Any]:
         """For the file of results."""

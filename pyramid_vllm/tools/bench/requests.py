@@ -27,8 +27,15 @@ class Requests:
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
-        """Prompt tokens of every request."""
-        return prompt_lengths(self.turns, self.output_lengths)
+        """Prompt tokens of every request, with all that its conversation had
+        before."""
+        num = len(self.turns[0])
+        lengths: list[int] = []
+        for number, part in enumerate(chain(*self.turns)):
+            last = number - num
+            before = lengths[last] + self.output_lengths[last] if last >= 0 else 0
+            lengths.append(before + len(part))
+        return lengths
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -36,17 +43,6 @@ class Requests:
         num = len(self.turns[0])
         prompts, outputs = self.prompt_lengths[-num:], self.output_lengths[-num:]
         return list(map(int.__add__, prompts, outputs))
-
-
-def prompt_lengths(turns: Sequence[Turn], output_lengths: Sequence[int]) -> list[int]:
-    """Length of every request's prompt, with all that its conversation had before."""
-    num = len(turns[0])
-    lengths: list[int] = []
-    for number, part in enumerate(chain(*turns)):
-        last = number - num
-        before = lengths[last] + output_lengths[last] if last >= 0 else 0
-        lengths.append(before + len(part))
-    return lengths
 
 
 def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -85,11 +85,6 @@ class SimulatedEngine:
             log_stats=False,
         )
 
-    @property
-    def has_policy(self) -> bool:
-        """Whether the side has a policy."""
-        return hasattr(self.scheduler, "kv_rule")
-
     def request(
         self, name: str, prompt: list[int], num_outputs: int, arrival: float
     ) -> Request:

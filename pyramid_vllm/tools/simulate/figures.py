@@ -44,10 +44,7 @@ def run_figures(run: Simulation) -> Figures:
     ]
     durations = np.array([step.seconds for step in steps])
     running = np.array([step.num_running for step in steps])
-    pages = {
-        f"pages_{use}": float(np.mean([getattr(count, use) for count in run.pages]))
-        for use in ("running", "cached", "free")
-    }
+    _, in_use, cached, free = np.mean(run.pages, axis=0).tolist()
     return {
         "seconds": seconds,
         "tokens_per_s": (prompts + outputs) / seconds,
@@ -60,7 +57,9 @@ def run_figures(run: Simulation) -> Figures:
         HIT_RATE: sum(r.num_cached_tokens for r in requests) / prompts,
         "num_prompt_tokens_computed": run.num_prompt_tokens_computed,
         "num_compactions": run.num_compactions,
-        **pages,
+        "pages_running": in_use,
+        "pages_cached": cached,
+        "pages_free": free,
         "num_requests": len(requests),
         "num_steps": len(steps),
         "cpu_ms_per_step": 1e3 * sum(step.cpu_s for step in steps) / len(steps),

@@ -23,6 +23,7 @@ from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.engine import SimulatedEngine
 from pyramid_vllm.tools.simulate.figures import METRICS, run_figures
 from pyramid_vllm.tools.simulate.loads import Load
+from pyramid_vllm.tools.simulate.pages import PageCount
 from pyramid_vllm.tools.simulate.run import Simulation
 from pyramid_vllm.tools.simulate.settings import SimulateSettings
 from pyramid_vllm.tools.simulate.slo import Capacity, Objective, find_capacity
@@ -160,7 +161,6 @@ def _capacity_table(
 
 def save_plots(runs: Sequence[Simulation], folder: Path) -> Path:
     """Draw all sides into one picture; the folder is made if it is not there."""
-    uses = ("running", "cached", "free")
     folder.mkdir(parents=True, exist_ok=True)
     figure = new_figure(figsize=(4 * (2 + len(runs)), 4))
     waits, running, *pages = figure.subplots(1, 2 + len(runs))
@@ -171,9 +171,8 @@ def save_plots(runs: Sequence[Simulation], folder: Path) -> Path:
         ends = [step.end for step in run.steps]
         num_running = [step.num_running for step in run.steps]
         running.plot(ends, num_running, label=label, linewidth=1)
-        at = [count.at for count in run.pages]
-        shares = [[getattr(count, use) for count in run.pages] for use in uses]
-        axes.stackplot(at, shares, labels=uses)
+        at, *shares = zip(*run.pages, strict=True)
+        axes.stackplot(at, shares, labels=PageCount._fields[1:])
         axes.set(xlabel="s", ylabel="share of KV pages", title=label, ylim=(0, 1))
         axes.legend(loc="lower right")
     waits.set(xlabel="time to first token, s", ylabel="share of requests")

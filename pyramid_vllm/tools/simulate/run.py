@@ -241,8 +241,7 @@ class Simulation:
 
 def _work_model(engine: SimulatedEngine) -> WorkModel:
     model = engine.settings.model
-    if engine.has_policy:
-        rule = engine.scheduler.kv_rule
+    rule = getattr(engine.scheduler, "kv_rule", None)
+    if rule is not None:
         return WorkModel(model, rule.layout.sizes, {rule.config.name: rule.config})
-    num_full = sum(window is None for window in model.windows)
-    return WorkModel(model, (num_full,), {})
+    return WorkModel(model, (model.windows.count(None),), {})
