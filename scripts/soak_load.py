@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from soak_server import METRICS_WITHIN_S
+from soak_server import pages
 
-from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
+from pyramid_vllm.tools.monitor.scrape import ScrapeError
 
 PROMPT_TOKENS = (64, 400)
 OUTPUT_TOKENS = (16, 64)
@@ -236,20 +236,6 @@ async def send_all(
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return time.monotonic() - start
-
-
-def pages(url: str) -> tuple[float, int]:
-    """Pages of the server in use, and all.
-
-    Raises:
-        ScrapeError: the server does not answer.
-        KeyError: its answer lacks a metric.
-    """
-    series = fetch(metrics_url(url), METRICS_WITHIN_S).series
-    (labels,) = series["vllm:cache_config_info"]
-    num_pages = int(dict(labels)["num_gpu_blocks"]) - 1  # one is the null page
-    (usage,) = series["vllm:kv_cache_usage_perc"].values()
-    return usage * num_pages, num_pages
 
 
 async def pages_leaked(
