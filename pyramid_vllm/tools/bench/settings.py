@@ -1,7 +1,7 @@
 """The options of ``pyramid-vllm bench``; nothing here loads a model."""
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,12 +49,8 @@ class TokenRange:
         return found
 
 
-def _prompts(text: str) -> TokenRange:
-    return TokenRange.parse("--prompt-tokens", text, 1)
-
-
-def _outputs(text: str) -> TokenRange:
-    return TokenRange.parse("--output-tokens", text, 2)
+_prompts = parsed(partial(TokenRange.parse, "--prompt-tokens", least=1))
+_outputs = parsed(partial(TokenRange.parse, "--output-tokens", least=2))
 
 
 @settings_class(frozen=True, config=options.SETTINGS_CONFIG)
@@ -64,12 +60,12 @@ class BenchSettings:
     model: str | None = option(None, options.MODEL)
     kv_policy: options.Texts = option(("pyramid",), options.POLICIES)
     num_prompts: int = option(24, min=1)
-    prompt_tokens: Annotated[TokenRange, parsed(_prompts)] = option(
+    prompt_tokens: Annotated[TokenRange, _prompts] = option(
         "768",
         "Length of prompts, or of each turn's own part of them: 512, or a range like "
         "512-2048. A shared prefix comes on top.",
     )
-    output_tokens: Annotated[TokenRange, parsed(_outputs)] = option(
+    output_tokens: Annotated[TokenRange, _outputs] = option(
         "128", "Length of outputs, likewise; at least 2."
     )
     kv_memory: options.Texts = option(
