@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,11 +27,12 @@ from soak_load import (
     Client,
     LoadRequest,
     Settings,
+    pages,
     pages_leaked,
     send_all,
     sustained_rate,
 )
-from soak_server import metric, most_running, pages, serve
+from soak_server import Sampler, serve
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages
@@ -105,22 +105,21 @@ async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures
         client = Client(connection)
         await pages_leaked(connection, url)  # what came before has ended
         _, num_pages = pages(url)
-        before = metric(url, "num_preemptions_total")
-        load = asyncio.create_task(send_all(client, requests, drain_s))
-        most = await most_running(url, load)
-        seconds = await load
+        with Sampler(url) as sampler:
+            seconds = await send_all(client, requests, drain_s)
         leaked = await pages_leaked(connection, url)
-        preempted = None
-        with suppress(ScrapeError):
-            preempted = metric(url, "num_preemptions_total") - before
+        try:
+            counts = {name: int(n) for name, n in sampler.figures().items()}
+        except ScrapeError:
+            counts = {}
     return {
         "num_sent": client.num_sent,
         "num_finished": client.num_finished,
         "num_aborted": client.num_aborted,
         "num_errors": client.errors.total(),
         "num_pages_leaked": leaked,
-        "max_num_running": most,
-        "num_preemptions": preempted,
+        "max_num_running": counts.get("max_num_running"),
+        "num_preemptions": counts.get("num_preemptions"),
         "num_pages": num_pages,
         "requests_per_s": client.num_finished / seconds,
         "tokens_per_s": client.num_tokens / seconds,

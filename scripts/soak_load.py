@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from soak_server import pages
+from soak_server import as_flags
 
-from pyramid_vllm.tools.monitor.scrape import ScrapeError
+from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
 
 PROMPT_TOKENS = (64, 400)
 OUTPUT_TOKENS = (16, 64)
@@ -34,6 +34,8 @@ SHARED_SHARE, NUM_PREFIXES, PREFIX_TOKENS = 0.3, 4, 64
 #: Earliest and latest time of an abort by time; drawn evenly in its logarithm, so that
 #: fast and slow servers both meet some at every stage of a request.
 ABORT_S = (0.05, 20.0)
+
+METRICS_WITHIN_S = 30.0
 
 
 class RequestFailed(Exception):
@@ -69,13 +71,19 @@ class Settings:
 
     def arguments(self) -> list[str]:
         """Options of ``vllm serve``."""
-        return [
-            *("--served-model-name", "model", "--dtype", "float32", "--enforce-eager"),
-            *("--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN)),
-            *("--max-num-seqs", str(MAX_NUM_SEQS), "--seed", str(self.seed)),
-            *("--max-num-batched-tokens", str(MAX_CHUNK)),
-            *("--kv-cache-memory-bytes", str(self.kv_bytes)),
-        ]
+        return as_flags(
+            {
+                "served_model_name": "model",
+                "dtype": "float32",
+                "enforce_eager": True,
+                "block_size": BLOCK_SIZE,
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_seqs": MAX_NUM_SEQS,
+                "max_num_batched_tokens": MAX_CHUNK,
+                "kv_cache_memory_bytes": self.kv_bytes,
+                "seed": self.seed,
+            }
+        )
 
     def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
         """Requests that arrive as a Poisson process.
@@ -236,6 +244,20 @@ async def send_all(
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return time.monotonic() - start
+
+
+def pages(url: str) -> tuple[float, int]:
+    """Pages of the server in use, and all.
+
+    Raises:
+        ScrapeError: the server does not answer.
+        KeyError: its answer lacks a metric.
+    """
+    series = fetch(metrics_url(url), METRICS_WITHIN_S).series
+    (labels,) = series["vllm:cache_config_info"]
+    num_pages = int(dict(labels)["num_gpu_blocks"]) - 1  # one is the null page
+    (usage,) = series["vllm:kv_cache_usage_perc"].values()
+    return usage * num_pages, num_pages
 
 
 async def pages_leaked(

@@ -1,20 +1,32 @@
 """``vllm serve`` in a process of its own, and what it reports of itself."""
 
-import asyncio
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
 
-START_UP_S, SAMPLE_INTERVAL_S, METRICS_WITHIN_S = 600.0, 0.25, 30.0
+START_UP_S, SAMPLE_INTERVAL_S, _TIMEOUT_S = 600.0, 0.25, 30.0
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings of ``LLM`` as options of ``vllm serve``; what is true has no value."""
+    words: list[str] = []
+    for key, value in settings.items():
+        words.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            words.append(value if isinstance(value, str) else json.dumps(value))
+    return words
 
 
 @contextmanager
@@ -67,36 +79,38 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     raise RuntimeError(f"the server did not start:\n{tail}")
 
 
-def metric(url: str, name: str) -> int:
-    """Sum of a figure's series; ``vllm:`` is left out of its name.
+class Sampler:
+    """Follows a server's figures while a load runs."""
 
-    Raises:
-        ScrapeError: the server does not answer.
-    """
-    series = fetch(metrics_url(url), METRICS_WITHIN_S).series
-    return int(sum(series.get(f"vllm:{name}", {}).values()))
+    def __init__(self, url: str) -> None:
+        self._url, self._most = metrics_url(url), 0
+        self._preempted = self._sum("num_preemptions_total")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
 
+    def _sum(self, name: str) -> int:
+        """Sum of a figure's series; ``ScrapeError`` if the server does not answer."""
+        series = fetch(self._url, _TIMEOUT_S).series.get(f"vllm:{name}", {})
+        return int(sum(series.values()))
 
-async def most_running(url: str, load: "asyncio.Task[float]") -> int:
-    """Most sequences at once in any sample until a load has ended."""
-    most = 0
-    while not load.done():
-        await asyncio.sleep(SAMPLE_INTERVAL_S)
-        with suppress(ScrapeError):
-            now = await asyncio.to_thread(metric, url, "num_requests_running")
-            most = max(most, now)
-    return most
+    def _follow(self) -> None:
+        while not self._stop.wait(SAMPLE_INTERVAL_S):
+            with suppress(ScrapeError):
+                self._most = max(self._most, self._sum("num_requests_running"))
 
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
 
-def pages(url: str) -> tuple[float, int]:
-    """Pages of the server in use, and all.
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
-    Raises:
-        ScrapeError: the server does not answer.
-        KeyError: its answer lacks a metric.
-    """
-    series = fetch(metrics_url(url), METRICS_WITHIN_S).series
-    (labels,) = series["vllm:cache_config_info"]
-    num_pages = int(dict(labels)["num_gpu_blocks"]) - 1  # one is the null page
-    (usage,) = series["vllm:kv_cache_usage_perc"].values()
-    return usage * num_pages, num_pages
+    def figures(self) -> dict[str, int]:
+        """Most sequences at once in any sample, and preemptions.
+
+        Raises:
+            ScrapeError: the server does not answer.
+        """
+        preempted = self._sum("num_preemptions_total") - self._preempted
+        return {"max_num_running": self._most, "num_preemptions": preempted}

@@ -22,7 +22,6 @@ from pyramid_vllm.tools.bench.figures import (
     summarize,
 )
 from pyramid_vllm.tools.bench.measure import (
-    Measured,
     MeasureTask,
     add_request,
     make_engine,
@@ -34,6 +33,7 @@ from pyramid_vllm.tools.bench.report import PointReport, format_ratio
 from pyramid_vllm.tools.bench.requests import draw_prompts, make_requests, windows
 from pyramid_vllm.tools.bench.run import Run
 from pyramid_vllm.tools.bench.settings import BenchSettings, TokenRange
+from pyramid_vllm.tools.bench.watch import Measured
 from pyramid_vllm.tools.bench.workload import Point, Workload, memory_bytes
 from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.store import Store, fingerprint

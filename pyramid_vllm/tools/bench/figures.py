@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from pyramid_vllm.policy import NONE
-from pyramid_vllm.tools.bench.measure import Measured, MeasureTask
+from pyramid_vllm.tools.bench.measure import MeasureTask
+from pyramid_vllm.tools.bench.watch import Measured
 from pyramid_vllm.tools.figures import (
     HIT_RATE,
     PERCENTILES,

@@ -2,10 +2,42 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from pyramid_vllm.tools.quality.activity import ActivityWatch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Counts and times of one side."""
+
+    kv_bytes_per_request: float
+    """Mean over requests of the KV bytes held in their last step; pages that requests
+    share count for each of them."""
+    max_num_running: int
+    mean_num_running: float
+    num_preemptions: int
+    num_pages_freed: int
+    num_compactions: int
+    num_rows_scheduled: int
+    """Rows of the first layer: what stock vLLM would have computed in every layer."""
+    num_rows_computed: float
+    """Rows that layers computed, mean over layers."""
+    num_prompt_tokens_computed: int
+    """Prompt tokens of the first layer, also those that preemption computes again."""
+    seconds: float
+    total_tokens_per_s: float
+    prefix_caching: bool
+    """Whether the engine looked for prompts in its prefix cache."""
+    prefix_hit_rate: float
+    """Prompt tokens that were found there, of all prompt tokens."""
+    first_token_s: list[float]
+    """Seconds from when each request was sent to its first token."""
+    finish_s: list[float]
+    """Seconds from when each request was sent to its last token."""
+    outputs: list[list[int]]
 
 
 class Watch(ActivityWatch):

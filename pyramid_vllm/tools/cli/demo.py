@@ -14,7 +14,8 @@ from pyramid_vllm.compat import check_vllm_version
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages, resolve_policy
 from pyramid_vllm.tools.bench.figures import METRICS
-from pyramid_vllm.tools.bench.measure import Measured, MeasureTask, measure
+from pyramid_vllm.tools.bench.measure import MeasureTask, measure
+from pyramid_vllm.tools.bench.watch import Measured
 from pyramid_vllm.tools.cli.prompts import long_prompts
 from pyramid_vllm.tools.figures import Metric, bars, side_table
 from pyramid_vllm.tools.options import JSON_FILE, MODEL, OVERRIDES, POLICY, option
