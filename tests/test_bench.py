@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -28,7 +27,6 @@ from pyramid_vllm.tools.bench.measure import (
     run_batch,
     warm_up,
 )
-from pyramid_vllm.tools.bench.plots import draw_ratios, save_plots
 from pyramid_vllm.tools.bench.report import PointReport, format_ratio
 from pyramid_vllm.tools.bench.requests import draw_prompts, make_requests, windows
 from pyramid_vllm.tools.bench.run import Run
@@ -285,38 +283,6 @@ def test_sides_that_differ_in_caching_are_named() -> None:
     assert report.caching_label == "prefix caching on"
     report.prefix_caching["p"] = False
     assert report.caching_label == "prefix caching: stock vLLM on, p off"
-
-
-def test_plots_are_drawn(tmp_path: Path) -> None:
-    keys = [f"{k}_p{p}_s" for k in ("ttft", "tpot", "e2e") for p in (50, 95, 99)]
-    stock = dict.fromkeys([*keys, "total_tokens_per_s", "max_num_running"], 1.0)
-    faster = [stock | {"total_tokens_per_s": rate} for rate in (1.5, 2.0)]
-    sides = summarize({"none": [stock, stock], "p": faster})
-    reports = [
-        point_report(Point("1x", 2**20), sides),
-        point_report(Point("4x", 2**22), sides, binds=False),
-    ]
-    for file in save_plots(reports, tmp_path):
-        assert file.read_bytes().startswith(b"\x89PNG")
-    assert {file.name for file in tmp_path.iterdir()} == {"ratio.png", "latency.png"}
-
-
-def test_ratios_are_drawn_with_their_range() -> None:
-    sides = summarize(
-        {
-            "none": [{"total_tokens_per_s": 2.0}] * 2,
-            "p": [{"total_tokens_per_s": 3.0}, {"total_tokens_per_s": 5.0}],
-        }
-    )
-    figure = Figure()
-    points = [Point("", 2**20), Point("", 2**22)]
-    draw_ratios(figure, [point_report(point, sides) for point in points])
-    (axes,) = figure.axes
-    (container,) = axes.containers
-    line, _, (bars,) = container
-    assert set(line.get_ydata()) == {2.0}
-    (_, low), (_, high) = bars.get_segments()[0]
-    assert (low, high) == (1.5, 2.5)
 
 
 # The command.

@@ -66,7 +66,7 @@ TINY = Shape("tiny", _TINY, 0, "float32", 4, 256, 8, ("2x", "6x"), 1)
 
 def run(options: Options) -> Iterator[Check]:
     """Stock vLLM and the policy in turns, where memory binds and where not."""
-    need("torch", "vllm", "transformers", "matplotlib")
+    need("torch", "vllm", "transformers")
     shape = TINY if options.on_cpu else _shape_that_fits()
     if shape is SMALL:
         why = f"less than {LARGE.least_gib} GiB: {SMALL.name} in place of {LARGE.name}"

@@ -1,4 +1,4 @@
-"""``pyramid-vllm bench``: from checked options to tables, figures and plots."""
+"""``pyramid-vllm bench``: from checked options to tables and figures."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,7 +10,6 @@ from pyramid_vllm import __version__
 from pyramid_vllm.compat import check_vllm_version, installed_vllm_version
 from pyramid_vllm.tools.bench.figures import batch_figures, check_activation
 from pyramid_vllm.tools.bench.measure import MeasureTask, measure
-from pyramid_vllm.tools.bench.plots import save_plots
 from pyramid_vllm.tools.bench.report import (
     make_reports,
     medians,
@@ -20,7 +19,6 @@ from pyramid_vllm.tools.bench.report import (
 from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.bench.workload import Point, Workload, make_workload
 from pyramid_vllm.tools.figures import bars
-from pyramid_vllm.tools.plotting import check_matplotlib
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.sides import Side
 from pyramid_vllm.tools.sizes import format_bytes
@@ -61,9 +59,8 @@ def run_bench(settings: BenchSettings) -> None:
 
     Raises:
         ValueError: an option is not valid.
-        RuntimeError: a run failed, a policy did not act, or matplotlib is missing.
+        RuntimeError: a run failed, or a policy did not act.
     """
-    check_matplotlib()
     check_vllm_version()
     workload = make_workload(settings)
     points = workload.points()
@@ -85,7 +82,6 @@ def run_bench(settings: BenchSettings) -> None:
     }
     files = [settings.out / "results.json"]
     write_report(files[0], content, settings.seed)
-    files += save_plots(reports, settings.out)
     if settings.json_file is not None:
         write_report(settings.json_file, medians(settings, reports), settings.seed)
         files.append(settings.json_file)
