@@ -27,7 +27,7 @@ from pyramid_vllm.tools.simulate.loads import (
 from pyramid_vllm.tools.simulate.model import load_model
 from pyramid_vllm.tools.simulate.pages import saved_tokens
 from pyramid_vllm.tools.simulate.run import Simulation
-from pyramid_vllm.tools.simulate.slo import Objective, find_capacity
+from pyramid_vllm.tools.simulate.slo import find_capacity
 from pyramid_vllm.tools.simulate.trace import read_trace
 from pyramid_vllm.tools.sizes import parse_seconds
 from tests import simulated
@@ -267,10 +267,10 @@ def test_the_highest_rate_is_found_by_bisection() -> None:
         tried.append(of.rate)
         return {"ttft_p99_s": of.rate / 10, "tpot_p99_s": 0.0}
 
-    found = find_capacity(load, Objective(0.05 * load.rate, None), figures)
+    found = find_capacity(load, {"ttft_p99_s": 0.05 * load.rate}, figures)
     assert found.speed == pytest.approx(0.5, rel=0.05)
     assert found.num_engines == 2 or found.speed < 0.5
-    never = find_capacity(load, Objective(1e-9, None), figures)
+    never = find_capacity(load, {"ttft_p99_s": 1e-9}, figures)
     assert never.num_engines is None
 
 

@@ -60,7 +60,7 @@ def run_simulation(settings: SimulateSettings) -> None:
     console.print(figures_table(figures))
     report: list[dict[str, Any]]
     report = [{"policy": name, **of_side} for name, of_side in figures.items()]
-    if objective is not None:
+    if objective:
         capacities = {
             engine[0]: _capacity(console, settings, objective, engine)
             for engine in engines
@@ -139,14 +139,8 @@ def figures_table(sides: dict[str, Figures]) -> Table:
 def _capacity_table(
     settings: SimulateSettings, objective: Objective, capacities: dict[str, Capacity]
 ) -> Table:
-    bounds = [
-        f"{label} p99 up to {bound:g} s"
-        for label, bound in (
-            ("time to first token", objective.ttft_s),
-            ("time per output token", objective.tpot_s),
-        )
-        if bound is not None
-    ]
+    names = {"ttft_p99_s": "time to first token", "tpot_p99_s": "time per output token"}
+    bounds = [f"{names[key]} p99 up to {bound:g} s" for key, bound in objective.items()]
     table = right_table(
         ("", "requests/s an engine", "of the load's rate", "devices"),
         f"Highest rate with {' and '.join(bounds)}",

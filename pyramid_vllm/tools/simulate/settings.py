@@ -156,12 +156,13 @@ class SimulateSettings:
         return read_trace(self.trace, self.num_requests).scaled(self.trace_speed)
 
     @cached_property
-    def objective(self) -> Objective | None:
-        """Bounds of latencies; None: none is asked for."""
-        if self.slo_ttft is None and self.slo_tpot is None:
-            return None
-        check_arrivals(self.traffic)
-        return Objective(self.slo_ttft, self.slo_tpot)
+    def objective(self) -> Objective:
+        """Bounds of latencies, as many as are asked for."""
+        bounds = {"ttft_p99_s": self.slo_ttft, "tpot_p99_s": self.slo_tpot}
+        found = {key: bound for key, bound in bounds.items() if bound is not None}
+        if found:
+            check_arrivals(self.traffic)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The settings as reports carry them."""
