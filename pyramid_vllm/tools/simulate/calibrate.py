@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
+from pyramid_vllm.policy import NONE, resolve_policy
 from pyramid_vllm.tools.simulate.clock import StepWork, step_seconds
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
@@ -51,11 +51,16 @@ class MeasuredRun:
     """One run of a bench, and what the simulation needs to repeat it."""
 
     side: str
-    policy: PolicyConfig | None
-    engine: EngineSettings
+    engine: SimulatedEngine
     load: Load
-    first_token_s: tuple[float, ...]
-    finish_s: tuple[float, ...]
+    first_token_s: list[float]
+    finish_s: list[float]
+
+    def repeated(self, device: Device, keep_works: bool = False) -> Simulation:
+        """Simulate it on a device. What the scheduler takes on this machine is part of
+        the measured times, so it does not count."""
+        timing = False, False, keep_works
+        return Simulation(self.side, self.engine, device, self.load, *timing).run()
 
 
 def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
@@ -87,33 +92,30 @@ def _measured(
         if shared:
             pieces = ((index % num_prefixes, shared), *pieces)
         sessions.append(Session((Turn(pieces, outputs),)))
-    policy = settings["sides"][run["side"]]
+    policy = resolve_policy(settings["sides"][run["side"]])
+    engine = EngineSettings(
+        model=work,
+        kv_bytes=run["point"]["kv_bytes"],
+        max_model_len=max(map(sum, lengths)),
+        max_num_seqs=settings["max_num_seqs"],
+        max_num_batched_tokens=settings["max_num_batched_tokens"],
+        block_size=args.get("block_size") or device.block_size,
+        prefix_caching=args.get("enable_prefix_caching", True),
+        async_scheduling=device.async_scheduling,
+    )
     return MeasuredRun(
         side=run["side"],
-        policy=None if policy is None else resolve_policy(policy),
-        engine=EngineSettings(
-            model=work,
-            kv_bytes=run["point"]["kv_bytes"],
-            max_model_len=max(map(sum, lengths)),
-            max_num_seqs=settings["max_num_seqs"],
-            max_num_batched_tokens=settings["max_num_batched_tokens"],
-            block_size=args.get("block_size") or device.block_size,
-            prefix_caching=args.get("enable_prefix_caching", True),
-            async_scheduling=device.async_scheduling,
-        ),
+        engine=SimulatedEngine(engine, policy),
         load=Load("measured", tuple(sessions)),
-        first_token_s=tuple(raw["first_token_s"]),
-        finish_s=tuple(raw["finish_s"]),
+        first_token_s=raw["first_token_s"],
+        finish_s=raw["finish_s"],
     )
 
 
 def _errors_of(run: MeasuredRun, device: Device) -> Callable[[Device], Floats]:
     """Simulate a run; the logarithms of predicted over measured times of first and of
     last tokens, as a function of the efficiencies."""
-    engine = SimulatedEngine(run.engine, run.policy)
-    done = Simulation(
-        run.side, engine, device, run.load, cpu_time=False, keep_works=True
-    ).run()
+    done = run.repeated(device, keep_works=True)
     works = StepWork(*np.array([astuple(work) for work in done.works]).T)
     records = [done.requests[f"{index}.0"] for index in range(len(run.finish_s))]
     times = [*(r.first_token for r in records), *(r.finish for r in records)]
@@ -121,7 +123,7 @@ def _errors_of(run: MeasuredRun, device: Device) -> Callable[[Device], Floats]:
     measured = np.array([*run.first_token_s, *run.finish_s])
 
     def errors(device: Device) -> Floats:
-        ends = np.cumsum(step_seconds(works, run.engine.model, device))
+        ends = np.cumsum(step_seconds(works, run.engine.settings.model, device))
         found: Floats = np.log(ends[steps] / measured)
         return found
 
