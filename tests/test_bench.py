@@ -17,7 +17,6 @@ from pyramid_vllm.tools.bench.figures import (
     batch_figures,
     check_activation,
     memory_binds,
-    ratios,
     summarize,
 )
 from pyramid_vllm.tools.bench.measure import (
@@ -27,7 +26,7 @@ from pyramid_vllm.tools.bench.measure import (
     run_batch,
     warm_up,
 )
-from pyramid_vllm.tools.bench.report import PointReport, format_ratio
+from pyramid_vllm.tools.bench.report import caching_label, format_ratio
 from pyramid_vllm.tools.bench.requests import draw_prompts, make_requests, windows
 from pyramid_vllm.tools.bench.run import Run
 from pyramid_vllm.tools.bench.settings import BenchSettings, TokenRange
@@ -216,7 +215,6 @@ def test_ratios_are_taken_within_a_repeat() -> None:
     assert (ratio["median"], ratio["min"], ratio["max"]) == (2.0, 1.0, 4.0)
     assert found["p"]["t"]["median"] == 8.0
     assert found["p"]["z"]["ratio"] is None
-    assert ratios([1.0], [0.0]) is None
     assert format_ratio(ratio) == "2.00 (1.00-4.00)"
 
 
@@ -274,15 +272,10 @@ def test_a_finished_run_is_found_under_another_label(
     assert len(tasks) == 1
 
 
-def point_report(point: Point, sides: Any, binds: bool = True) -> PointReport:
-    return PointReport(point, binds, sides, dict.fromkeys(sides, True), "nothing")
-
-
 def test_sides_that_differ_in_caching_are_named() -> None:
-    report = point_report(Point("1x", 1), {"none": {}, "p": {}})
-    assert report.caching_label == "prefix caching on"
-    report.prefix_caching["p"] = False
-    assert report.caching_label == "prefix caching: stock vLLM on, p off"
+    assert caching_label({"none": True, "p": True}) == "prefix caching on"
+    words = "prefix caching: stock vLLM on, p off"
+    assert caching_label({"none": True, "p": False}) == words
 
 
 # The command.

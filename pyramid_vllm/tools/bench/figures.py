@@ -84,15 +84,9 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def ratios(ours: Sequence[float], stock: Sequence[float]) -> dict[str, Any] | None:
-    """Spread of the ratios within each repeat; None where stock has zeros."""
-    if not all(stock):
-        return None
-    return spread([a / b for a, b in zip(ours, stock, strict=True)])
-
-
 def summarize(sides: Mapping[str, Sequence[Figures]]) -> dict[str, Summary]:
-    """Of every side and figure: its spread, and that of its ratio to stock.
+    """Of every side and figure: its spread, and that of its ratios to stock within
+    each repeat; None where stock has zeros.
 
     Args:
         sides: by side, stock vLLM among them, the figures of each repeat.
@@ -101,9 +95,12 @@ def summarize(sides: Mapping[str, Sequence[Figures]]) -> dict[str, Summary]:
     for name, runs in sides.items():
         summary[name] = {}
         for key in runs[0]:
-            ours = [run[key] for run in runs]
-            theirs = [run[key] for run in sides[NONE]]
-            summary[name][key] = spread(ours) | {"ratio": ratios(ours, theirs)}
+            pairs = [(a[key], b[key]) for a, b in zip(runs, sides[NONE], strict=True)]
+            has_ratio = all(stock for _, stock in pairs)
+            ratio = (
+                spread([ours / stock for ours, stock in pairs]) if has_ratio else None
+            )
+            summary[name][key] = spread([ours for ours, _ in pairs]) | {"ratio": ratio}
     return summary
 
 

@@ -20,7 +20,7 @@ from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.bench.workload import Point, Workload, make_workload
 from pyramid_vllm.tools.figures import bars
 from pyramid_vllm.tools.provenance import write_report
-from pyramid_vllm.tools.sides import Side
+from pyramid_vllm.tools.sides import Side, should_evict
 from pyramid_vllm.tools.sizes import format_bytes
 from pyramid_vllm.tools.store import Store
 
@@ -77,7 +77,7 @@ def run_bench(settings: BenchSettings) -> None:
         "settings": settings.describe(),
         "prompts": workload.requests.source,
         "sharing": settings.sharing,
-        "points": [report.as_json() for report in reports],
+        "points": reports,
         "runs": results,
     }
     files = [settings.out / "results.json"]
@@ -149,7 +149,7 @@ def execute(console: Console, workload: Workload, runs: list[Run]) -> list[Resul
 
             results[index] = result = run_task(run.task, advance)
             progress.remove_task(bar)
-            if workload.should_evict(run.side):
+            if should_evict(workload.rule(run.side), run.task.prompt_lengths):
                 check_activation(run.side.name, result["figures"])
             store.save(run.identity, run.labels | result)
             progress.advance(whole)

@@ -8,7 +8,7 @@ from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import LengthRule, MemoryModel, num_pages, tier_layout
 from pyramid_vllm.tools.bench.requests import Requests, make_requests
 from pyramid_vllm.tools.bench.settings import BenchSettings
-from pyramid_vllm.tools.sides import Side, should_evict
+from pyramid_vllm.tools.sides import Side
 from pyramid_vllm.tools.sizes import BYTES, format_bytes, quantity
 
 _BLOCK_SIZE = 32
@@ -76,10 +76,6 @@ class Workload:
         if side.policy is None:
             return None
         return LengthRule(side.policy, tier_layout(side.policy, self.shape.num_layers))
-
-    def should_evict(self, side: Side) -> bool:
-        """Whether the policy keeps less than all of any prompt."""
-        return should_evict(self.rule(side), self.requests.prompt_lengths)
 
     def points(self) -> list[Point]:
         """The points of the sweep, by memory.
