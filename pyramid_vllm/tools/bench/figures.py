@@ -95,12 +95,12 @@ def summarize(sides: Mapping[str, Sequence[Figures]]) -> dict[str, Summary]:
     for name, runs in sides.items():
         summary[name] = {}
         for key in runs[0]:
-            pairs = [(a[key], b[key]) for a, b in zip(runs, sides[NONE], strict=True)]
-            has_ratio = all(stock for _, stock in pairs)
-            ratio = (
-                spread([ours / stock for ours, stock in pairs]) if has_ratio else None
-            )
-            summary[name][key] = spread([ours for ours, _ in pairs]) | {"ratio": ratio}
+            ours = [run[key] for run in runs]
+            stock = [run[key] for run in sides[NONE]]
+            ratio = None
+            if all(stock):
+                ratio = spread([a / b for a, b in zip(ours, stock, strict=True)])
+            summary[name][key] = spread(ours) | {"ratio": ratio}
     return summary
 
 
