@@ -26,7 +26,7 @@ from pyramid_vllm.tools.simulate.loads import Load
 from pyramid_vllm.tools.simulate.pages import PageCount
 from pyramid_vllm.tools.simulate.run import Simulation
 from pyramid_vllm.tools.simulate.settings import SimulateSettings
-from pyramid_vllm.tools.simulate.slo import Capacity, Objective, find_capacity
+from pyramid_vllm.tools.simulate.slo import Capacity, find_capacity
 from pyramid_vllm.tools.sizes import format_bytes
 
 
@@ -100,7 +100,7 @@ def _run(
 def _capacity(
     console: Console,
     settings: SimulateSettings,
-    objective: Objective,
+    objective: Figures,
     engine: tuple[str, SimulatedEngine],
 ) -> Capacity:
     return find_capacity(
@@ -137,7 +137,7 @@ def figures_table(sides: dict[str, Figures]) -> Table:
 
 
 def _capacity_table(
-    settings: SimulateSettings, objective: Objective, capacities: dict[str, Capacity]
+    settings: SimulateSettings, objective: Figures, capacities: dict[str, Capacity]
 ) -> Table:
     names = {"ttft_p99_s": "time to first token", "tpot_p99_s": "time per output token"}
     bounds = [f"{names[key]} p99 up to {bound:g} s" for key, bound in objective.items()]

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pyramid_vllm.tools import options
+from pyramid_vllm.tools.figures import Figures
 from pyramid_vllm.tools.json_settings import json_object
 from pyramid_vllm.tools.options import argument, option, parsed
 from pyramid_vllm.tools.sides import Side, parse_sides
@@ -16,7 +17,7 @@ from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings
 from pyramid_vllm.tools.simulate.loads import Load, LoadSettings, named_load
 from pyramid_vllm.tools.simulate.model import load_model
-from pyramid_vllm.tools.simulate.slo import Objective, check_arrivals
+from pyramid_vllm.tools.simulate.slo import check_arrivals
 from pyramid_vllm.tools.simulate.trace import read_trace
 from pyramid_vllm.tools.sizes import parse_bytes, parse_seconds
 
@@ -156,7 +157,7 @@ class SimulateSettings:
         return read_trace(self.trace, self.num_requests).scaled(self.trace_speed)
 
     @cached_property
-    def objective(self) -> Objective:
+    def objective(self) -> Figures:
         """Bounds of latencies, as many as are asked for."""
         bounds = {"ttft_p99_s": self.slo_ttft, "tpot_p99_s": self.slo_tpot}
         found = {key: bound for key, bound in bounds.items() if bound is not None}

@@ -12,10 +12,6 @@ _PRECISION = 1.05
 _MAX_DOUBLINGS = 8
 
 
-Objective = dict[str, float]
-"""Bounds of figures, by their keys."""
-
-
 @dataclass(frozen=True)
 class Capacity:
     """The part of a load that one engine can serve."""
@@ -40,7 +36,7 @@ def check_arrivals(load: Load) -> None:
 
 
 def find_capacity(
-    load: Load, objective: Objective, simulate: Callable[[Load], Figures]
+    load: Load, objective: Figures, simulate: Callable[[Load], Figures]
 ) -> Capacity:
     """Bisect the speed of arrivals.
 
@@ -49,7 +45,7 @@ def find_capacity(
 
     Args:
         load: with arrivals that are spread over time; see ``check_arrivals``.
-        objective: what must hold.
+        objective: bounds of figures, by their keys.
         simulate: runs a load on one engine.
     """
     check_arrivals(load)
