@@ -70,7 +70,7 @@ def run_bench(bench: Bench, model: str, out: Path, repeats: int) -> Path:
 
 
 def tokens_per_s(runs: list[MeasuredRun], device: Device) -> dict[str, float]:
-    """Predicted, by side: of the first run of each."""
+    """Predicted tokens/s by side, of the side's first run."""
     found: dict[str, float] = {}
     for run in runs:
         if run.side not in found:

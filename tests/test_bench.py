@@ -352,7 +352,7 @@ SIDES: dict[str, dict[str, Any]] = {
 def side(
     request: pytest.FixtureRequest, tiny_llama: str
 ) -> Iterator[tuple[str, MeasureTask, Any]]:
-    """Its name, a task of prompts that share nothing, and its engine."""
+    """A side's name, a task of prompts that share nothing, and the side's engine."""
     engine_args = {
         "dtype": "float32",
         "seed": 0,

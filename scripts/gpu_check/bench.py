@@ -65,7 +65,8 @@ TINY = Shape("tiny", _TINY, 0, "float32", 4, 256, 8, ("2x", "6x"), 1)
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Stock vLLM and the policy in turns, where memory binds and where not."""
+    """Run stock vLLM and the policy in turns, where memory binds and where it does
+    not."""
     need("torch", "vllm", "transformers")
     shape = TINY if options.on_cpu else _shape_that_fits()
     if shape is SMALL:
