@@ -296,14 +296,14 @@ def test_sides_that_differ_in_caching_are_named() -> None:
         (["--engine-args", '{"no_such": 1}'], "'no_such'"),
         (["--engine-args", '{"tensor_parallel_size": 2}'], "valid is 1"),
         (["--kv-policy", '{"tiers": 7}'], "valid is 1 to 6"),
-        (["--shared-prefix", "-1"], "-1 is not in the range x>=0"),
-        (["--num-prefixes", "0"], "0 is not in the range x>=1"),
+        (["--shared-prefix", "-1"], "'--shared-prefix': Input should be greater"),
+        (["--num-prefixes", "0"], "'--num-prefixes': Input should be greater"),
         (["--num-prefixes", "2"], "valid is up to 1, with --shared-prefix 0"),
         (
             ["--num-prefixes", "25", "--shared-prefix", "9"],
             "--num-prefixes is 25: valid is up to 24",
         ),
-        (["--turns", "0"], "0 is not in the range x>=1"),
+        (["--turns", "0"], "'--turns': Input should be greater"),
         (["--shared-prefix", "4000"], "the longest request has 4896 tokens"),
         (["--turns", "5"], "the longest request has 4480 tokens"),
         (

@@ -26,4 +26,6 @@ def explained(error: ValidationError) -> str:
     problem = error.errors()[0]
     name = ".".join(map(str, problem["loc"])) or "it"
     cause = problem.get("ctx", {}).get("error")
-    return str(cause or f"{name} is {problem['input']!r}: {problem['msg']}")
+    if isinstance(cause, Exception):
+        return str(cause)
+    return f"{name} is {problem['input']!r}: {problem['msg']}"
