@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _FULL_ATTENTION = ("full_attention", "attention")
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def num_full_attention_layers(config: Any) -> int:
@@ -39,7 +39,7 @@ class ModelShape:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value in one layer."""
-        return 2 * self.num_kv_heads * self.head_size * _DTYPE_BYTES[self.dtype]
+        return 2 * self.num_kv_heads * self.head_size * DTYPE_BYTES[self.dtype]
 
     @classmethod
     def of(cls, config: Any, dtype: str | None = None) -> "ModelShape":
@@ -52,8 +52,8 @@ class ModelShape:
         heads = text.num_attention_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
         name = dtype or str(text.dtype or "bfloat16").removeprefix("torch.")
-        if name not in _DTYPE_BYTES:
-            valid = ", ".join(_DTYPE_BYTES)
+        if name not in DTYPE_BYTES:
+            valid = ", ".join(DTYPE_BYTES)
             raise ValueError(f"dtype is '{name}': valid is one of {valid}")
         return cls(
             num_layers=num_full_attention_layers(text),

@@ -20,9 +20,7 @@ from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.calibrate import MeasuredRun, fit, read_runs
 from pyramid_vllm.tools.simulate.device import Device, load_device
-from pyramid_vllm.tools.simulate.engine import SimulatedEngine
 from pyramid_vllm.tools.simulate.figures import run_figures
-from pyramid_vllm.tools.simulate.run import RunOptions, simulate
 
 POLICY = "pyramid"
 
@@ -72,15 +70,11 @@ def run_bench(bench: Bench, model: str, out: Path, repeats: int) -> Path:
 
 
 def tokens_per_s(runs: list[MeasuredRun], device: Device) -> dict[str, float]:
-    """Predicted, by side: of the first run of each."""
+    """Predicted tokens/s by side, of the side's first run."""
     found: dict[str, float] = {}
     for run in runs:
         if run.side not in found:
-            engine = SimulatedEngine(run.engine, run.policy)
-            # What the scheduler takes on this machine is part of the fitted times.
-            options = RunOptions(cpu_time=False)
-            done = simulate(run.side, engine, device, run.load, options)
-            found[run.side] = run_figures(done)["tokens_per_s"]
+            found[run.side] = run_figures(run.repeated(device))["tokens_per_s"]
     return found
 
 

@@ -32,12 +32,13 @@ from soak_load import (
     send_all,
     sustained_rate,
 )
+from soak_server import Sampler, serve
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import NONE, num_pages
-from pyramid_vllm.tools.bench.server import Sampler, serve
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.figures import Metric, side_table
+from pyramid_vllm.tools.monitor.scrape import ScrapeError
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.sizes import format_bytes
 
@@ -104,12 +105,12 @@ async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures
         client = Client(connection)
         await pages_leaked(connection, url)  # what came before has ended
         _, num_pages = pages(url)
-        with Sampler(url, lambda num_finished: None) as sampler:
+        with Sampler(url) as sampler:
             seconds = await send_all(client, requests, drain_s)
         leaked = await pages_leaked(connection, url)
         try:
             counts = {name: int(n) for name, n in sampler.figures().items()}
-        except OSError:
+        except ScrapeError:
             counts = {}
     return {
         "num_sent": client.num_sent,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from soak_server import as_flags
 
-from pyramid_vllm.tools.bench.server import as_flags
 from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
 
 PROMPT_TOKENS = (64, 400)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_vllm.policy import resolve_policy
+from pyramid_vllm.tools.figures import Figures
 from pyramid_vllm.tools.simulate.device import load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
-from pyramid_vllm.tools.simulate.figures import rounded, run_figures
+from pyramid_vllm.tools.simulate.figures import run_figures
 from pyramid_vllm.tools.simulate.loads import Load, Session, Turn, named_load
 from pyramid_vllm.tools.simulate.model import load_model
-from pyramid_vllm.tools.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.simulate.run import Simulation
 
 FILE = Path(__file__).with_name("simulated.json")
 
@@ -42,6 +43,16 @@ def loads() -> dict[str, Load]:
     }
 
 
+def rounded(figures: Figures) -> dict[str, Any]:
+    """Figures without the times of this machine, to nine significant digits: what is
+    the same wherever the same versions run."""
+    return {
+        key: value if isinstance(value, int) else float(f"{value:.9g}")
+        for key, value in figures.items()
+        if key not in ("cpu_ms_per_step", "wall_s")
+    }
+
+
 def figures() -> dict[str, Any]:
     """By load and policy."""
     model = load_model("Llama-3-8B", None, 1)
@@ -53,14 +64,16 @@ def figures() -> dict[str, Any]:
         max_num_batched_tokens=2048,
         block_size=32,
     )
-    device, options = load_device("h100"), RunOptions(cpu_time=False)
+    device = load_device("h100")
     engines = {
         side: SimulatedEngine(settings, resolve_policy(side))
         for side in ("none", "pyramid")
     }
     return {
         name: {
-            side: rounded(run_figures(simulate(side, engine, device, load, options)))
+            side: rounded(
+                run_figures(Simulation(side, engine, device, load, False).run())
+            )
             for side, engine in engines.items()
         }
         for name, load in loads().items()

@@ -12,8 +12,6 @@ from pyramid_vllm.policy import resolve_policy
 from pyramid_vllm.tools.cli import app
 from pyramid_vllm.tools.simulate.calibrate import fit, read_runs
 from pyramid_vllm.tools.simulate.device import Device, load_device
-from pyramid_vllm.tools.simulate.engine import SimulatedEngine
-from pyramid_vllm.tools.simulate.run import RunOptions, simulate
 
 MODEL = "SmolLM2-135M"
 CPU = load_device("cpu")
@@ -34,7 +32,6 @@ def results(folder: Path, **changes: Any) -> Path:
         "finish_s": [2.0] * len(LENGTHS),
     }
     settings = {
-        "workload": "offline",
         "dtype": None,
         "shared_prefix": 0,
         "num_prefixes": 1,
@@ -61,9 +58,7 @@ def measure(folder: Path, device: Device) -> None:
     for run, of_run in zip(
         content["runs"], read_runs(folder, MODEL, device), strict=True
     ):
-        engine = SimulatedEngine(of_run.engine, of_run.policy)
-        options = RunOptions(cpu_time=False)
-        done = simulate(run["side"], engine, device, of_run.load, options)
+        done = of_run.repeated(device)
         requests = [done.requests[f"{i}.0"] for i in range(len(LENGTHS))]
         run["raw"]["first_token_s"] = [request.first_token for request in requests]
         run["raw"]["finish_s"] = [request.finish for request in requests]
@@ -79,10 +74,9 @@ def test_a_fit_finds_the_times_of_another_device(tmp_path: Path) -> None:
     assert fitted.efficiency.flops == pytest.approx(TRUE["flops"], rel=0.3)
     # The same load on a device that nothing was fitted to is far off.
     run = runs[0]
-    engine = SimulatedEngine(run.engine, run.policy)
     ends = []
     for device in (fitted, CPU.changed({"flops": 0.9})):
-        done = simulate("none", engine, device, run.load, RunOptions(cpu_time=False))
+        done = run.repeated(device)
         ends.append(max(request.finish for request in done.requests.values()))
     measured = max(run.finish_s)
     assert abs(np.log(ends[0] / measured)) < 0.05
@@ -99,16 +93,7 @@ def test_the_command_prints_a_device_files_efficiencies(tmp_path: Path) -> None:
     assert "flops:" in result.output
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"workload": "online"}, "valid is 'offline'"),
-        ({"turns": 3}, "turns=3: valid is 1"),
-    ],
-)
-def test_runs_that_cannot_be_repeated_are_refused(
-    tmp_path: Path, changes: dict[str, Any], says: str
-) -> None:
-    folder = results(tmp_path / "bench", **changes)
-    with pytest.raises(ValueError, match=says):
+def test_runs_that_cannot_be_repeated_are_refused(tmp_path: Path) -> None:
+    folder = results(tmp_path / "bench", turns=3)
+    with pytest.raises(ValueError, match="turns=3: valid is 1"):
         read_runs(folder, MODEL, CPU)

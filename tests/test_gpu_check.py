@@ -349,12 +349,12 @@ def test_the_benchmark_takes_our_options(tmp_path: Path, shape: bench.Shape) -> 
 
     shape.write_config(tmp_path)
     settings = bench.settings(shape, tmp_path, Options())
-    assert settings.engine == {"load_format": "dummy"}
+    assert settings.engine_args == {"load_format": "dummy"}
     workload = make_workload(settings)
+    points = workload.points()
     fits = [
-        workload.stock_fits(point.kv_bytes, settings.num_prompts)
-        for point in workload.points
+        workload.stock_fits(point.kv_bytes, settings.num_prompts) for point in points
     ]
     assert fits == [False, True]
-    most = max(point.kv_bytes for point in workload.points)
+    most = max(point.kv_bytes for point in points)
     assert most < 0.6 * max(shape.least_gib, 1) * 2**30

@@ -52,11 +52,11 @@ def side_table(
     ratio: Callable[[str, str], str] | None = None,
     **settings: Any,
 ) -> Table:
-    """A row for each metric that any side has, a column for each side.
+    """A row for each metric, a column for each side.
 
     Args:
         metrics: the rows.
-        sides: figures by side.
+        sides: figures by side; a dash is shown for None.
         ratio: of a side and a metric's key, to stock vLLM; None: not shown.
         settings: of the table.
     """
@@ -66,14 +66,10 @@ def side_table(
         if ratio and name != NONE:
             table.add_column("to stock", justify="right")
     for metric in metrics:
-        if not any(metric.key in side for side in sides.values()):
-            continue
         cells = []
         for name, side in sides.items():
-            value = side.get(metric.key)
-            shown = (
-                None if value is None else f"{value * metric.factor:{metric.format}}"
-            )
+            value = side[metric.key]
+            shown = value is not None and f"{value * metric.factor:{metric.format}}"
             cells.append(shown or "-")
             if ratio and name != NONE:
                 cells.append(ratio(name, metric.key))

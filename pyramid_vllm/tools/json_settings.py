@@ -1,9 +1,10 @@
 """Settings that are given as JSON, and what is wrong with them."""
 
-import json
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+
+_OBJECT = TypeAdapter(dict[str, Any])
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any]:
@@ -12,21 +13,19 @@ def json_object(option: str, text: str | None) -> dict[str, Any]:
     Raises:
         ValueError: not a JSON object.
     """
-    if text is None:
-        return {}
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
+        return {} if text is None else _OBJECT.validate_json(text)
+    except ValidationError as error:
         raise ValueError(
-            f"{option} is '{text}', which is not JSON: {error}; "
-            "valid is a JSON object of settings"
+            f"{option}: {explained(error)}; valid is a JSON object of settings"
         ) from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{option} is '{text}': valid is a JSON object of settings")
-    return found
 
 
-def first_problem(error: ValidationError) -> tuple[str, Any, str]:
+def explained(error: ValidationError) -> str:
     """The setting that pydantic refuses first, its value, and why."""
     problem = error.errors()[0]
-    return ".".join(map(str, problem["loc"])), problem["input"], problem["msg"]
+    name = ".".join(map(str, problem["loc"])) or "it"
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, Exception):
+        return str(cause)
+    return f"{name} is {problem['input']!r}: {problem['msg']}"

@@ -6,8 +6,8 @@ Importing transformers takes seconds; the arithmetic on a configuration takes no
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from pyramid_vllm.policy.presets import config_dir
 from pyramid_vllm.policy.profiles import IDENTITY
@@ -26,37 +26,12 @@ _NESTED = (
 )
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _DTYPES = (None, "float32", "float16", "bfloat16")
-
-
-class _ModelType(NamedTuple):
-    """How transformers' class of a model type completes a file."""
-
-    needs: tuple[str, ...] = ()
-    """Settings whose default follows a rule of the class: the file must hold them."""
-    excludes: tuple[str, ...] = ()
-    """Settings that the class does not have, or that choose another class."""
-    defaults: Mapping[str, Any] = MappingProxyType({})
-    """Constants that the class fills in."""
-
-
-_PLAIN = _ModelType(excludes=("layer_types",))
-_EACH_LAYER = _ModelType(needs=("head_dim", "layer_types"))
-_NO_WINDOW = {"use_sliding_window": False}
-
-#: The model types that are read from the file; transformers reads all others.
-_MODEL_TYPES: Mapping[str, _ModelType] = {
-    "gemma2": _EACH_LAYER,
-    "gemma3_text": _EACH_LAYER,
-    "gpt_oss": _EACH_LAYER,
-    "llama": _PLAIN,
-    "mistral": _PLAIN._replace(defaults={"sliding_window": 4096}),
-    "mixtral": _PLAIN,
-    "phi3": _PLAIN,
-    "qwen2": _ModelType(defaults=_NO_WINDOW),
-    "qwen3": _ModelType(needs=("head_dim",), defaults=_NO_WINDOW),
-    "qwen3_moe": _PLAIN._replace(defaults=_NO_WINDOW),
-    "smollm3": _ModelType(defaults=_NO_WINDOW),
-}
+#: The model types that are read from the file: whose class of transformers has no
+#: layers but those of ``layer_types``, or whose layers are all alike.
+_TYPED = ("gpt_oss", "qwen2", "qwen3", "smollm3")
+_ALIKE = ("llama", "mistral", "mixtral", "qwen3_moe")
+#: Those with a default of ``head_dim`` that is not ``hidden_size`` over heads.
+_OWN_HEAD_DIM = ("gpt_oss", "qwen3")
 
 
 class FileConfig(SimpleNamespace):
@@ -99,14 +74,11 @@ def read_config(model: str) -> Any:
     if not file.is_file():
         file = shape / _FILE if shape else _hub_file(model)
     settings = _read(file)
-    known = _MODEL_TYPES.get(str(settings.get("model_type")))
-    if known is not None:
-        settings = {**known.defaults, **settings}
-        # ``torch_dtype`` is the old name of ``dtype``.
-        if settings.get("dtype") is None:
-            settings["dtype"] = settings.get("torch_dtype")
-        if _says_it_all(settings, known):
-            return FileConfig(**settings)
+    # ``torch_dtype`` is the old name of ``dtype``.
+    if settings.get("dtype") is None:
+        settings["dtype"] = settings.get("torch_dtype")
+    if _says_it_all(settings):
+        return FileConfig(**settings)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(file.parent))
@@ -144,26 +116,33 @@ def _read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _says_it_all(settings: Mapping[str, Any], known: _ModelType) -> bool:
+def _says_it_all(settings: Mapping[str, Any]) -> bool:
     """Whether transformers' class would change no setting that is read here."""
-    head_dim, layers = settings.get("head_dim"), settings.get("layer_types")
-    if layers is None:
-        has_plain_layers = settings.get("use_sliding_window", False) is False
-    else:
-        has_plain_layers = (
-            isinstance(layers, list)
-            and len(layers) == settings.get("num_hidden_layers")
-            and all(layer in _LAYER_TYPES for layer in layers)
-        )
+    kind, head_dim = settings.get("model_type"), settings.get("head_dim")
     return (
-        all(_is_count(settings.get(name)) for name in _INTEGERS)
-        and all(settings.get(name) is not None for name in known.needs)
-        and not any(name in settings for name in (*_NESTED, *known.excludes))
-        and (head_dim is None or _is_count(head_dim))
+        kind in (*_TYPED, *_ALIKE)
+        and all(_is_count(settings.get(name)) for name in _INTEGERS)
+        and not any(name in settings for name in _NESTED)
+        and (_is_count(head_dim) or (head_dim is None and kind not in _OWN_HEAD_DIM))
         and settings["hidden_size"] % settings["num_attention_heads"] == 0
         and settings["dtype"] in _DTYPES
-        and has_plain_layers
+        and _has_known_layers(settings)
     )
+
+
+def _has_known_layers(settings: Mapping[str, Any]) -> bool:
+    """Whether the file lists its layers' kinds, or rules sliding windows out."""
+    layers, kind = settings.get("layer_types"), settings["model_type"]
+    if layers is not None or kind == "gpt_oss":
+        return (
+            kind in _TYPED
+            and isinstance(layers, list)
+            and len(layers) == settings["num_hidden_layers"]
+            and all(layer in _LAYER_TYPES for layer in layers)
+        )
+    # Without the setting, a class may have a window of its own.
+    window = None if kind == "llama" else settings.get("sliding_window", "its own")
+    return window is None or settings.get("use_sliding_window") is False
 
 
 def _is_count(value: Any) -> bool:

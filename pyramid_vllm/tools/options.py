@@ -9,7 +9,7 @@ import typer
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 from rich.console import Console
 
-from pyramid_vllm.tools.json_settings import first_problem, json_object
+from pyramid_vllm.tools.json_settings import explained, json_object
 from pyramid_vllm.tools.sizes import parse_bytes
 
 _errors = Console(stderr=True)
@@ -44,7 +44,7 @@ MODEL_NAME = "Folder or hub name; default: the bundled one."
 POLICY = "A preset, a YAML file or inline JSON."
 POLICIES = (
     "A preset, a YAML file or inline JSON; repeat it to compare more. Stock vLLM is "
-    "always there. Default: pyramid."
+    "always there."
 )
 OVERRIDES = "Settings that replace it, as JSON."
 POLICY_OVERRIDES = "Settings that replace the policy's, as JSON."
@@ -75,7 +75,7 @@ EngineArgs = Annotated[
 ]
 
 
-def fail(error: Exception, status: int = 2) -> NoReturn:
+def fail(error: Exception | str, status: int = 2) -> NoReturn:
     """Print the error and end the command."""
     _errors.print(f"error: {error}", style="red", highlight=False, markup=False)
     raise typer.Exit(status)
@@ -87,6 +87,8 @@ def or_fail(action: Callable[[], _Result]) -> _Result:
         return action()
     except typer.Exit:  # a RuntimeError
         raise
+    except ValidationError as error:
+        fail(explained(error))
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
 
@@ -102,7 +104,7 @@ def command(settings: type[Any], run: Callable[[Any], None]) -> Callable[..., No
     """
 
     def action(**options: Any) -> None:
-        or_fail(lambda: run(_made(settings, options)))
+        or_fail(lambda: run(settings(**options)))
 
     types = inspect.get_annotations(settings, eval_str=True)
     parameters = [
@@ -131,13 +133,3 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind, field.metadata["option"]],
     )
-
-
-def _made(settings: type[Any], options: dict[str, Any]) -> Any:
-    """The settings; ValueError names the option that is not valid."""
-    try:
-        return settings(**options)
-    except ValidationError as error:
-        cause = error.errors()[0].get("ctx", {}).get("error")
-        name, value, why = first_problem(error)
-        raise ValueError(str(cause or f"{name} is {value!r}: {why}")) from None

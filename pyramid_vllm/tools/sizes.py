@@ -3,11 +3,11 @@
 import math
 import re
 
-_BYTES = {"": 1.0, "b": 1.0, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+BYTES = {"": 1.0, "b": 1.0, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _SECONDS = {"ms": 1e-3, "s": 1.0}
 
 
-def _quantity(text: str, units: dict[str, float]) -> float:
+def quantity(text: str, units: dict[str, float]) -> float:
     """A number above 0 with one of the units; 0: the text is none."""
     found = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)\s*([a-z]*)", text.strip().lower())
     try:
@@ -19,7 +19,7 @@ def _quantity(text: str, units: dict[str, float]) -> float:
 
 def parse_bytes(text: str) -> int:
     """``80MiB`` as a number of bytes; ``ValueError`` if the text is no size."""
-    size = int(_quantity(text, _BYTES))
+    size = int(quantity(text, BYTES))
     if not size:
         raise ValueError(
             f"memory is '{text}': valid are bytes, or a number with KiB, MiB or GiB"
@@ -29,7 +29,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_seconds(option: str, text: str) -> float:
     """``50ms`` or ``2s`` in seconds; ``ValueError`` if it is neither."""
-    seconds = _quantity(text, _SECONDS)
+    seconds = quantity(text, _SECONDS)
     if not seconds:
         raise ValueError(f"{option} is '{text}': valid are times like 50ms or 2s")
     return seconds

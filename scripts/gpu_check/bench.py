@@ -65,8 +65,9 @@ TINY = Shape("tiny", _TINY, 0, "float32", 4, 256, 8, ("2x", "6x"), 1)
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Stock vLLM and the policy in turns, where memory binds and where not."""
-    need("torch", "vllm", "transformers", "matplotlib")
+    """Run stock vLLM and the policy in turns, where memory binds and where it does
+    not."""
+    need("torch", "vllm", "transformers")
     shape = TINY if options.on_cpu else _shape_that_fits()
     if shape is SMALL:
         why = f"less than {LARGE.least_gib} GiB: {SMALL.name} in place of {LARGE.name}"
@@ -105,12 +106,12 @@ def settings(shape: Shape, folder: Path, options: Options) -> BenchSettings:
         num_prompts=shape.num_prompts,
         prompt_tokens=str(shape.prompt_tokens),
         output_tokens=str(shape.output_tokens),
-        kv_memory=list(shape.kv_memory),
+        kv_memory=shape.kv_memory,
         repeats=1 if options.quick else shape.repeats,
         seed=options.seed,
         dtype=shape.dtype,
         max_num_batched_tokens=max(2048, longest),
-        engine_args=json.dumps({"load_format": "dummy"}),
+        engine_args={"load_format": "dummy"},
         out=folder,
     )
 

@@ -1,4 +1,4 @@
-"""Figures of runs, the same for both workloads, and what repeats make of them."""
+"""Figures of runs, and what repeats make of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +16,6 @@ from pyramid_vllm.tools.figures import (
     latencies,
 )
 
-#: Counts in a server's log, which is written only every few seconds.
-LOGGED_COMPACTIONS = "num_compactions_logged"
-LOGGED_PAGES = "num_pages_freed_logged"
 LATENCIES = {
     "ttft": "time to first token",
     "tpot": "time per output token",
@@ -42,15 +39,13 @@ METRICS = (
     Metric(HIT_RATE, "prompt tokens from the prefix cache", ".1%"),
     Metric("num_compactions", "compactions"),
     Metric("num_pages_freed", "pages freed by eviction"),
-    Metric(LOGGED_COMPACTIONS, "compactions, at least"),
-    Metric(LOGGED_PAGES, "pages freed by eviction, at least"),
 )
 
 #: Spread of each figure over repeats, and of its ratio to stock.
 Summary = dict[str, dict[str, Any]]
 
 
-def offline_figures(task: MeasureTask, measured: Measured) -> Figures:
+def batch_figures(task: MeasureTask, measured: Measured) -> Figures:
     """Figures of a batch."""
     first, finish = np.array(measured.first_token_s), np.array(measured.finish_s)
     outputs = np.array(task.output_lengths)
@@ -65,46 +60,14 @@ def offline_figures(task: MeasureTask, measured: Measured) -> Figures:
     }
 
 
-def online_figures(result: dict[str, Any], server: Figures) -> Figures:
-    """Figures of a load.
-
-    Args:
-        result: what vLLM's client found.
-        server: the server's own figures.
-
-    Raises:
-        RuntimeError: not every request was answered, or a figure is missing.
-    """
-    if result.get("failed", 0) or result["completed"] != result["num_prompts"]:
-        errors = sorted({error for error in result.get("errors", []) if error})
-        raise RuntimeError(
-            f"{result['completed']} of {result['num_prompts']} requests were answered: "
-            f"{'; '.join(errors)[:500]}"
-        )
-    figures = {
-        "seconds": result["duration"],
-        "total_tokens_per_s": result["total_token_throughput"],
-        "output_tokens_per_s": result["output_throughput"],
-        "requests_per_s": result["request_throughput"],
-    }
-    for key in LATENCIES:
-        for p in PERCENTILES:
-            name = f"p{p}_{'e2el' if key == 'e2e' else key}_ms"
-            if name not in result:
-                raise RuntimeError(f"vLLM's client reports no {name}")
-            figures[f"{key}_p{p}_s"] = result[name] / 1e3
-    return figures | server
-
-
 def check_activation(name: str, figures: Figures) -> None:
     """Refuse figures of a policy that should have evicted and did nothing.
 
     Raises:
         RuntimeError: these figures would compare stock vLLM with itself.
     """
-    pruned = figures.get("num_rows_scheduled", 0) - figures.get("num_rows_computed", 0)
-    compactions = figures.get("num_compactions") or figures.get(LOGGED_COMPACTIONS)
-    if not compactions and pruned <= 0:
+    pruned = figures["num_rows_scheduled"] - figures["num_rows_computed"]
+    if not figures["num_compactions"] and pruned <= 0:
         raise RuntimeError(
             f"policy '{name}' keeps less than all of these prompts, but neither "
             "compacted nor pruned any: its figures would be stock vLLM's"
@@ -121,16 +84,9 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def ratios(ours: Sequence[float], stock: Sequence[float]) -> dict[str, Any] | None:
-    """Spread of the ratios within each repeat; None where stock has zeros, or is
-    without the figure."""
-    if len(ours) != len(stock) or not all(stock):
-        return None
-    return spread([a / b for a, b in zip(ours, stock, strict=True)])
-
-
 def summarize(sides: Mapping[str, Sequence[Figures]]) -> dict[str, Summary]:
-    """Of every side and figure: its spread, and that of its ratio to stock.
+    """Of every side and figure: its spread, and that of its ratios to stock within
+    each repeat; None where stock has zeros.
 
     Args:
         sides: by side, stock vLLM among them, the figures of each repeat.
@@ -140,8 +96,11 @@ def summarize(sides: Mapping[str, Sequence[Figures]]) -> dict[str, Summary]:
         summary[name] = {}
         for key in runs[0]:
             ours = [run[key] for run in runs]
-            theirs = [run[key] for run in sides[NONE] if key in run]
-            summary[name][key] = spread(ours) | {"ratio": ratios(ours, theirs)}
+            stock = [run[key] for run in sides[NONE]]
+            ratio = None
+            if all(stock):
+                ratio = spread([a / b for a, b in zip(ours, stock, strict=True)])
+            summary[name][key] = spread(ours) | {"ratio": ratio}
     return summary
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from pyramid_vllm.tools.bench.requests import Turn, prompt_lengths
+from pyramid_vllm.tools.bench.requests import Requests, Turn
 from pyramid_vllm.tools.bench.watch import Measured, Watch
 from pyramid_vllm.tools.engine_process import run_job
 
@@ -27,7 +27,7 @@ class MeasureTask:
     @property
     def prompt_lengths(self) -> list[int]:
         """Prompt tokens of each request, with those of its conversation before it."""
-        return prompt_lengths(self.turns, self.output_lengths)
+        return Requests(self.turns, self.output_lengths, "").prompt_lengths
 
 
 def measure(task: MeasureTask, advance: Callable[[int], None]) -> Measured:
@@ -166,14 +166,15 @@ def run_batch(
             batch.take(news, seconds)
             watch.step()
             progress(len(batch.outputs))
-    result = watch.result()
-    result.outputs = [batch.outputs[number] for number in sorted(batch.sent)]
-    result.first_token_s = batch.since_sent(batch.first)
-    result.finish_s = batch.since_sent(batch.last)
     num_prompt_tokens = sum(task.prompt_lengths)
-    result.prefix_caching = bool(engine.vllm_config.cache_config.enable_prefix_caching)
-    result.prefix_hit_rate = batch.num_cached / num_prompt_tokens
-    result.seconds = seconds
-    tokens = num_prompt_tokens + sum(map(len, result.outputs))
-    result.total_tokens_per_s = tokens / seconds
-    return result
+    outputs = [batch.outputs[number] for number in sorted(batch.sent)]
+    return Measured(
+        **watch.counts(),
+        seconds=seconds,
+        total_tokens_per_s=(num_prompt_tokens + sum(map(len, outputs))) / seconds,
+        prefix_caching=bool(engine.vllm_config.cache_config.enable_prefix_caching),
+        prefix_hit_rate=batch.num_cached / num_prompt_tokens,
+        first_token_s=batch.since_sent(batch.first),
+        finish_s=batch.since_sent(batch.last),
+        outputs=outputs,
+    )

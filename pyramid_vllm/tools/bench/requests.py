@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyramid_vllm.tools.bench.ranges import TokenRange
 from pyramid_vllm.tools.bench.settings import BenchSettings
 from pyramid_vllm.tools.quality.texts import python_manual
 
@@ -29,8 +27,15 @@ class Requests:
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
-        """Prompt tokens of every request."""
-        return prompt_lengths(self.turns, self.output_lengths)
+        """Prompt tokens of every request, with all that its conversation had
+        before."""
+        num = len(self.turns[0])
+        lengths: list[int] = []
+        for number, part in enumerate(chain(*self.turns)):
+            last = number - num
+            before = lengths[last] + self.output_lengths[last] if last >= 0 else 0
+            lengths.append(before + len(part))
+        return lengths
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -38,28 +43,6 @@ class Requests:
         num = len(self.turns[0])
         prompts, outputs = self.prompt_lengths[-num:], self.output_lengths[-num:]
         return list(map(int.__add__, prompts, outputs))
-
-
-def prompt_lengths(turns: Sequence[Turn], output_lengths: Sequence[int]) -> list[int]:
-    """Length of every request's prompt, with all that its conversation had before."""
-    num = len(turns[0])
-    lengths: list[int] = []
-    for number, part in enumerate(chain(*turns)):
-        last = number - num
-        before = lengths[last] + output_lengths[last] if last >= 0 else 0
-        lengths.append(before + len(part))
-    return lengths
-
-
-def draw_lengths(
-    num: int, prompt: TokenRange, output: TokenRange, seed: int
-) -> tuple[list[int], list[int]]:
-    """Lengths of prompts and of outputs, uniform in their ranges."""
-    rng = np.random.default_rng(seed)
-    return (
-        rng.integers(prompt.low, prompt.high + 1, num).tolist(),
-        rng.integers(output.low, output.high + 1, num).tolist(),
-    )
 
 
 def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
@@ -72,31 +55,11 @@ def windows(tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     ]
 
 
-def text_prompts(
-    tokenizer: Any, file: Path, lengths: Sequence[int]
-) -> tuple[list[list[int]], str]:
-    """Prompts from a file.
-
-    Raises:
-        ValueError: it does not have as many tokens.
-        OSError: it cannot be read.
-    """
-    if tokenizer is None:
-        raise ValueError(f"--text is {file}: the model's folder has no tokenizer")
-    text = file.read_text(encoding="utf-8")
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if sum(lengths) > len(tokens):
-        raise ValueError(
-            f"--text {file} has {len(tokens)} tokens, the prompts have {sum(lengths)}: "
-            "valid are fewer or shorter prompts, or a longer text"
-        )
-    return windows(tokens, lengths), f"consecutive windows of {file.name}"
-
-
-def synthetic_prompts(
+def draw_prompts(
     tokenizer: Any, vocab_size: int, lengths: Sequence[int], seed: int
 ) -> tuple[list[list[int]], str]:
-    """Prompts from Python's own documentation, then of random tokens."""
+    """Prompts from Python's own documentation, then of random tokens; also what they
+    are made of, in words."""
     prompts: list[list[int]] = []
     allowed = np.arange(vocab_size)
     if tokenizer is not None:
@@ -106,8 +69,6 @@ def synthetic_prompts(
     rng = np.random.default_rng(seed + 1)
     num_real, num = len(prompts), len(lengths)
     prompts += [rng.choice(allowed, length).tolist() for length in lengths[num_real:]]
-    if num_real == num:
-        return prompts, "real text: Python's language reference"
     return prompts, (
         f"{num_real} of real text (Python's language reference), "
         f"{num - num_real} of random token ids"
@@ -115,25 +76,19 @@ def synthetic_prompts(
 
 
 def make_requests(settings: BenchSettings, tokenizer: Any, vocab_size: int) -> Requests:
-    """Draw all turns; the prefixes that prompts share are drawn before them.
-
-    Raises:
-        ValueError: a text is too short for them.
-        OSError: it cannot be read.
-    """
+    """Draw all turns; lengths are uniform in their ranges, and the prefixes that
+    prompts share are drawn before them."""
     num, shared = settings.num_prompts, settings.shared_prefix
-    prompt, output = settings.prompt_range, settings.output_range
-    lengths, outputs = draw_lengths(
-        settings.num_requests, prompt, output, settings.seed
+    rng = np.random.default_rng(settings.seed)
+    own, outputs = (
+        rng.integers(of.low, of.high + 1, settings.num_requests).tolist()
+        for of in (settings.prompt_tokens, settings.output_tokens)
     )
     num_prefixes = settings.num_prefixes if shared else 0
-    lengths = [shared] * num_prefixes + lengths
-    if settings.text is not None:
-        parts, source = text_prompts(tokenizer, settings.text, lengths)
-    else:
-        parts, source = synthetic_prompts(tokenizer, vocab_size, lengths, settings.seed)
-    prefixes, own = parts[:num_prefixes], parts[num_prefixes:]
-    turns = [own[start : start + num] for start in range(0, len(own), num)]
+    lengths = [shared] * num_prefixes + own
+    parts, source = draw_prompts(tokenizer, vocab_size, lengths, settings.seed)
+    prefixes, parts = parts[:num_prefixes], parts[num_prefixes:]
+    turns = [parts[start : start + num] for start in range(0, len(parts), num)]
     if prefixes:
         turns[0] = [
             prefixes[i % num_prefixes] + part for i, part in enumerate(turns[0])

@@ -2,54 +2,54 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+from pyramid_vllm.tools.quality.activity import ActivityWatch
 
-@dataclass
+
+@dataclass(frozen=True)
 class Measured:
     """Counts and times of one side."""
 
-    kv_bytes_per_request: float = 0.0
+    kv_bytes_per_request: float
     """Mean over requests of the KV bytes held in their last step; pages that requests
     share count for each of them."""
-    max_num_running: int = 0
-    mean_num_running: float = 0.0
-    num_preemptions: int = 0
-    num_pages_freed: int = 0
-    num_compactions: int = 0
-    num_rows_scheduled: int = 0
+    max_num_running: int
+    mean_num_running: float
+    num_preemptions: int
+    num_pages_freed: int
+    num_compactions: int
+    num_rows_scheduled: int
     """Rows of the first layer: what stock vLLM would have computed in every layer."""
-    num_rows_computed: float = 0.0
+    num_rows_computed: float
     """Rows that layers computed, mean over layers."""
-    num_prompt_tokens_computed: int = 0
+    num_prompt_tokens_computed: int
     """Prompt tokens of the first layer, also those that preemption computes again."""
-    seconds: float = 0.0
-    total_tokens_per_s: float = 0.0
-    prefix_caching: bool = False
+    seconds: float
+    total_tokens_per_s: float
+    prefix_caching: bool
     """Whether the engine looked for prompts in its prefix cache."""
-    prefix_hit_rate: float = 0.0
+    prefix_hit_rate: float
     """Prompt tokens that were found there, of all prompt tokens."""
-    first_token_s: list[float] = field(default_factory=list)
+    first_token_s: list[float]
     """Seconds from when each request was sent to its first token."""
-    finish_s: list[float] = field(default_factory=list)
+    finish_s: list[float]
     """Seconds from when each request was sent to its last token."""
-    outputs: list[list[int]] = field(default_factory=list)
+    outputs: list[list[int]]
 
 
-class Watch:
+class Watch(ActivityWatch):
     """Follows a scheduler and its worker from step to step, stock or not."""
 
     def __init__(self, core: Any) -> None:
-        from pyramid_vllm.spec import group_page_bytes
-
-        self._core, self._scheduler = core, core.scheduler
-        self._page_bytes = group_page_bytes(core.scheduler.kv_cache_config)
-        self._last_bytes: dict[str, int] = {}
+        super().__init__(core.scheduler)
+        self._core = core
         self._preemptions: dict[str, int] = {}
         self._running: list[int] = []
         self._num_scheduled = self._num_prompt_tokens = 0
-        self._before = self._counts()
+        self._pruned_before = self._pruned_rows()
 
     @contextmanager
     def counting_rows(self) -> Iterator[None]:
@@ -75,35 +75,30 @@ class Watch:
 
     def step(self) -> None:
         """Look at the scheduler between two steps."""
+        super().step()
         self._running.append(len(self._scheduler.running))
         for name, request in self._scheduler.requests.items():
             self._preemptions[name] = request.num_preemptions
-            if request.num_computed_tokens > request.num_prompt_tokens:
-                ids = self._scheduler.kv_cache_manager.get_block_ids(name)
-                self._last_bytes[name] = sum(map(len, ids)) * self._page_bytes
 
-    def _counts(self) -> tuple[int, int, float]:
-        """Compactions, freed pages and pruned rows a layer, since start-up."""
-        counters = getattr(self._scheduler, "kv_counters", None)
-        if counters is None:
-            return 0, 0, 0.0
+    def _pruned_rows(self) -> float:
+        """Of a layer, mean over layers, since start-up."""
+        if not hasattr(self._scheduler, "kv_counters"):
+            return 0.0
         rows = self._core.model_executor.driver_worker.worker.tier_state.counters
-        pruned = rows.num_scheduled - float(rows.num_computed.mean())
-        return counters.num_compactions, counters.num_pages_freed, pruned
+        return float(rows.num_scheduled - rows.num_computed.mean())
 
-    def result(self) -> Measured:
-        """The counts so far."""
-        counts = zip(self._counts(), self._before, strict=True)
-        compactions, freed, pruned = (now - before for now, before in counts)
-        held = self._last_bytes.values()
-        return Measured(
-            kv_bytes_per_request=sum(held) / max(1, len(held)),
-            max_num_running=max(self._running, default=0),
-            mean_num_running=sum(self._running) / max(1, len(self._running)),
-            num_preemptions=sum(self._preemptions.values()),
-            num_pages_freed=int(freed),
-            num_compactions=int(compactions),
-            num_rows_scheduled=self._num_scheduled,
-            num_rows_computed=self._num_scheduled - pruned,
-            num_prompt_tokens_computed=self._num_prompt_tokens,
-        )
+    def counts(self) -> dict[str, Any]:
+        """The counts so far, as ``Measured`` has them."""
+        activity = self.result()
+        return {
+            "kv_bytes_per_request": activity.kv_bytes_per_request,
+            "max_num_running": max(self._running),
+            "mean_num_running": fmean(self._running),
+            "num_preemptions": sum(self._preemptions.values()),
+            "num_pages_freed": activity.num_pages_freed,
+            "num_compactions": activity.num_compactions,
+            "num_rows_scheduled": self._num_scheduled,
+            "num_rows_computed": self._num_scheduled
+            - (self._pruned_rows() - self._pruned_before),
+            "num_prompt_tokens_computed": self._num_prompt_tokens,
+        }

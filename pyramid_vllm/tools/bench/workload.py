@@ -1,46 +1,65 @@
 """Points of the sweep: memory, checked against the longest request."""
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pyramid_vllm.model_shape import ModelShape
 from pyramid_vllm.policy import LengthRule, MemoryModel, num_pages, tier_layout
 from pyramid_vllm.tools.bench.requests import Requests, make_requests
 from pyramid_vllm.tools.bench.settings import BenchSettings
-from pyramid_vllm.tools.sides import Side, should_evict
-from pyramid_vllm.tools.sizes import format_bytes
+from pyramid_vllm.tools.sides import Side
+from pyramid_vllm.tools.sizes import BYTES, format_bytes, quantity
 
-DEFAULT_BLOCK_SIZE = 32
+_BLOCK_SIZE = 32
+
+
+def memory_bytes(text: str, sequence_pages: int, page_bytes: int) -> int:
+    """Bytes of ``80MiB``, or of ``4x``: stock sequences of the longest request.
+
+    Args:
+        text: a value of ``--kv-memory``.
+        sequence_pages: pages of the longest request in stock vLLM.
+        page_bytes: bytes of such a page.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if num_bytes := int(quantity(text, BYTES)):
+        return num_bytes
+    num_sequences = quantity(text, {"x": 1.0})
+    if not num_sequences:
+        raise ValueError(
+            f"--kv-memory is '{text}': valid are bytes, a number with KiB, MiB or GiB, "
+            "or stock sequences of the longest request like 4x"
+        )
+    pages = math.ceil(num_sequences * sequence_pages) + 1  # the null page
+    return pages * page_bytes
 
 
 @dataclass(frozen=True)
 class Point:
-    """Memory and rate at which all sides are compared."""
+    """Memory at which all sides are compared."""
 
     label: str
-    kv_bytes: int
-    request_rate: float | None
-    """Requests a second; None: all at once."""
-    kv_memory: str = ""
     """The value of ``--kv-memory``."""
+    kv_bytes: int
 
 
 @dataclass(frozen=True)
 class Workload:
     """All that the sides share."""
 
+    settings: BenchSettings
     requests: Requests
     shape: ModelShape
-    dtype: str
-    is_cpu: bool
-    has_tokenizer: bool
-    block_size: int
-    points: tuple[Point, ...] = ()
+    engine_args: dict[str, Any]
+    """Settings of ``LLM``, but for memory and policy."""
 
     @property
-    def max_model_len(self) -> int:
-        """Tokens of the longest request."""
-        return max(self.requests.lengths)
+    def block_size(self) -> int:
+        """Tokens of a page."""
+        return int(self.engine_args["block_size"])
 
     @property
     def page_bytes(self) -> int:
@@ -58,45 +77,40 @@ class Workload:
             return None
         return LengthRule(side.policy, tier_layout(side.policy, self.shape.num_layers))
 
-    def should_evict(self, side: Side) -> bool:
-        """Whether the policy keeps less than all of any prompt."""
-        return should_evict(self.rule(side), self.requests.prompt_lengths)
+    def points(self) -> list[Point]:
+        """The points of the sweep, by memory.
 
-    def check_fits(self, side: Side, chunk: int, kv_bytes: int, label: str) -> None:
-        """Refuse memory that cannot hold a prompt as long as the longest request,
-        which is the bound that the engine has."""
-        longest, rule = self.max_model_len, self.rule(side)
+        Raises:
+            ValueError: memory cannot hold a prompt as long as the longest request,
+                which is the bound that the engine has.
+        """
+        (sequence,) = num_pages((max(self.requests.lengths),), self.block_size)
+        labels = {
+            memory_bytes(label, sequence, self.page_bytes): label
+            for label in self.settings.kv_memory
+        }
+        points = [Point(label, num_bytes) for num_bytes, label in labels.items()]
+        for point in points:
+            for side in self.settings.sides:
+                self._check_fits(side, point)
+        return sorted(points, key=lambda point: point.kv_bytes)
+
+    def _check_fits(self, side: Side, point: Point) -> None:
+        longest, rule = max(self.requests.lengths), self.rule(side)
         (pages,), page_bytes = num_pages((longest,), self.block_size), self.page_bytes
         if rule is not None:
             layer_bytes = self.block_size * self.shape.token_bytes
             memory = MemoryModel(rule, self.block_size, layer_bytes)
+            chunk = self.settings.max_num_batched_tokens
             pages = memory.pages(rule.peak_lengths(longest, longest, chunk))
             page_bytes = memory.page_bytes
         needed = (pages + 1) * page_bytes  # the null page
-        if kv_bytes < needed:
+        if point.kv_bytes < needed:
             raise ValueError(
-                f"--kv-memory is {label}, {format_bytes(kv_bytes)}: a request of "
-                f"{longest} tokens needs {format_bytes(needed)} with policy "
+                f"--kv-memory is {point.label}, {format_bytes(point.kv_bytes)}: a "
+                f"request of {longest} tokens needs {format_bytes(needed)} with policy "
                 f"'{side.name}'; valid is that or more"
             )
-
-
-def engine_args(
-    settings: BenchSettings, workload: Workload, point: Point, side: Side
-) -> dict[str, Any]:
-    """Settings of a side's engine."""
-    return {
-        "dtype": workload.dtype,
-        "seed": settings.seed,
-        "kv_cache_memory_bytes": point.kv_bytes,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "block_size": workload.block_size,
-        "max_model_len": workload.max_model_len,
-        "enforce_eager": workload.is_cpu,
-        **settings.engine,
-        "kv_policy": side.policy_json,
-    }
 
 
 def make_workload(settings: BenchSettings) -> Workload:
@@ -104,14 +118,13 @@ def make_workload(settings: BenchSettings) -> Workload:
 
     Raises:
         ValueError: an option is not valid; names it, its value and what is.
-        OSError: the model's configuration or the text cannot be read.
+        OSError: the model's configuration cannot be read.
     """
     from transformers import AutoConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    settings.check()
-    unknown = settings.engine.keys() - {field.name for field in fields(EngineArgs)}
+    unknown = settings.engine_args.keys() - {field.name for field in fields(EngineArgs)}
     for key in sorted(unknown):
         raise ValueError(f"--engine-args has '{key}': valid are vLLM's settings")
     is_cpu = bool(current_platform.is_cpu())
@@ -126,36 +139,18 @@ def make_workload(settings: BenchSettings) -> Workload:
             f"the longest request has {longest} tokens: valid for this model is up to "
             f"{shape.max_position}"
         )
-    if settings.is_online and tokenizer is None:
-        raise ValueError("--workload online needs a tokenizer in the model's folder")
-    workload = Workload(
-        requests=requests,
-        shape=shape,
-        dtype=dtype,
-        is_cpu=is_cpu,
-        has_tokenizer=tokenizer is not None,
-        block_size=int(settings.engine.get("block_size") or DEFAULT_BLOCK_SIZE),
-    )
-    return replace(workload, points=_points(settings, workload))
-
-
-def _points(settings: BenchSettings, workload: Workload) -> tuple[Point, ...]:
-    (sequence,) = num_pages((workload.max_model_len,), workload.block_size)
-    points: dict[tuple[float, int], Point] = {}
-    for memory in settings.memories:
-        kv_bytes = memory.resolve(sequence, workload.page_bytes)
-        for side in settings.sides:
-            chunk = settings.max_num_batched_tokens
-            workload.check_fits(side, chunk, kv_bytes, memory.label)
-        for rate in settings.request_rate or (None,):
-            at_rate = "" if rate is None else f", {rate:g} requests/s"
-            label = f"{memory.label}{at_rate}"
-            if ((rate or 0.0), kv_bytes) in points:
-                labels = ", ".join(memory.label for memory in settings.memories)
-                raise ValueError(f"points are given twice; --kv-memory is {labels}")
-            point = Point(label, kv_bytes, rate, memory.label)
-            points[(rate or 0.0), kv_bytes] = point
-    return tuple(points[key] for key in sorted(points))
+    engine_args = {
+        "dtype": dtype,
+        "seed": settings.seed,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "block_size": _BLOCK_SIZE,
+        "max_model_len": longest,
+        "enforce_eager": is_cpu,
+        "skip_tokenizer_init": tokenizer is None,
+        **settings.engine_args,
+    }
+    return Workload(settings, requests, shape, engine_args)
 
 
 def _tokenizer(model: str) -> Any:

@@ -39,8 +39,6 @@ def _add(name: str, settings: type[Any], function: str, has_model: bool = True) 
         if has_model and given.model is None:
             from pyramid_vllm.tools.cli.model import make_model
 
-            if isinstance(given, BenchSettings):
-                given.check()  # before a model is made
             given = replace(given, model=str(make_model()))
         module, _, called = function.partition(":")
         getattr(import_module(f"pyramid_vllm.tools.{module}"), called)(given)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from pyramid_vllm.policy import NONE, PolicyConfig, resolve_policy
-from pyramid_vllm.tools.simulate.clock import step_seconds
+from pyramid_vllm.policy import NONE, resolve_policy
+from pyramid_vllm.tools.simulate.clock import StepWork, step_seconds
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine
 from pyramid_vllm.tools.simulate.loads import Load, Piece, Session, Turn
 from pyramid_vllm.tools.simulate.model import ModelWork, load_model
-from pyramid_vllm.tools.simulate.run import RunOptions, simulate
+from pyramid_vllm.tools.simulate.run import Simulation
 
 Floats = npt.NDArray[np.float64]
 
@@ -41,7 +41,6 @@ _STARTS = {
     "sequence_us": 300.0,
     "compaction_us": 100.0,
 }
-_SHARES = ("bandwidth", "flops", "attention_flops", "score_flops", "move_bandwidth")
 #: Weight of a setting's distance from its start, relative to one measured time: a
 #: setting that the runs do not depend on stays at its start.
 _PRIOR = 0.05
@@ -52,11 +51,16 @@ class MeasuredRun:
     """One run of a bench, and what the simulation needs to repeat it."""
 
     side: str
-    policy: PolicyConfig | None
-    engine: EngineSettings
+    engine: SimulatedEngine
     load: Load
-    first_token_s: tuple[float, ...]
-    finish_s: tuple[float, ...]
+    first_token_s: list[float]
+    finish_s: list[float]
+
+    def repeated(self, device: Device, keep_works: bool = False) -> Simulation:
+        """Simulate it on a device. What the scheduler takes on this machine is part of
+        the measured times, so it does not count."""
+        timing = False, False, keep_works
+        return Simulation(self.side, self.engine, device, self.load, *timing).run()
 
 
 def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
@@ -64,15 +68,14 @@ def read_runs(folder: Path, model: str, device: Device) -> list[MeasuredRun]:
     repeated."""
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     settings = content["settings"]
-    for key, valid in (("workload", "offline"), ("turns", 1)):
-        found = settings.get(key, valid)
-        if found != valid:
-            raise ValueError(
-                f"--calibrate {folder} was run with {key}={found!r}: valid is "
-                f"{valid!r}, where every request is there from the start"
-            )
+    if settings["turns"] != 1:
+        raise ValueError(
+            f"--calibrate {folder} was run with turns={settings['turns']}: valid is 1, "
+            "where every request is there from the start"
+        )
     dtype = settings["dtype"] or ("float32" if device.name == "cpu" else None)
     work = load_model(model, dtype, 1)
+    device.check_dtype(work.dtype)
     return [_measured(run, settings, work, device) for run in content["runs"]]
 
 
@@ -89,40 +92,38 @@ def _measured(
         if shared:
             pieces = ((index % num_prefixes, shared), *pieces)
         sessions.append(Session((Turn(pieces, outputs),)))
-    policy = settings["sides"][run["side"]]
+    policy = resolve_policy(settings["sides"][run["side"]])
+    engine = EngineSettings(
+        model=work,
+        kv_bytes=run["point"]["kv_bytes"],
+        max_model_len=max(map(sum, lengths)),
+        max_num_seqs=settings["max_num_seqs"],
+        max_num_batched_tokens=settings["max_num_batched_tokens"],
+        block_size=args.get("block_size") or device.block_size,
+        prefix_caching=args.get("enable_prefix_caching", True),
+        async_scheduling=device.async_scheduling,
+    )
     return MeasuredRun(
         side=run["side"],
-        policy=None if policy is None else resolve_policy(policy),
-        engine=EngineSettings(
-            model=work,
-            kv_bytes=run["point"]["kv_bytes"],
-            max_model_len=max(map(sum, lengths)),
-            max_num_seqs=settings["max_num_seqs"],
-            max_num_batched_tokens=settings["max_num_batched_tokens"],
-            block_size=args.get("block_size") or device.block_size,
-            prefix_caching=args.get("enable_prefix_caching", True),
-            async_scheduling=device.async_scheduling,
-        ),
+        engine=SimulatedEngine(engine, policy),
         load=Load("measured", tuple(sessions)),
-        first_token_s=tuple(raw["first_token_s"]),
-        finish_s=tuple(raw["finish_s"]),
+        first_token_s=raw["first_token_s"],
+        finish_s=raw["finish_s"],
     )
 
 
 def _errors_of(run: MeasuredRun, device: Device) -> Callable[[Device], Floats]:
     """Simulate a run; the logarithms of predicted over measured times of first and of
     last tokens, as a function of the efficiencies."""
-    engine = SimulatedEngine(run.engine, run.policy)
-    options = RunOptions(cpu_time=False, keep_works=True)
-    done = simulate(run.side, engine, device, run.load, options)
-    works = np.array([work.values() for work in done.works])
+    done = run.repeated(device, keep_works=True)
+    works = StepWork(*np.array([astuple(work) for work in done.works]).T)
     records = [done.requests[f"{index}.0"] for index in range(len(run.finish_s))]
     times = [*(r.first_token for r in records), *(r.finish for r in records)]
     steps = np.searchsorted([step.end for step in done.steps], times)
     measured = np.array([*run.first_token_s, *run.finish_s])
 
     def errors(device: Device) -> Floats:
-        ends = np.cumsum(step_seconds(works, run.engine.model, device))
+        ends = np.cumsum(step_seconds(works, run.engine.settings.model, device))
         found: Floats = np.log(ends[steps] / measured)
         return found
 
@@ -151,7 +152,8 @@ def fit(runs: list[MeasuredRun], device: Device) -> tuple[Device, float]:
         errors = [of_run(changed) for of_run in errors_of]
         return np.concatenate([*errors, _PRIOR * (values - start)])
 
-    upper = [0.0 if name in _SHARES else np.inf for name in names]
+    # Times, in ms and us, have no bound; shares are at most 1.
+    upper = [np.inf if name.endswith(("_ms", "_us")) else 0.0 for name in names]
     best = least_squares(residuals, start, bounds=(-np.inf, upper))
     errors = residuals(best.x)[: -len(names)]
     return with_values(best.x), float(np.sqrt(np.mean(errors**2)))

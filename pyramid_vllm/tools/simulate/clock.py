@@ -47,24 +47,16 @@ class StepWork:
     num_all_reduces: float = 0.0
     num_sequences: float = 0.0
 
-    def values(self) -> tuple[float, ...]:
-        """The fields in order: a row of a matrix of several steps' work."""
-        return tuple(vars(self).values())
 
-
-def step_seconds(work: StepWork | Floats, model: ModelWork, device: Device) -> Any:
-    """Seconds of a step: a float, or ``[num_steps]``.
+def step_seconds(work: StepWork, model: ModelWork, device: Device) -> Any:
+    """Seconds of a step, or ``[num_steps]`` where the fields of the work are that.
 
     Args:
-        work: of one step, or ``[num_steps, num_fields]``, rows of ``values``.
-        model: for the dtype of its matrices; ``ValueError`` if the device has no peak
-            for it.
+        work: of one step, or of several.
+        model: for the dtype of its matrices, which the device has a peak for.
         device: its peaks and efficiencies.
     """
-    device.check_dtype(model.dtype)
-    larger: Any = max
-    if not isinstance(work, StepWork):
-        larger, work = np.maximum, StepWork(*work.T)
+    larger = np.maximum
     share = device.efficiency
     peak = device.tflops[model.dtype] * 1e12
     bandwidth = device.bandwidth_gb_s * 1e9

@@ -8,7 +8,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from pyramid_vllm.policy.presets import config_dir
-from pyramid_vllm.tools.json_settings import first_problem
 from pyramid_vllm.tools.simulate.model import ModelWork
 
 #: vLLM's default of ``gpu_memory_utilization``, and the memory for activations, graphs
@@ -71,18 +70,10 @@ class Device(BaseModel):
     efficiency: Efficiency = Efficiency()
 
     def changed(self, settings: Mapping[str, Any]) -> "Device":
-        """The same with other efficiencies; ``ValueError`` names a setting that is not
+        """The same with other efficiencies; ``ValueError`` names one that is not
         valid."""
-        merged = self.efficiency.model_dump() | dict(settings)
-        try:
-            efficiency = Efficiency.model_validate(merged)
-        except ValidationError as error:
-            name, value, why = first_problem(error)
-            valid = ", ".join(Efficiency.model_fields)
-            raise ValueError(
-                f"--efficiency has {name}={value!r}: {why}; valid settings are {valid}"
-            ) from None
-        return self.model_copy(update={"efficiency": efficiency})
+        efficiency = self.efficiency.model_dump() | dict(settings)
+        return Device.model_validate(self.model_dump() | {"efficiency": efficiency})
 
     def check_dtype(self, dtype: str) -> None:
         """Refuse a dtype for which the device has no peak."""

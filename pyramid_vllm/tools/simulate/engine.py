@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -53,7 +53,12 @@ class SimulatedEngine:
     """
 
     def __init__(self, settings: EngineSettings, policy: PolicyConfig | None) -> None:
-        from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import (
+            get_request_block_hasher,
+            init_none_hash,
+            resolve_kv_cache_block_sizes,
+        )
 
         self.settings = settings
         self._config = config = _engine_config(settings, policy)
@@ -64,10 +69,11 @@ class SimulatedEngine:
         config.cache_config.num_gpu_blocks = self._kv_config.num_blocks
         self._block_sizes = resolve_kv_cache_block_sizes(self._kv_config, config)
         self.max_model_len = int(config.model_config.max_model_len)
+        self._hasher: Any = None
         # vLLM's engine core hashes nothing without a prefix cache either.
-        self._hasher = (
-            _block_hasher(self._block_sizes[1]) if settings.prefix_caching else None
-        )
+        if settings.prefix_caching:
+            init_none_hash(sha256)
+            self._hasher = get_request_block_hasher(self._block_sizes[1], sha256)
         self.scheduler: Any
         self.restart()
 
@@ -84,11 +90,6 @@ class SimulatedEngine:
             hash_block_size=hash_block_size,
             log_stats=False,
         )
-
-    @property
-    def has_policy(self) -> bool:
-        """Whether the side has a policy."""
-        return hasattr(self.scheduler, "kv_rule")
 
     def request(
         self, name: str, prompt: list[int], num_outputs: int, arrival: float
@@ -139,17 +140,16 @@ def _engine_config(settings: EngineSettings, policy: PolicyConfig | None) -> Any
         content.pop("quantization_config", None)
         text = json.dumps(content)
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        arguments: dict[str, Any] = {
-            "model": folder,
-            "dtype": settings.model.dtype,
-            "skip_tokenizer_init": True,
-            "max_num_seqs": settings.max_num_seqs,
-            "max_num_batched_tokens": settings.max_num_batched_tokens,
-            "enable_prefix_caching": settings.prefix_caching,
-            "max_model_len": settings.max_model_len,
-            "kv_policy": policy and policy.model_dump(),
-        }
-        config = EngineArgs(**arguments).create_engine_config()
+        config = EngineArgs(
+            model=folder,
+            dtype=settings.model.dtype,
+            skip_tokenizer_init=True,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            enable_prefix_caching=settings.prefix_caching,
+            max_model_len=settings.max_model_len,
+            kv_policy=policy and policy.model_dump(),
+        ).create_engine_config()
     # The platform of this machine has chosen other values for these.
     config.cache_config.block_size = settings.block_size
     config.cache_config.kv_cache_layout = "LBNHC"
@@ -196,13 +196,3 @@ def _specs(
             spec = TierAttentionSpec.of(spec, next(tiers), num_full)
         specs[f"model.layers.{layer}.self_attn.attn"] = spec
     return specs
-
-
-def _block_hasher(block_size: int) -> Callable[[Request], list[Any]]:
-    from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-
-    init_none_hash(sha256)
-    hasher: Callable[[Request], list[Any]]
-    hasher = get_request_block_hasher(block_size, sha256)
-    return hasher

@@ -1,11 +1,9 @@
 """Figures of a simulated run."""
 
-from typing import Any
-
 import numpy as np
 
 from pyramid_vllm.tools.figures import HIT_RATE, Figures, Metric, latencies
-from pyramid_vllm.tools.simulate.run import SimulatedRun
+from pyramid_vllm.tools.simulate.run import Simulation
 
 METRICS = (
     Metric("seconds", "seconds", ",.1f"),
@@ -28,12 +26,10 @@ METRICS = (
     Metric("cpu_ms_per_step", "scheduler's CPU time a step, ms", ",.2f"),
     Metric("wall_s", "seconds that the simulation took", ",.1f"),
 )
-#: Times of this machine, which differ from run to run.
-MEASURED = ("cpu_ms_per_step", "wall_s")
 _PERCENTILES = (50, 99)
 
 
-def run_figures(run: SimulatedRun) -> Figures:
+def run_figures(run: Simulation) -> Figures:
     """All figures of a run, every request of which has ended."""
     requests, steps = list(run.requests.values()), run.steps
     end = max(request.finish for request in requests)
@@ -48,10 +44,7 @@ def run_figures(run: SimulatedRun) -> Figures:
     ]
     durations = np.array([step.seconds for step in steps])
     running = np.array([step.num_running for step in steps])
-    pages = {
-        f"pages_{use}": float(np.mean([getattr(count, use) for count in run.pages]))
-        for use in ("running", "cached", "free")
-    }
+    _, in_use, cached, free = np.mean(run.pages, axis=0).tolist()
     return {
         "seconds": seconds,
         "tokens_per_s": (prompts + outputs) / seconds,
@@ -64,19 +57,11 @@ def run_figures(run: SimulatedRun) -> Figures:
         HIT_RATE: sum(r.num_cached_tokens for r in requests) / prompts,
         "num_prompt_tokens_computed": run.num_prompt_tokens_computed,
         "num_compactions": run.num_compactions,
-        **pages,
+        "pages_running": in_use,
+        "pages_cached": cached,
+        "pages_free": free,
         "num_requests": len(requests),
         "num_steps": len(steps),
         "cpu_ms_per_step": 1e3 * sum(step.cpu_s for step in steps) / len(steps),
         "wall_s": run.wall_s,
-    }
-
-
-def rounded(figures: Figures) -> dict[str, Any]:
-    """Figures without those of this machine, to nine significant digits: what is the
-    same wherever the same versions run."""
-    return {
-        key: value if isinstance(value, int) else float(f"{value:.9g}")
-        for key, value in figures.items()
-        if key not in MEASURED
     }

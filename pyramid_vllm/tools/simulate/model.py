@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyramid_vllm.model_shape import DTYPE_BYTES, ModelShape
 from pyramid_vllm.tools.model_config import FileConfig, read_config
 
-DTYPE_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 #: Bytes of a weight by ``quant_method``. MXFP4: 4 bits, and 8 for each 32 of them
 #: (OCP Microscaling Formats, version 1.0, section 5.2).
 _QUANTIZED_BYTES = {"mxfp4": 4.25 / 8, "fp8": 1.0}
@@ -58,12 +59,12 @@ class ModelWork:
     """Bytes of a number of the MLPs' weights."""
 
     @property
-    def dtype_bytes(self) -> float:
+    def dtype_bytes(self) -> int:
         """Bytes of an activation or of a number in the KV cache."""
         return DTYPE_BYTES[self.dtype]
 
     @property
-    def token_bytes(self) -> float:
+    def token_bytes(self) -> int:
         """KV bytes of a token in one layer on one device."""
         return 2 * self.num_kv_heads_per_device * self.head_size * self.dtype_bytes
 
@@ -73,10 +74,7 @@ class ModelWork:
         Rows choose experts independently: of E experts, k a row, a share of
         1 - (1 - k/E)^rows is read.
         """
-        share = 1 - (1 - self.num_active_experts / self.num_experts) ** num_rows
-        return self._layer_bytes(1.0 if self.num_experts == 1 else share)
-
-    def _layer_bytes(self, share: float) -> float:
+        share: float = 1 - (1 - self.num_active_experts / self.num_experts) ** num_rows
         experts = self.num_experts * share
         attention = self.attention_params * self.dtype_bytes
         return attention + experts * self.expert_params * self.mlp_bytes
@@ -86,7 +84,7 @@ class ModelWork:
         """Bytes of all weights."""
         tied = bool(self.config.get("tie_word_embeddings"))
         embeddings = self.head_params * self.dtype_bytes * (1 if tied else 2)
-        return self.num_layers * self._layer_bytes(1.0) + embeddings
+        return self.num_layers * self.layer_bytes(math.inf) + embeddings
 
     @property
     def layer_flops(self) -> float:
@@ -106,18 +104,6 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     )
 
 
-def _read(model: str) -> Mapping[str, Any]:
-    found = read_config(model).get_text_config()
-    config = vars(found) if isinstance(found, FileConfig) else found.to_dict()
-    missing = [key for key in _NEEDED if not config.get(key)]
-    if missing:
-        raise ValueError(
-            f"MODEL is '{model}': its configuration has no {', '.join(missing)}; valid "
-            "are decoders of the Llama kind, dense or with experts"
-        )
-    return config
-
-
 def load_model(model: str, dtype: str | None, tensor_parallel: int) -> ModelWork:
     """Read a model's configuration.
 
@@ -131,38 +117,40 @@ def load_model(model: str, dtype: str | None, tensor_parallel: int) -> ModelWork
             and what is valid.
         OSError: there is no such model.
     """
-    config = _read(model)
-    name = str(dtype or config.get("dtype") or "bfloat16").removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        valid = ", ".join(DTYPE_BYTES)
-        raise ValueError(f"--dtype is '{name}': valid is one of {valid}")
+    found = read_config(model).get_text_config()
+    config = vars(found) if isinstance(found, FileConfig) else found.to_dict()
+    missing = [key for key in _NEEDED if not config.get(key)]
+    if missing:
+        raise ValueError(
+            f"MODEL is '{model}': its configuration has no {', '.join(missing)}; valid "
+            "are decoders of the Llama kind, dense or with experts"
+        )
+    shape = ModelShape.of(found, dtype)
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     if heads % tensor_parallel:
         raise ValueError(
             f"--tensor-parallel is {tensor_parallel}: valid are divisors of the "
             f"model's {heads} attention heads"
         )
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_size = int(config.get("head_dim") or hidden // heads)
     inner = config.get("moe_intermediate_size") or config["intermediate_size"]
     experts = config.get("num_local_experts") or config.get("num_experts") or 1
     method = (config.get("quantization_config") or {}).get("quant_method")
     return ModelWork(
         name=Path(model).name,
         config=config,
-        dtype=name,
+        dtype=shape.dtype,
         tensor_parallel=tensor_parallel,
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden,
         num_heads=heads,
         # vLLM gives each device at least one head.
-        num_kv_heads_per_device=max(1, kv_heads // tensor_parallel),
-        head_size=head_size,
+        num_kv_heads_per_device=max(1, shape.num_kv_heads // tensor_parallel),
+        head_size=shape.head_size,
         windows=_windows(config),
-        attention_params=hidden * 2 * (heads + kv_heads) * head_size,
+        attention_params=hidden * 2 * (heads + shape.num_kv_heads) * shape.head_size,
         expert_params=3 * hidden * int(inner),
         num_experts=int(experts),
         num_active_experts=int(config.get("num_experts_per_tok") or 1),
         head_params=hidden * int(config["vocab_size"]),
-        mlp_bytes=_QUANTIZED_BYTES.get(str(method), DTYPE_BYTES[name]),
+        mlp_bytes=_QUANTIZED_BYTES.get(str(method), DTYPE_BYTES[shape.dtype]),
     )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class PageCount:
+class PageCount(NamedTuple):
     """Shares of a pool's pages at one time."""
 
     at: float
@@ -23,16 +21,12 @@ class PageCount:
 
 def count_pages(scheduler: Any, at: float) -> PageCount:
     """Count the pages of a scheduler's pool, ``at`` seconds since the start."""
-    blocks = [
-        block
-        for block in scheduler.kv_cache_manager.block_pool.blocks
-        if not block.is_null
-    ]
-    total = len(blocks)
-    running = sum(block.ref_cnt > 0 for block in blocks)
+    pool = scheduler.kv_cache_manager.block_pool
+    blocks = [block for block in pool.blocks if not block.is_null]
+    running = sum(b.ref_cnt > 0 for b in blocks)
     cached = sum(not b.ref_cnt and b.block_hash is not None for b in blocks)
-    free = total - running - cached
-    return PageCount(at, running / total, cached / total, free / total)
+    counts = running, cached, len(blocks) - running - cached
+    return PageCount(at, *(count / len(blocks) for count in counts))
 
 
 def saved_tokens(scheduler: Any, req_ids: Iterable[str]) -> float:

@@ -50,57 +50,53 @@ class StepRecord:
 
 
 @dataclass
-class SimulatedRun:
-    """All that is known of a run."""
+class Simulation:
+    """One side under one load, from an empty cache on; and what became of it.
 
-    policy: str
-    requests: dict[str, RequestRecord] = field(default_factory=dict)
-    steps: list[StepRecord] = field(default_factory=list)
-    works: list[StepWork] = field(default_factory=list)
-    """The work of each step, if ``keep_works`` is set."""
-    pages: list[PageCount] = field(default_factory=list)
-    num_preemptions: int = 0
-    num_prompt_tokens_computed: int = 0
-    num_compactions: int = 0
-    wall_s: float = 0.0
+    Raises:
+        ValueError: a request is longer than the engine allows.
+    """
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is timed and what is kept of it."""
-
+    name: str
+    """The side's policy."""
+    engine: SimulatedEngine
+    device: Device
+    load: Load
     cpu_time: bool = True
     """Whether the scheduler's own time counts."""
     cascade: bool = False
     """Whether pages that several sequences share are read once a step."""
     keep_works: bool = False
-
-
-@dataclass
-class Simulation:
-    """One side under one load."""
-
-    name: str
-    engine: SimulatedEngine
-    device: Device
-    load: Load
-    options: RunOptions
-    progress: Callable[[int], None]
+    progress: Callable[[int], None] = lambda done: None
     """Called with the number of finished requests."""
 
+    requests: dict[str, RequestRecord] = field(default_factory=dict, init=False)
+    steps: list[StepRecord] = field(default_factory=list, init=False)
+    works: list[StepWork] = field(default_factory=list, init=False)
+    """The work of each step, if ``keep_works`` is set."""
+    pages: list[PageCount] = field(default_factory=list, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    num_prompt_tokens_computed: int = field(default=0, init=False)
+    num_compactions: int = field(default=0, init=False)
+    wall_s: float = field(default=0.0, init=False)
+
     def __post_init__(self) -> None:
+        longest, valid = self.load.longest, self.engine.max_model_len
+        if longest > valid:
+            raise ValueError(
+                f"the longest request has {longest} tokens: valid is up to "
+                f"--max-model-len, {valid}"
+            )
+        self.engine.restart()
         self._scheduler: Any = self.engine.scheduler
-        self._model = self.engine.settings.model
         self._work = _work_model(self.engine)
         self._depth = 2 if self.engine.settings.async_scheduling else 1
-        self.run_record = SimulatedRun(self.name)
         # The host's time, and when the device has finished all its steps.
         self._now = self._device_free = 0.0
         self._flying: deque[tuple[Any, Any, float]] = deque()
         self._events: list[tuple[float, int, int]] = []
         """When the next turn of a session arrives: time, session, turn."""
         self._tokens: dict[int, list[int]] = {}
-        self._origin: dict[str, tuple[int, int]] = {}
         self._num_finished = 0
         # Sessions from this one on start when others end.
         num, clients = len(self.load.sessions), self.load.num_clients
@@ -109,7 +105,7 @@ class Simulation:
             arrival = session.arrival if clients is None else 0.0
             heapq.heappush(self._events, (arrival, index, 0))
 
-    def run(self) -> SimulatedRun:
+    def run(self) -> Simulation:
         """Serve the load to its end.
 
         Raises:
@@ -133,13 +129,11 @@ class Simulation:
                 self._now = max(self._now, self._events[0][0])
             else:
                 break
-        self.run_record.wall_s = time.perf_counter() - start
+        self.wall_s = time.perf_counter() - start
         counters = getattr(scheduler, "kv_counters", None)
         if counters is not None:
-            self.run_record.num_compactions = counters.num_compactions
-        return self.run_record
-
-    # Arrivals.
+            self.num_compactions = counters.num_compactions
+        return self
 
     def _admit(self) -> None:
         """Hand the scheduler what has arrived by now."""
@@ -150,10 +144,7 @@ class Simulation:
             for piece in turn.pieces:
                 tokens += piece_tokens(piece)
             name = f"{index}.{number}"
-            self._origin[name] = index, number
-            self.run_record.requests[name] = RequestRecord(
-                len(tokens), turn.num_outputs, arrival
-            )
+            self.requests[name] = RequestRecord(len(tokens), turn.num_outputs, arrival)
             self._scheduler.add_request(
                 self.engine.request(name, list(tokens), turn.num_outputs, arrival)
             )
@@ -161,7 +152,7 @@ class Simulation:
     def _ended(self, name: str) -> None:
         """A request's last token is there: its session goes on, or the next starts."""
         self._num_finished += 1
-        index, number = self._origin.pop(name)
+        index, number = map(int, name.split("."))
         turns = self.load.sessions[index].turns
         if number + 1 < len(turns):
             self._tokens[index] += [SAMPLED_TOKEN] * turns[number].num_outputs
@@ -173,19 +164,17 @@ class Simulation:
             heapq.heappush(self._events, (self._now, self._next_session, 0))
             self._next_session += 1
 
-    # Steps.
-
     def _schedule(self) -> bool:
         """Schedule a step and give it to the device; False: it is empty."""
-        scheduler, record = self._scheduler, self.run_record
+        scheduler = self._scheduler
         # Time of this thread alone: other work on the machine does not count.
         start = time.thread_time()
         output = scheduler.schedule()
         cpu_s = time.thread_time() - start
-        record.num_preemptions += len(output.preempted_req_ids or ())
+        self.num_preemptions += len(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
-            record.requests[new.req_id].num_cached_tokens = new.num_computed_tokens
-        if self.options.cpu_time:
+            self.requests[new.req_id].num_cached_tokens = new.num_computed_tokens
+        if self.cpu_time:
             self._now += cpu_s
         result = sampled(scheduler, output)
         num_rows = output.total_num_scheduled_tokens
@@ -193,11 +182,11 @@ class Simulation:
         self._device_free = max(self._now, self._device_free) + seconds
         self._flying.append((output, result, self._device_free))
         if num_rows:
-            record.steps.append(
+            self.steps.append(
                 StepRecord(self._device_free, seconds, len(scheduler.running), cpu_s)
             )
-            if len(record.steps) % _PAGES_EVERY == 1:
-                record.pages.append(count_pages(scheduler, self._device_free))
+            if len(self.steps) % _PAGES_EVERY == 1:
+                self.pages.append(count_pages(scheduler, self._device_free))
         return bool(num_rows)
 
     def _device_seconds(self, output: Any) -> float:
@@ -209,12 +198,12 @@ class Simulation:
         prompts = np.array([r.num_prompt_tokens for r in of_step], np.int64)
         before = after - rows
         computed = np.maximum(0, np.minimum(after, prompts) - before)
-        self.run_record.num_prompt_tokens_computed += int(computed.sum())
-        saved = saved_tokens(self._scheduler, scheduled) if self.options.cascade else 0
+        self.num_prompt_tokens_computed += int(computed.sum())
+        saved = saved_tokens(self._scheduler, scheduled) if self.cascade else 0
         work = self._work.step(before, rows, plan, saved, list(scheduled))
-        if self.options.keep_works:
-            self.run_record.works.append(work)
-        return float(step_seconds(work, self._model, self.device))
+        if self.keep_works:
+            self.works.append(work)
+        return float(step_seconds(work, self.engine.settings.model, self.device))
 
     def _land(self) -> None:
         """Wait for the oldest step and take its tokens."""
@@ -223,18 +212,18 @@ class Simulation:
         start = time.thread_time()
         outputs = self._scheduler.update_from_output(output, result)
         cpu_s = time.thread_time() - start
-        if self.run_record.steps:
-            self.run_record.steps[-1].cpu_s += cpu_s
+        if self.steps:
+            self.steps[-1].cpu_s += cpu_s
         # Clients get their tokens before the host continues.
         for of_client in outputs.values():
             for news in of_client.outputs:
                 self._take(news)
-        if self.options.cpu_time:
+        if self.cpu_time:
             self._now += cpu_s
         self.progress(self._num_finished)
 
     def _take(self, news: Any) -> None:
-        record = self.run_record.requests[news.request_id]
+        record = self.requests[news.request_id]
         if record.first_token < 0 and news.new_token_ids:
             record.first_token = self._now
         record.num_received += len(news.new_token_ids)
@@ -252,31 +241,7 @@ class Simulation:
 
 def _work_model(engine: SimulatedEngine) -> WorkModel:
     model = engine.settings.model
-    if engine.has_policy:
-        rule = engine.scheduler.kv_rule
+    rule = getattr(engine.scheduler, "kv_rule", None)
+    if rule is not None:
         return WorkModel(model, rule.layout.sizes, {rule.config.name: rule.config})
-    num_full = sum(window is None for window in model.windows)
-    return WorkModel(model, (num_full,), {})
-
-
-def simulate(
-    name: str,
-    engine: SimulatedEngine,
-    device: Device,
-    load: Load,
-    options: RunOptions,
-    progress: Callable[[int], None] = lambda done: None,
-) -> SimulatedRun:
-    """Run a side under a load, from an empty cache on.
-
-    Raises:
-        ValueError: a request is longer than the engine allows.
-        RuntimeError: a request was not served to its end.
-    """
-    if load.longest > engine.max_model_len:
-        raise ValueError(
-            f"the longest request has {load.longest} tokens: valid is up to "
-            f"--max-model-len, {engine.max_model_len}"
-        )
-    engine.restart()
-    return Simulation(name, engine, device, load, options, progress).run()
+    return WorkModel(model, (model.windows.count(None),), {})

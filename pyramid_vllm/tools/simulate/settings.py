@@ -1,37 +1,49 @@
 """The options of ``pyramid-vllm simulate``."""
 
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pyramid_vllm.tools import options
+from pyramid_vllm.tools.figures import Figures
 from pyramid_vllm.tools.json_settings import json_object
-from pyramid_vllm.tools.options import JSON_FILE, POLICIES, argument, option
+from pyramid_vllm.tools.options import argument, option, parsed
 from pyramid_vllm.tools.sides import Side, parse_sides
 from pyramid_vllm.tools.simulate.device import Device, load_device
 from pyramid_vllm.tools.simulate.engine import EngineSettings
-from pyramid_vllm.tools.simulate.loads import Load, LoadSettings, named_load, read_trace
+from pyramid_vllm.tools.simulate.loads import Load, LoadSettings, named_load
 from pyramid_vllm.tools.simulate.model import load_model
-from pyramid_vllm.tools.simulate.run import RunOptions
-from pyramid_vllm.tools.simulate.slo import Objective, check_arrivals
+from pyramid_vllm.tools.simulate.slo import check_arrivals
+from pyramid_vllm.tools.simulate.trace import read_trace
 from pyramid_vllm.tools.sizes import parse_bytes, parse_seconds
 
 _DEVICE_DEFAULT = "Default: vLLM's for the device."
+_memory = parsed(lambda text: text and parse_bytes(text))
+_efficiency = parsed(lambda text: json_object("--efficiency", text))
+_ttft = parsed(lambda text: text and parse_seconds("--slo-ttft", text))
+_tpot = parsed(lambda text: text and parse_seconds("--slo-tpot", text))
+_above_0 = Field(gt=0, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=options.SETTINGS_CONFIG)
 class SimulateSettings:
     """Compare policies with stock vLLM on a modelled device, under real schedulers."""
 
     model: str = argument("A model's folder, a bundled shape's name or a hub name.")
-    kv_policy: list[str] | None = option(None, POLICIES)
+    kv_policy: options.Texts = option(("pyramid",), options.POLICIES)
     kv_policy_config: str | None = option(
         None, "Settings that replace each policy's, as JSON."
     )
     gpu: str = option("h100", "A shipped device, or a YAML file's path.")
-    efficiency: str | None = option(None, "Shares of the device's peaks, as JSON.")
+    efficiency: Annotated[dict[str, Any], _efficiency] = option(
+        None, "Shares of the device's peaks, as JSON."
+    )
     tensor_parallel: int = option(1, "Devices.", min=1)
-    kv_memory: str | None = option(
+    kv_memory: Annotated[int | None, _memory] = option(
         None,
         "KV memory of a device: bytes, or with KiB, MiB, GiB. Default: what the "
         "weights leave.",
@@ -62,15 +74,19 @@ class SimulateSettings:
     think_time: float | None = option(
         None, "Mean seconds from an answer to the next turn.", min=0
     )
-    spread: float | None = option(None, "Lengths vary by this share of theirs.")
-    rate: float | None = option(
+    spread: Annotated[float | None, Field(ge=0, lt=1)] = option(
+        None, "Lengths vary by this share of theirs."
+    )
+    rate: Annotated[float | None, _above_0] = option(
         None, "Sessions a second, a Poisson process; default: all at once."
     )
     clients: int | None = option(None, "Sessions at once, in place of a rate.", min=1)
     trace: Path | None = option(
         None, "JSON lines in Mooncake's form, in place of --load."
     )
-    trace_speed: float = option(1.0, "Arrivals are this many times as fast.")
+    trace_speed: Annotated[float, _above_0] = option(
+        1.0, "Arrivals are this many times as fast."
+    )
     cascade: bool = option(
         False, "Pages that sequences share are read once.", "--cascade"
     )
@@ -79,10 +95,10 @@ class SimulateSettings:
         "Whether the scheduler's own time counts. Without it, results are the same on "
         "every machine.",
     )
-    slo_ttft: str | None = option(
+    slo_ttft: Annotated[float | None, _ttft] = option(
         None, "Bound of the p99 time to first token, like 2s."
     )
-    slo_tpot: str | None = option(
+    slo_tpot: Annotated[float | None, _tpot] = option(
         None, "Bound of the p99 time per output token, like 50ms."
     )
     seed: int = option(0, min=0)
@@ -91,23 +107,18 @@ class SimulateSettings:
         "Fit the device's efficiencies to the runs in this folder of "
         "`pyramid-vllm bench`, print them and stop.",
     )
-    json_file: Path | None = option(None, JSON_FILE, "--json")
+    json_file: Path | None = option(None, options.JSON_FILE, "--json")
     plots: Path | None = option(None, "Draw a picture into this folder.")
-
-    def check(self) -> None:
-        """Check all options; ``ValueError`` names one, its value and what is valid."""
-        _ = self.traffic, self.sides, self.engine, self.objective
 
     @cached_property
     def device(self) -> Device:
         """The device of an engine."""
-        changes = json_object("--efficiency", self.efficiency)
-        return load_device(self.gpu).changed(changes)
+        return load_device(self.gpu).changed(self.efficiency)
 
     @cached_property
     def sides(self) -> list[Side]:
         """Stock vLLM, then the policies."""
-        return parse_sides(self.kv_policy or ["pyramid"], self.kv_policy_config)
+        return parse_sides(self.kv_policy, self.kv_policy_config)
 
     @cached_property
     def engine(self) -> EngineSettings:
@@ -117,10 +128,9 @@ class SimulateSettings:
         device.check_dtype(model.dtype)
         max_num_seqs, max_tokens = device.default_batch
         max_num_seqs = self.max_num_seqs or max_num_seqs
-        kv_bytes = parse_bytes(self.kv_memory) if self.kv_memory else None
         return EngineSettings(
             model=model,
-            kv_bytes=kv_bytes or device.default_kv_bytes(model),
+            kv_bytes=self.kv_memory or device.default_kv_bytes(model),
             max_model_len=self.max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens
@@ -133,41 +143,27 @@ class SimulateSettings:
     @cached_property
     def traffic(self) -> Load:
         """The load of an engine: a named load, or a trace."""
-        values = {name: getattr(self, name) for name in LoadSettings.model_fields}
-        seed = values.pop("seed")
+        values = {of.name: getattr(self, of.name) for of in fields(LoadSettings)}
         changes = {name: value for name, value in values.items() if value is not None}
         if self.trace is None:
-            return named_load(self.load, changes | {"seed": seed})
-        limit = changes.pop("num_requests", None)
-        if changes:
-            given = ", ".join(f"{key}={value}" for key, value in changes.items())
+            return named_load(self.load, changes)
+        of_named = changes.keys() - {"num_requests", "seed"}
+        if of_named:
+            given = ", ".join(f"{key}={changes[key]}" for key in sorted(of_named))
             raise ValueError(
                 f"--trace {self.trace} brings lengths and arrivals: {given} is of "
                 "named loads; valid with it are --num-requests and --trace-speed"
             )
-        if not self.trace_speed > 0:
-            raise ValueError(f"--trace-speed is {self.trace_speed:g}: valid is above 0")
-        return read_trace(self.trace, limit, self.trace_speed)
-
-    @property
-    def timing(self) -> RunOptions:
-        """How runs are timed."""
-        return RunOptions(self.cpu_time, self.cascade)
+        return read_trace(self.trace, self.num_requests).scaled(self.trace_speed)
 
     @cached_property
-    def objective(self) -> Objective | None:
-        """Bounds of latencies; None: none is asked for."""
-        bounds = [
-            None if text is None else parse_seconds(option, text)
-            for option, text in (
-                ("--slo-ttft", self.slo_ttft),
-                ("--slo-tpot", self.slo_tpot),
-            )
-        ]
-        if bounds == [None, None]:
-            return None
-        check_arrivals(self.traffic)
-        return Objective(*bounds)
+    def objective(self) -> Figures:
+        """Bounds of latencies, as many as are asked for."""
+        bounds = {"ttft_p99_s": self.slo_ttft, "tpot_p99_s": self.slo_tpot}
+        found = {key: bound for key, bound in bounds.items() if bound is not None}
+        if found:
+            check_arrivals(self.traffic)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The settings as reports carry them."""

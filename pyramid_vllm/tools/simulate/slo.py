@@ -13,19 +13,6 @@ _MAX_DOUBLINGS = 8
 
 
 @dataclass(frozen=True)
-class Objective:
-    """Bounds of the 99th percentiles; None: not bounded."""
-
-    ttft_s: float | None
-    tpot_s: float | None
-
-    def holds(self, figures: Figures) -> bool:
-        """Whether a run meets it."""
-        bounds = {"ttft_p99_s": self.ttft_s, "tpot_p99_s": self.tpot_s}
-        return all(b is None or figures[key] <= b for key, b in bounds.items())
-
-
-@dataclass(frozen=True)
 class Capacity:
     """The part of a load that one engine can serve."""
 
@@ -49,7 +36,7 @@ def check_arrivals(load: Load) -> None:
 
 
 def find_capacity(
-    load: Load, objective: Objective, simulate: Callable[[Load], Figures]
+    load: Load, objective: Figures, simulate: Callable[[Load], Figures]
 ) -> Capacity:
     """Bisect the speed of arrivals.
 
@@ -58,28 +45,26 @@ def find_capacity(
 
     Args:
         load: with arrivals that are spread over time; see ``check_arrivals``.
-        objective: what must hold.
+        objective: bounds of figures, by their keys.
         simulate: runs a load on one engine.
     """
     check_arrivals(load)
 
     def holds(speed: float) -> bool:
-        return objective.holds(simulate(load.scaled(speed)))
+        figures = simulate(load.scaled(speed))
+        return all(figures[key] <= bound for key, bound in objective.items())
 
-    low = high = 1.0
-    if holds(1.0):
-        for _ in range(_MAX_DOUBLINGS):
-            high *= 2
-            if not holds(high):
-                break
-            low = high
+    speed, holds_at_first = 1.0, holds(1.0)
+    factor = 2.0 if holds_at_first else 0.5
+    for _ in range(_MAX_DOUBLINGS):
+        speed *= factor
+        if holds(speed) is not holds_at_first:
+            low, high = sorted((speed, speed / factor))
+            break
     else:
-        for _ in range(_MAX_DOUBLINGS):
-            low, high = low / 2, low
-            if holds(low):
-                break
-        else:
+        if not holds_at_first:
             return Capacity(0.0, 0.0, None)
+        low = high = speed
     while high / low > _PRECISION:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
