@@ -1,10 +1,7 @@
 """What machine this is, and what is installed."""
 
 import contextlib
-import platform
-import subprocess
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from importlib import metadata
 
 from checkout import commit
@@ -24,16 +21,10 @@ _PACKAGES = (
 
 def run(options: Options) -> Iterator[Check]:
     """Every line is independent of the others."""
-    yield Check("python", OK, platform.python_version())
     for names in _PACKAGES:
         yield _version(*names)
-    for part in (_kernels, _gpu, _driver, _commit):
+    for part in (_kernels, _gpu, _machine, _commit):
         yield guarded(part.__name__.strip("_"), part)
-    yield Check("date", MEASURED, datetime.now(UTC).isoformat(timespec="seconds"))
-    yield Check("argv", MEASURED, " ".join(options.argv), {"argv": options.argv})
-    yield Check("seed", MEASURED, str(options.seed), {"seed": options.seed})
-    machine = f"{platform.machine()}, {platform.system()} {platform.release()}"
-    yield Check("machine", MEASURED, machine)
 
 
 def _version(*names: str) -> Check:
@@ -64,27 +55,23 @@ def _gpu() -> Check:
         "capability": [found.major, found.minor],
         "memory_bytes": found.total_memory,
         "num_sms": found.multi_processor_count,
-        "l2_bytes": getattr(found, "L2_cache_size", None),
-        "cuda": torch.version.cuda,
         "num_gpus": torch.cuda.device_count(),
     }
-    detail = (
-        f"{found.name}, sm_{found.major}{found.minor}, "
-        f"{found.total_memory / 2**30:.1f} GiB, {found.multi_processor_count} SMs, "
-        f"CUDA {torch.version.cuda}"
-    )
+    detail = f"{found.name}, sm_{found.major}{found.minor}"
+    detail += f", {found.total_memory / 2**30:.1f} GiB"
     return Check("gpu", OK, detail, figures)
 
 
-def _driver() -> Check:
-    query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    command = ["nvidia-smi", query, "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return Check("driver", SKIPPED, f"nvidia-smi does not run: {error}")
-    text = done.stdout.strip()
-    return Check("driver", OK, text.splitlines()[0], {"nvidia_smi": text})
+def _machine() -> Check:
+    """System, driver, compilers and libraries, as torch reports them."""
+    need("torch")
+    from torch.utils.collect_env import get_env_info
+
+    found = get_env_info()._asdict()
+    python = found["python_version"].partition(" ")[0]
+    driver = found["nvidia_driver_version"]
+    detail = f"{found['os']}, Python {python}, NVIDIA driver {driver}"
+    return Check("machine", MEASURED, detail, found)
 
 
 def _commit() -> Check:

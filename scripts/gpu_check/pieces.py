@@ -1,11 +1,12 @@
 """Pieces of the check: what they find, and how each runs in a process of its own.
 
-A kernel that fails may leave a GPU's context unusable, or end its process: the next
-piece has another one.
+A kernel that fails may leave a GPU's context unusable, or end its process. The next
+piece therefore gets another process.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 import traceback
@@ -30,8 +31,6 @@ class Options:
     """Whether engines run on the CPU as on a GPU: to test the pieces themselves."""
     kernels: list[str] = field(default_factory=list)
     """Those that are compared; none: all."""
-    argv: list[str] = field(default_factory=list)
-    """The command."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def run_piece(
     task = {"name": name, "options": asdict(options)}
     variables = os.environ | environment
     try:
-        run_child("gpu_check.child", task, hear, variables, timeout=timeout)
+        run_child("gpu_check.pieces", task, hear, variables, timeout=timeout)
     except RuntimeError as error:
         piece.status = FAILED
         piece.why, _, piece.traceback = str(error).partition("\n")
@@ -94,3 +93,26 @@ def run_piece(
         piece.status = FAILED
     piece.seconds = round(time.perf_counter() - start, 1)
     return piece
+
+
+def main() -> None:
+    """The process of a piece."""
+    load_package()
+    from pyramid_vllm.tools.engine_process import leave, read_task, tell
+
+    task = read_task()
+
+    def run() -> Check:
+        # Imported here, so that a module that cannot be imported is a failed piece.
+        module = importlib.import_module(f"gpu_check.{task['name']}")
+        for check in module.run(Options(**task["options"])):
+            tell("check", asdict(check))
+        return Check(task["name"], OK)
+
+    ended = guarded(task["name"], run)
+    tell("result", {"status": ended.status, "why": ended.detail} | ended.figures)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
