@@ -1,7 +1,5 @@
 """From the steps' results to goals and tables."""
 
-import json
-import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -155,46 +153,31 @@ def ceiling_of(points: list[Results]) -> float | None:
     return speeds[False] / speeds[True] if len(speeds) == 2 else None
 
 
-def load(step: Any) -> Results:
-    """A step's results."""
-    found: Results = json.loads(step.result.read_text(encoding="utf-8"))
-    return found
-
-
-def collect(done: dict[str, Any]) -> dict[str, Any]:
-    """Goals and tables of the steps that are done."""
+def collect(results: dict[str, Results], commands: dict[str, str]) -> Results:
+    """Goals and tables of the steps that are done, from their results by name."""
     goals: list[Goal] = []
-    extra: dict[str, Any] = {}
-    results = {name: load(step) for name, step in done.items()}
-    commands = {name: shlex.join(step.command) for name, step in done.items()}
-    if found := results.get("quality"):
-        goals += quality_goals(found, "SmolLM2-135M", commands["quality"])
-    if found := results.get("quality-second"):
-        model = Path(found["settings"]["model"]).name
-        goals += quality_goals(found, model, commands["quality-second"])
+    extra: Results = {}
+    for name, model in (("quality", "SmolLM2-135M"), ("quality-second", None)):
+        if found := results.get(name):
+            model = model or Path(found["settings"]["model"]).name
+            goals += quality_goals(found, model, commands[name])
     if found := results.get("peers"):
         tasks, _ = tasks_of(results["quality"])
         extra["peers"] = peer_figures(found, tasks["retrieval"])
         goals += peer_goals(results["quality"], extra["peers"], commands["peers"])
-    if found := results.get("one-prompt"):
-        goals += one_prompt_goals(found, commands["one-prompt"])
-    if found := results.get("batch"):
-        goals += batch_goals(found, commands["batch"])
+    for name, goals_of in (("one-prompt", one_prompt_goals), ("batch", batch_goals)):
+        if found := results.get(name):
+            goals += goals_of(found, commands[name])
     return {"goals": goals, "commands": commands} | extra
 
 
 def tasks_of(results: Results) -> tuple[dict[str, Task], EvalSettings]:
-    """The tasks of an evaluation by kind, and its settings; JSON has no tuples."""
+    """The tasks of an evaluation by kind, and its settings."""
     from transformers import AutoTokenizer
 
     from pyramid_vllm.tools.chat import stop_ids
 
-    settings = EvalSettings(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in results["settings"].items()
-        }
-    )
+    settings = EvalSettings(**results["settings"])
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
     return {task.kind: task for task in tasks}, settings
