@@ -40,6 +40,7 @@ from rich.table import Table
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from pyramid_vllm.policy import PolicyConfig, resolve_policy
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.options import or_fail
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine, sampled
@@ -219,13 +220,12 @@ def measure(case: Case, num_rounds: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], num_rounds: int) -> Table:
     """Rows as people read them."""
-    made = Table(
-        title="schedule() + update_from_output(), ms a step: median of "
-        f"{num_rounds} rounds of {STEPS_PER_ROUND} steps"
-    )
     columns = ("load", "prefix caching", "running", "tiers")
-    for column in (*columns, "stock ms", "ours ms", "ratio"):
-        made.add_column(column, justify="right")
+    made = right_table(
+        (*columns, "stock ms", "ours ms", "ratio"),
+        "schedule() + update_from_output(), ms a step: median of "
+        f"{num_rounds} rounds of {STEPS_PER_ROUND} steps",
+    )
     for row in rows:
         made.add_row(
             row["load"],
