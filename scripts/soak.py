@@ -1,8 +1,8 @@
 """Soak test: minutes of more load than stock vLLM sustains, with aborted requests.
 
 Two servers run one after the other, stock vLLM first: each binds its threads to the
-same cores. Stock first shows what it sustains, with clients that each send one request
-at a time. Then both get the same requests at the same times, ``--rate-factor`` times as
+same cores. What stock sustains is the rate at which it finishes requests that come all
+at once. Then both get the same requests at the same times, ``--rate-factor`` times as
 many a second, in the same KV bytes: for MINUTES each, and then for as long as the queue
 lasts. Prefix caching is whatever each side has by default.
 """
@@ -13,10 +13,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from soak_load import (
     pages_leaked,
     send_all,
     session,
-    sustained_rate,
 )
 
 from pyramid_vllm.model_shape import ModelShape
@@ -47,10 +45,6 @@ from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.sizes import format_bytes
 
 BLOCK_SIZE = 32
-#: Shortest time in which stock's requests are counted, and the clients that keep it
-#: busy, for every stock sequence that the memory holds.
-CALIBRATION_S, CLIENTS_PER_SEQUENCE = 45.0, 3
-
 #: What became of one side's requests, as JSON holds it.
 Figures = dict[str, Any]
 #: Rows of the table; a dash is what the server did not report.
@@ -127,16 +121,6 @@ def is_sound(side: Figures) -> bool:
     return bool(side["num_sent"] == num_well and side["num_pages_leaked"] == 0)
 
 
-async def calibrate(
-    url: str, settings: Settings, requests: Iterator[LoadRequest]
-) -> float:
-    """Requests a second that the server sustains."""
-    num_clients = CLIENTS_PER_SEQUENCE * settings.stock_sequences
-    seconds = max(CALIBRATION_S, settings.minutes * 60 / 4)
-    async with session(url) as connection:
-        return await sustained_rate(Client(connection), requests, num_clients, seconds)
-
-
 async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures:
     """Put the load on a server.
 
@@ -173,6 +157,20 @@ async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures
     }
 
 
+def sustained_rate(url: str, settings: Settings, model: Model) -> float:
+    """Requests a second that the server sustains.
+
+    Raises:
+        RuntimeError: a request failed.
+    """
+    endless = draw_requests(0.0, model.vocab_size, settings.seed + 1, math.inf, 1.0)
+    num = 25 * settings.stock_sequences
+    found = asyncio.run(soak(url, list(islice(endless, num)), 3600.0))
+    if found["errors"]:
+        raise RuntimeError(f"stock has errors: {found['errors']}")
+    return float(found["requests_per_s"])
+
+
 def run_sides(
     settings: Settings, model: Model, logs: Path, console: Console
 ) -> tuple[dict[str, Figures], float]:
@@ -181,7 +179,6 @@ def run_sides(
     Raises:
         RuntimeError: a server did not start, or did not sustain anything.
     """
-    draw = partial(draw_requests, settings.abort_share, model.vocab_size)
     sustained, seconds = 0.0, settings.minutes * 60
     requests: list[LoadRequest] = []
     sides = {}
@@ -191,11 +188,11 @@ def run_sides(
         arguments = model.arguments(settings.seed) + extra
         with serve(model.model, arguments, logs / f"{name}.log") as url:
             if name == "stock":
-                endless = draw(settings.seed + 1, 1.0, math.inf)
-                sustained = asyncio.run(calibrate(url, settings, endless))
+                sustained = sustained_rate(url, settings, model)
                 console.print(f"stock sustains {sustained:.3f} requests/s")
                 rate = settings.rate_factor * sustained
-                requests = list(draw(settings.seed, rate, seconds))
+                shares = settings.abort_share, model.vocab_size
+                requests = [*draw_requests(*shares, settings.seed, rate, seconds)]
             minutes = f"{settings.minutes:g} minutes"
             console.print(f"{name}: {len(requests)} requests in {minutes}")
             # At most so long do we wait for the last requests.

@@ -57,7 +57,7 @@ def draw_requests(
         abort_share: share of the requests that we abort.
         vocab_size: prompts are of random tokens below it.
         seed: the same seed draws the same requests.
-        rate: mean requests a second.
+        rate: mean requests a second; infinite: all come at once, without end.
         seconds: arrivals end here.
     """
     rng = random.Random(seed)
@@ -91,8 +91,6 @@ class Client:
     num_tokens: int = 0
     """Prompt and output tokens of finished requests."""
     errors: Counter[str] = field(default_factory=Counter)
-    end_times: list[float] = field(default_factory=list)
-    """When each request ended that ended by itself or was aborted by us."""
 
     async def send(self, request: LoadRequest) -> None:
         """Send one request and follow it to its end."""
@@ -112,7 +110,6 @@ class Client:
         else:
             self.num_finished += 1
             self.num_tokens += len(request.prompt) + request.max_tokens
-        self.end_times.append(time.monotonic())
 
     async def _stream(self, request: LoadRequest) -> None:
         """Read the answer.
@@ -153,38 +150,6 @@ def session(url: str) -> aiohttp.ClientSession:
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
     )
-
-
-async def sustained_rate(
-    client: Client, requests: Iterator[LoadRequest], num_clients: int, seconds: float
-) -> float:
-    """Requests a second with ``num_clients`` clients that each send one at a time.
-
-    Clients start together, so each one's first request goes uncounted; the rest takes
-    ``seconds`` or longer, until enough have ended.
-
-    Raises:
-        RuntimeError: a request failed, or too few ended.
-    """
-
-    async def send_in_turn() -> None:
-        for request in requests:
-            await client.send(request)
-
-    start, times = time.monotonic(), client.end_times
-    tasks = [asyncio.create_task(send_in_turn()) for _ in range(num_clients)]
-    while len(times) < 3 * num_clients or time.monotonic() - start < seconds:
-        await asyncio.sleep(0.5)
-        if client.errors or time.monotonic() - start > 10 * seconds:
-            raise RuntimeError(
-                f"{len(times)} requests ended in {time.monotonic() - start:.0f} s, "
-                f"errors: {dict(client.errors)}"
-            )
-    counted = times[num_clients - 1 :]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    return (len(counted) - 1) / (counted[-1] - counted[0])
 
 
 async def send_all(
