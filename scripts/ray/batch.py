@@ -17,6 +17,7 @@ from engines import (
     Device,
     DeviceOption,
     EngineOption,
+    ModelOption,
     PolicyConfigOption,
     PolicyOption,
     engine_kwargs,
@@ -145,9 +146,7 @@ def main(
             "Default: bundled ones.",
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A model; default: the bundled small one.")
-    ] = None,
+    model: ModelOption = None,
     kv_policy: PolicyOption = "pyramid",
     kv_policy_config: PolicyConfigOption = None,
     device: DeviceOption = DEVICE,

@@ -7,27 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from pyramid_vllm.policy import resolve_policy
+from pyramid_vllm.tools import options
 from pyramid_vllm.tools.json_settings import json_object
 from pyramid_vllm.tools.sizes import parse_bytes
 
-PolicyOption = Annotated[
-    str,
-    typer.Option(help="A preset, a YAML file or inline JSON; none: stock vLLM."),
-]
-PolicyConfigOption = Annotated[
-    str | None, typer.Option(help="Settings that replace the policy's, as JSON.")
-]
+ModelOption = Annotated[str | None, typer.Option(help=options.MODEL_NAME)]
+PolicyOption = Annotated[str, typer.Option(help=f"{options.POLICY} none: stock vLLM.")]
+PolicyConfigOption = Annotated[str | None, typer.Option(help=options.POLICY_OVERRIDES)]
 DeviceOption = Annotated[str, typer.Option(help="What engines run on: cpu or gpu.")]
 EngineOption = Annotated[
     str | None, typer.Option(help="Further settings of vLLM's engine, as JSON.")
 ]
-
-AddressOption = Annotated[
-    str | None,
-    typer.Option(
-        envvar="RAY_ADDRESS", help="A Ray cluster; default: one of this machine."
-    ),
-]
+_ADDRESS = "A Ray cluster; default: one of this machine."
+AddressOption = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help=_ADDRESS)]
 
 
 @dataclass(frozen=True)

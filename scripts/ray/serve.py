@@ -8,6 +8,7 @@ from engines import (
     Device,
     DeviceOption,
     EngineOption,
+    ModelOption,
     PolicyConfigOption,
     PolicyOption,
     engine_kwargs,
@@ -52,9 +53,7 @@ def make_app(config: Any) -> Any:
 
 
 def main(
-    model: Annotated[
-        str | None, typer.Option(help="A model; default: the bundled small one.")
-    ] = None,
+    model: ModelOption = None,
     model_id: Annotated[str, typer.Option(help="Its name in requests.")] = "default",
     kv_policy: PolicyOption = "pyramid",
     kv_policy_config: PolicyConfigOption = None,
