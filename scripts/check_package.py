@@ -129,7 +129,7 @@ def use(programs: Path, folder: Path, in_process: bool) -> None:
     version = pyramid_vllm.__version__
     vllm = [str(python), "-P", "-m", "vllm.entrypoints.cli.main"]
     smoke = [str(python), "-P", str(SMOKE), version, str(model)]
-    uses: list[tuple[list[str], str]] = [
+    uses = [
         ([*smoke, *(["--in-process"] if in_process else [])], "tokens evicted"),
         ([*vllm, "serve", "--help=KVPolicy"], "--kv-policy-config"),
         ([command, "plan", str(model), "--max-model-len", "1024"], "KV bytes"),
