@@ -1,4 +1,4 @@
-"""A scheduler without an engine: tests play the worker."""
+"""A scheduler without an engine; tests act as the worker."""
 
 import zlib
 from collections import deque
@@ -62,7 +62,7 @@ def scheduler_from(config: Any, num_blocks: int) -> PyramidScheduler:
         for layer, tier in enumerate(layout.tier_of_layer)
     }
     register_spec(config)
-    # vLLM's own: a tier of more layers than others has several groups.
+    # vLLM makes several KV cache groups of a tier that has more layers than others.
     groups = get_kv_cache_groups(config, specs)
     page_bytes = plain.page_size_bytes * layout.group_size
     kv_config = get_kv_cache_config_from_groups(config, groups, num_blocks * page_bytes)
@@ -94,7 +94,7 @@ def make_stock_scheduler(model: str, num_blocks: int, **settings: Any) -> Any:
 def make_scheduler(
     model: str, num_blocks: int, policy: dict[str, Any], **settings: Any
 ) -> PyramidScheduler:
-    """The same for a configuration of its own."""
+    """A scheduler with a configuration of its own."""
     return scheduler_from(make_config(model, policy, **settings), num_blocks)
 
 
@@ -143,7 +143,7 @@ class Driver:
         self._flying: deque[Any] = deque()
         self.plans: list[StepPlan] = []
         self.finished: dict[str, str] = {}
-        """Why each request ended, as its client is told."""
+        """The reason for each request's end that its client gets."""
 
     @property
     def num_flying(self) -> int:
@@ -168,9 +168,9 @@ class Driver:
             self.worker.run(output)
         outputs = self.scheduler.update_from_output(output, result)
         for of_client in outputs.values():
-            for told in of_client.outputs:
-                if told.finish_reason is not None:
-                    self.finished[told.request_id] = str(told.finish_reason)
+            for news in of_client.outputs:
+                if news.finish_reason is not None:
+                    self.finished[news.request_id] = str(news.finish_reason)
         self.scheduler.check_integrity()
 
     def run(self, limit: int = 5000) -> None:

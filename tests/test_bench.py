@@ -234,7 +234,7 @@ def test_latencies_of_a_batch_count_from_its_start() -> None:
 
 
 def client_result(**changes: Any) -> dict[str, Any]:
-    """As ``vllm bench serve`` saves it."""
+    """A result as ``vllm bench serve`` saves it."""
     result = {
         "num_prompts": 4,
         "completed": 4,
@@ -542,7 +542,7 @@ SIDES: dict[str, dict[str, Any]] = {
 def side(
     request: pytest.FixtureRequest, tiny_llama: str
 ) -> Iterator[tuple[str, MeasureTask, Any]]:
-    """Its name, a task of prompts that share nothing, and its engine."""
+    """A side's name, a task of prompts that share nothing, and the side's engine."""
     engine_args = {
         "dtype": "float32",
         "seed": 0,
