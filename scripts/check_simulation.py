@@ -63,7 +63,7 @@ UNSEEN = (
 
 
 def run_bench(bench: Bench, model: str, out: Path, repeats: int) -> Path:
-    """Run a bench, or what of it is not finished yet; its folder."""
+    """Run a bench, without the runs that are finished; returns its folder."""
     folder = out / bench.name
     command = [str(Path(sys.executable).with_name("pyramid-vllm")), "bench"]
     command += ["--model", model, "--kv-policy", POLICY, "--repeats", str(repeats)]
@@ -72,7 +72,7 @@ def run_bench(bench: Bench, model: str, out: Path, repeats: int) -> Path:
 
 
 def tokens_per_s(runs: list[MeasuredRun], device: Device) -> dict[str, float]:
-    """Predicted, by side: of the first run of each."""
+    """Predicted tokens/s by side, of the side's first run."""
     found: dict[str, float] = {}
     for run in runs:
         if run.side not in found:
@@ -105,7 +105,7 @@ def compare(bench: Bench, folder: Path, model: str, device: Device) -> dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """For people: tokens/s of both sides, and the ratios."""
+    """Tokens/s of both sides and the ratios, for people."""
     found = Table(title="Tokens/s of stock vLLM and `pyramid`, and their ratio")
     for column in ("load", "measured", "predicted", "ratios", "error"):
         found.add_column(column)

@@ -80,7 +80,7 @@ def quality_goals(results: Results, model: str, command: str) -> list[Goal]:
 
 
 def peer_figures(peers: Results, retrieval: Task) -> Results:
-    """Of each press: what its loss rises by, and its needles."""
+    """The rise of the loss and the needles of each press."""
     found: Results = {}
     full = [statistics.mean(window) for window in peers["full"]["nll"]]
     for name, press in peers["presses"].items():
@@ -97,7 +97,7 @@ def peer_figures(peers: Results, retrieval: Task) -> Results:
 
 
 def peer_goals(results: Results, figures: Results, command: str) -> list[Goal]:
-    """Ours against the best press, in loss and in retrieval."""
+    """Our loss and retrieval, compared with the best press."""
     ours, full = side(results), side(results, "full cache")
     losses, theirs = (s["continuation"]["samples"]["loss"] for s in (ours, full))
     best = min(figures.values(), key=lambda f: statistics.mean(f["rises"]))["rises"]
@@ -144,7 +144,8 @@ def batch_goals(results: Results, command: str) -> list[Goal]:
 
 
 def ceiling_of(points: list[Results]) -> float | None:
-    """What memory without end would gain; None: not both kinds of points are there."""
+    """The gain of unlimited memory; None: the points do not have both kinds of
+    memory."""
     speeds: dict[bool, float] = {}
     for point in points:
         speed = point["sides"]["none"]["total_tokens_per_s"]["median"]

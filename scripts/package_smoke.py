@@ -22,7 +22,7 @@ ENTRY_POINTS = {
 
 
 def check_install(version: str) -> None:
-    """What is imported, and what metadata says, are of this environment."""
+    """The imported package and its metadata are of this environment."""
     place = Path(pyramid_vllm.__file__).parent
     assert place.is_relative_to(sys.prefix), f"{place} is not below {sys.prefix}"
     installed = distribution("pyramid-vllm")
@@ -46,7 +46,7 @@ def check_files() -> None:
 
 
 def tokens_evicted(model: str, policy: str) -> float:
-    """Serve two prompts; the KV entries that were evicted."""
+    """Serve two prompts and count the KV entries that were evicted."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -95,7 +95,8 @@ def steps(out: Path, text: Path, second: Path | None) -> list[Step]:
 
 
 def peers(out: Path, first: Step) -> Step:
-    """kvpress on the windows and needles of the first step, at the same share kept."""
+    """kvpress on the windows and needles of the first step, with the same share
+    kept."""
     found = first.load()
     tasks, settings = tasks_of(found)
     ours = side(found)["continuation"]["summary"]["kept_share"]

@@ -67,7 +67,7 @@ class Trial:
 
     @property
     def cost(self) -> float:
-        """Divergence, and what lost needles count, each by its mean."""
+        """Mean divergence, plus the mean cost of lost needles."""
         lost = statistics.mean(not found for found in self.found) if self.found else 0
         return statistics.mean(self.divergence) + NEEDLE_COST * lost
 
@@ -75,7 +75,7 @@ class Trial:
 def changes(
     policy: PolicyConfig, num_layers: int, settings: list[str]
 ) -> Iterator[tuple[str, PolicyConfig]]:
-    """Policies that differ from one in one setting, by what differs."""
+    """Policies that differ from one policy in one setting, by what differs."""
     for name in settings:
         for value in SPACE[name]:
             if name == "prune_from" and value is not None:
@@ -96,7 +96,7 @@ Prompt = tuple[str, list[int], list[int]]
 def prompts(
     tokenizer: Any, texts: list[str], num_tokens: int, num_windows: int, needles: int
 ) -> list[Prompt]:
-    """What policies are tried on: kind, prompt and the tokens after it."""
+    """The prompts on which policies are tried: kind, prompt and the tokens after it."""
     found: list[Prompt] = []
     for text in texts:
         for part in windows(tokenizer.encode(text), num_tokens, 128, num_windows):
@@ -114,7 +114,7 @@ def prompts(
 def try_out(
     model: DenseModel, policies: dict[str, PolicyConfig], on: list[Prompt]
 ) -> dict[str, Trial]:
-    """Every policy on every prompt; needles that the full cache misses are left out."""
+    """Try every policy on every prompt, without needles that the full cache misses."""
     rules = {
         name: LengthRule(policy, tier_layout(policy, model.num_layers))
         for name, policy in policies.items()

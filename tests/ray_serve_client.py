@@ -1,7 +1,7 @@
 """A client of Ray Serve, beside a test's cluster: one chat, and what workers did.
 
 Reads JSON: ``base_url``, ``model``, ``prompt``, ``max_tokens``, ``max_retries`` and
-``start_up_s``, how long to wait for the application first. Writes JSON behind an "@".
+``start_up_s``, how long to wait for the application first. Writes JSON after an "@".
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The goals that `scripts/reproduce` reports, from results made up here."""
+"""The goals that `scripts/reproduce` reports, from results that this file makes up."""
 
 import sys
 from pathlib import Path

@@ -87,7 +87,8 @@ def finish(process: subprocess.Popen[bytes], output: Path) -> tuple[int, str]:
 def alone(
     model: str, rows: list[dict[str, Any]]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The same rows through an engine of this process: its policy's, and stock's."""
+    """The same rows through an engine of this process: with its policy, and with
+    stock."""
     ours, stock = texts_of_policy_and_stock(
         model,
         [row["prompt"] for row in rows],
@@ -130,7 +131,7 @@ SLOWLY = {"max_num_seqs": 2}
 
 
 def wait_for_rows(output: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until some rows are there, and more are not."""
+    """Wait until some rows are there and others are not."""
     wait_for(
         lambda: process.poll() is not None or len(output.read_bytes().splitlines()) > 3,
         JOB_S,

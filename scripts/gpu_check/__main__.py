@@ -27,7 +27,7 @@ def _listed(text: str) -> list[str]:
 
 
 def options_of(arguments: list[str]) -> tuple[list[str], Path | None, Options]:
-    """Names of pieces, the JSON's file, and the options of the pieces."""
+    """Names of pieces, the JSON file, and the options of the pieces."""
     parser = argparse.ArgumentParser(
         prog="scripts/gpu-check",
         description="Check and measure the plugin on a machine with an NVIDIA GPU. "
@@ -62,7 +62,7 @@ def options_of(arguments: list[str]) -> tuple[list[str], Path | None, Options]:
 
 
 def lines_of(piece: Piece) -> list[str]:
-    """A piece of the table, as plain text."""
+    """Lines of the table for a piece, as plain text."""
     why = f": {piece.why}" if piece.why else ""
     wide = max([40, *(len(check.name) for check in piece.checks)])
     return [
@@ -75,7 +75,7 @@ def lines_of(piece: Piece) -> list[str]:
 
 
 def skipped(pieces: list[Piece]) -> list[dict[str, str]]:
-    """All that did not run, and why."""
+    """Everything that did not run, and the reason."""
     ran = {piece.name for piece in pieces}
     found = [(name, "not in --only") for name in PIECES if name not in ran]
     found += [(piece.name, piece.why) for piece in pieces if piece.status == SKIPPED]

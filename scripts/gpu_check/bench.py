@@ -20,7 +20,7 @@ _FIGURES = ("total_tokens_per_s", "max_num_running", "kv_bytes_per_request")
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and what is asked of it."""
+    """A model and its benchmark."""
 
     name: str
     changes: dict[str, Any]
@@ -65,7 +65,8 @@ TINY = Shape("tiny", _TINY, 0, "float32", 4, 256, 8, ("2x", "6x"), 1)
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Stock vLLM and the policy in turns, where memory binds and where not."""
+    """Run stock vLLM and the policy in turns, where memory binds and where it does
+    not."""
     need("torch", "vllm", "transformers", "matplotlib")
     shape = TINY if options.on_cpu else _shape_that_fits()
     if shape is SMALL:
@@ -96,7 +97,7 @@ def _shape_that_fits() -> Shape:
 
 
 def settings(shape: Shape, folder: Path, options: Options) -> BenchSettings:
-    """The benchmark of a model whose configuration is in a folder, as are results."""
+    """The benchmark of a model; its configuration and the results lie in one folder."""
     from pyramid_vllm.tools.bench.settings import BenchSettings
 
     longest = shape.prompt_tokens + shape.output_tokens
@@ -116,7 +117,7 @@ def settings(shape: Shape, folder: Path, options: Options) -> BenchSettings:
 
 
 def _check(shape: Shape, point: dict[str, Any], results: dict[str, Any]) -> Check:
-    """One amount of memory."""
+    """The figures for one amount of memory."""
     sides = point["sides"]
     (policy,) = [name for name in sides if name != "none"]
     parts = []

@@ -1,4 +1,4 @@
-"""What machine this is, and what is installed."""
+"""The machine, and what is installed on it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _PACKAGES = (
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Every line is independent of the others."""
+    """Each line is independent of the others."""
     for names in _PACKAGES:
         yield _version(*names)
     for part in (_kernels, _gpu, _machine, _commit):
@@ -36,7 +36,7 @@ def _version(*names: str) -> Check:
 
 
 def _kernels() -> Check:
-    """Loaded as the next pieces load them."""
+    """Load the kernels as the next pieces load them."""
     need("torch", "triton")
     is_whole = load_package()
     import pyramid_vllm.kernels  # noqa: F401

@@ -1,4 +1,4 @@
-"""Every kernel beside its reference, and what launches must not do."""
+"""Every kernel is compared with its reference; launches must not wait or allocate."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(options: Options) -> Iterator[Check]:
 
 
 def _outcome(case: Case) -> dict[str, Any]:
-    """A case, as JSON holds it; an exception fails it alone."""
+    """Run a case for JSON; an exception fails this case alone."""
     try:
         return {"variant": case.variant} | asdict(case.run())
     except Exception:
@@ -73,7 +73,7 @@ def _outcome(case: Case) -> dict[str, Any]:
 
 
 def _check(kernel: str, outcomes: list[dict[str, Any]]) -> Check:
-    """A kernel over all of its variants."""
+    """The outcomes of all variants of a kernel."""
     wrong = [outcome for outcome in outcomes if not outcome["is_same"]]
     ran = [outcome for outcome in outcomes if "max_error" in outcome]
     figures: dict[str, Any] = {"variants": outcomes, "num_failed": len(wrong)}
@@ -115,7 +115,7 @@ def _steady_checks(options: Options) -> Iterator[Check]:
 
 
 def _waits(title: str, launch: Callable[[], None]) -> Check:
-    """torch raises where a call of its own waits for the GPU."""
+    """torch raises an error if one of its own calls waits for the GPU."""
     import torch
 
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""Pieces of the check: what they find, and how each runs in a process of its own.
+"""The pieces of the check. Each runs in a process of its own.
 
 A kernel that fails may leave a GPU's context unusable, or end its process. The next
 piece therefore gets another process.
@@ -57,7 +57,7 @@ class Piece:
 
 
 def guarded(name: str, run: Callable[[], Check]) -> Check:
-    """One check; an exception fails it alone."""
+    """Run one check; an exception fails this check alone."""
     try:
         return run()
     except Skip as skip:
@@ -70,7 +70,7 @@ def guarded(name: str, run: Callable[[], Check]) -> Check:
 def run_piece(
     name: str, options: Options, timeout: float, environment: dict[str, str]
 ) -> Piece:
-    """Run a piece in a process of its own; what it found before it failed is kept."""
+    """Run a piece in a process of its own; its checks before a failure are kept."""
     load_package()
     from pyramid_vllm.tools.engine_process import run_child
 

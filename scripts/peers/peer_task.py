@@ -1,4 +1,4 @@
-"""What a peer is asked to run: token ids in, so that no tokenizer can differ."""
+"""The input of a peer: it holds token ids, so that no tokenizer can differ."""
 
 from pathlib import Path
 from typing import Annotated, Literal

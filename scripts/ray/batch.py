@@ -115,7 +115,7 @@ def answers(job: Job, rows: list[Row]) -> Iterator[Row]:
 
 
 def run(job: Job, rows: list[Row], output: Path, console: Console) -> int:
-    """Do the rows that the output lacks.
+    """Answer the rows that the output lacks.
 
     Returns:
         How many are still missing.

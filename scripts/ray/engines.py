@@ -1,4 +1,4 @@
-"""What `batch.py` and `serve.py` give vLLM's engines, on CPUs and on GPUs."""
+"""Settings that `batch.py` and `serve.py` give vLLM's engines, on CPUs and GPUs."""
 
 import signal
 from dataclasses import dataclass, field

@@ -43,7 +43,7 @@ def make_config(
 
 
 def make_app(config: Any) -> Any:
-    """The application: one engine a replica behind one ingress."""
+    """The application: one engine in each replica, and one ingress in front of them."""
     from ray.serve.llm import build_openai_app
 
     ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.25}}

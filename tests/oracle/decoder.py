@@ -165,7 +165,7 @@ class _Run:
             self.result.logprobs.append(self.model.logprobs(x[-1:])[0])
 
     def _kept(self, after: int) -> list[int]:
-        """Tokens that each layer keeps behind a chunk."""
+        """Tokens that each layer keeps after a chunk."""
         counts = self.counts.prompt(after)
         if after == len(self.prompt) or self.config.evict == "chunk":
             return counts
@@ -268,7 +268,7 @@ class _Run:
         self.result.logprobs.extend(self.model.logprobs(x))
 
     def _compress(self, n: int, generated: int) -> None:
-        """Compress the group that has just left the recent window."""
+        """Compress the generated tokens that have just left the recent window."""
         config = self.config
         group, number = (
             config.exceed_length_to_compress,
