@@ -21,6 +21,7 @@ if BACKEND is not None:
 # Kernels run interpreted; vLLM sees no Triton driver and does not care.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,10 @@ import pytest
 from hypothesis import settings
 
 from tests.models import TINY_LLAMA, save_tiny_llama
+
+# Tests import scripts as modules.
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path[:0] = [str(SCRIPTS / part) for part in ("", "ray", "vllm_api")]
 
 # No test checks time. CI draws the same examples every time.
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
 from gpu_check import bandwidth, bench, engine, pieces
 from gpu_check.pieces import FAILED, MET, MISSED, OK, Options
 from gpu_check.timing import Timed

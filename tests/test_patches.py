@@ -9,9 +9,6 @@ from compileall import compile_file
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "vllm_api"))
-
 from vllm_names import DIGESTS
 from vllm_source import ROOT, download, installed
 

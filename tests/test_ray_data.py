@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import engine_kwargs, find_device
+from rows import Answers, bundled_rows, read_rows
 
 from tests.engines import texts_of_policy_and_stock
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.ray_processes import kill_with_children, pid_of, wait_for
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "ray"))
-
-from engines import engine_kwargs, find_device
-from rows import Answers, bundled_rows, read_rows
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "ray"
 POLICY = {"recent": 16, "min_context": 32}

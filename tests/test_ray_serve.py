@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from engines import engine_kwargs, find_device
+from serve import make_config
 
 from tests.engines import MIB, texts_of_policy_and_stock
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.ray_processes import kill_with_children, pid_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "ray"))
-
-from engines import engine_kwargs, find_device
-from serve import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = ROOT / "configs" / "ray" / "serve.yaml"
