@@ -106,9 +106,10 @@ def compare(bench: Bench, folder: Path, model: str, device: Device) -> dict[str,
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Tokens/s of both sides and the ratios, for people."""
-    found = Table(title="Tokens/s of stock vLLM and `pyramid`, and their ratio")
-    for column in ("load", "measured", "predicted", "ratios", "error"):
-        found.add_column(column)
+    columns = ("load", "measured", "predicted", "ratios", "error")
+    found = Table(
+        *columns, title="Tokens/s of stock vLLM and `pyramid`, and their ratio"
+    )
     for row in rows:
         pairs = (
             f"{row[side][NONE]:.0f}, {row[side][POLICY]:.0f}"

@@ -55,6 +55,8 @@ def _gpu() -> Check:
         "capability": [found.major, found.minor],
         "memory_bytes": found.total_memory,
         "num_sms": found.multi_processor_count,
+        "l2_bytes": getattr(found, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
         "num_gpus": torch.cuda.device_count(),
     }
     detail = f"{found.name}, sm_{found.major}{found.minor}"
