@@ -2,24 +2,18 @@
 
 import signal
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from pyramid_vllm.policy import resolve_policy
 from pyramid_vllm.tools import options
 from pyramid_vllm.tools.json_settings import json_object
 from pyramid_vllm.tools.sizes import parse_bytes
 
-ModelOption = Annotated[str | None, typer.Option(help=options.MODEL_NAME)]
-PolicyOption = Annotated[str, typer.Option(help=f"{options.POLICY} none: stock vLLM.")]
-PolicyConfigOption = Annotated[str | None, typer.Option(help=options.POLICY_OVERRIDES)]
-DeviceOption = Annotated[str, typer.Option(help="What engines run on: cpu or gpu.")]
-EngineOption = Annotated[
-    str | None, typer.Option(help="Further settings of vLLM's engine, as JSON.")
-]
-_ADDRESS = "A Ray cluster; default: one of this machine."
-AddressOption = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help=_ADDRESS)]
+#: Help of options that both scripts have.
+POLICY = f"{options.POLICY} none: stock vLLM."
+DEVICE = "What engines run on: cpu or gpu."
+ENGINE_ARGS = "Further settings of vLLM's engine, as JSON."
+ADDRESS = "A Ray cluster; default: one of this machine."
 
 
 @dataclass(frozen=True)
