@@ -54,9 +54,9 @@ Load = StrEnum("Load", {"DECODE": "decode", "PREFILL": "prefill"})
 Caching = StrEnum("Caching", {"ON": "on", "OFF": "off"})
 ROUNDS = 5
 BLOCK_SIZE = 16
-#: One sequence in this many is in its prompt in load ``prefill``.
+#: In load ``prefill`` one sequence in this many computes its prompt.
 PROMPT_SHARE = 8
-#: In each of them one in ``BLOCK_SIZE`` of the sequences needs a new page.
+#: In each step one in ``BLOCK_SIZE`` of the sequences needs a new page.
 STEPS_PER_ROUND = 4
 PROMPT_TOKENS = 384
 PIPELINE_DEPTH = 2

@@ -25,9 +25,9 @@ import pyramid_vllm
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "scripts/package_smoke.py"
 
-#: Of the repository, what the sdist leaves out.
+#: Files of the repository that the sdist leaves out.
 NOT_IN_SDIST = {".ci/run"}
-#: Folders of ``configs`` that the package itself reads, or its users do.
+#: Folders of ``configs`` that the package or its users read.
 SHIPPED_CONFIGS = ("policies", "profiles", "shapes", "gpus", "grafana", "prometheus")
 TIMEOUT_S = 300
 
@@ -136,7 +136,7 @@ def use(programs: Path, folder: Path, in_process: bool) -> None:
         ([command, "--version"], f"pyramid-vllm {version}\n"),
         ([command, "--help"], "name-vllm"),
     ]
-    # The first two take their time, most of it to import vLLM.
+    # The first two take long, mostly because they import vLLM.
     with ThreadPoolExecutor(max_workers=2) as pool:
         printed = list(pool.map(lambda use: _printed(folder, *use), uses))
     print(printed[0].splitlines()[-1])

@@ -77,7 +77,7 @@ def tokens_per_s(runs: list[MeasuredRun], device: Device) -> dict[str, float]:
     for run in runs:
         if run.side not in found:
             engine = SimulatedEngine(run.engine, run.policy)
-            # What the scheduler takes on this machine is part of the fitted times.
+            # The scheduler's time on this machine is part of the fitted times.
             options = RunOptions(cpu_time=False)
             done = simulate(run.side, engine, device, run.load, options)
             found[run.side] = run_figures(done)["tokens_per_s"]

@@ -17,7 +17,7 @@ DEFAULT = "pyramid"
 RETENTION = 0.4
 Goal = dict[str, Any]
 Results = dict[str, Any]
-#: What a goal asks of a value, and a value as people read it.
+#: A goal: the comparison, the limit, and the limit as people read it.
 Aim = tuple[str, float, str]
 _MEETS: dict[str, Callable[[float, float], bool]] = {
     "at most": lambda value, limit: value <= limit,

@@ -33,9 +33,9 @@ from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import provenance
 
 SEED = 0
-#: The default as it is for a model without a profile.
+#: The default policy of a model without a profile.
 NO_PROFILE = '{"name": "pyramid-no-profile", "layer_weights": null}'
-#: Speeds are those without a prefix cache, whatever prompts have in common.
+#: Speeds are measured without a prefix cache, whatever prompts have in common.
 NO_CACHING = ["--engine-args", '{"enable_prefix_caching": false}']
 PRESSES = ("snapkv", "pyramidkv", "streaming_llm")
 #: Figures of speed in the tables.

@@ -45,9 +45,9 @@ from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.sizes import format_bytes
 
 BLOCK_SIZE = 32
-#: What became of one side's requests, as JSON holds it.
+#: Figures of one side's requests, as JSON holds them.
 Figures = dict[str, Any]
-#: Rows of the table; a dash is what the server did not report.
+#: Rows of the table; a dash stands for what the server did not report.
 METRICS = [
     Metric("num_sent", "requests sent"),
     Metric("num_finished", "finished"),
@@ -133,7 +133,7 @@ async def soak(url: str, requests: list[LoadRequest], drain_s: float) -> Figures
     """
     async with session(url) as connection:
         client = Client(connection)
-        await pages_leaked(connection, url)  # what came before has ended
+        await pages_leaked(connection, url)  # earlier requests have ended
         _, num_pages = pages(url)
         with Sampler(url, lambda num_finished: None) as sampler:
             seconds = await send_all(client, requests, drain_s)
@@ -195,7 +195,7 @@ def run_sides(
                 requests = [*draw_requests(*shares, settings.seed, rate, seconds)]
             minutes = f"{settings.minutes:g} minutes"
             console.print(f"{name}: {len(requests)} requests in {minutes}")
-            # At most so long do we wait for the last requests.
+            # The last requests have so many seconds after the last arrival.
             drain_s = 120.0 + 4.0 * seconds
             sides[name] = asyncio.run(soak(url, requests, drain_s))
     return sides, sustained

@@ -36,7 +36,7 @@ from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import read_part, windows
 
 SEED = 0
-#: What is tried of each setting.
+#: Values that are tried of each setting.
 SPACE: dict[str, list[Any]] = {
     "steepness": [0.0, 0.15, 0.3, 0.5],
     "recent": [32, 64, 128, 256, 512],
@@ -53,7 +53,7 @@ SPACE: dict[str, list[Any]] = {
     # Where pruning starts, as shares of the model's layers; None: nowhere.
     "prune_from": [None, 0.0, 0.2, 0.4, 0.6, 0.8],
 }
-#: What a lost needle counts beside nats of divergence.
+#: Cost of a lost needle, in nats of divergence.
 NEEDLE_COST = 0.05
 
 
@@ -85,7 +85,7 @@ def changes(
             try:
                 changed = resolve_policy(policy, {name: value})
             except KVPolicyError:
-                continue  # not every setting goes with every other
+                continue  # some settings exclude others
             assert changed is not None
             yield f"{name}={value}", changed
 

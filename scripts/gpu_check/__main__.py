@@ -12,7 +12,7 @@ from typing import Any
 from gpu_check.loading import KNOWN, has_gpu
 from gpu_check.pieces import FAILED, SKIPPED, Options, Piece, run_piece
 
-#: Pieces in their order, and after how many seconds each is ended.
+#: Pieces in their order, and the seconds after which each is stopped.
 PIECES = {
     "environment": 300,
     "kernels": 3600,
@@ -93,7 +93,7 @@ def main() -> None:
     names, json_file, options = options_of(sys.argv[1:])
     environment = {KNOWN: str(int(has_gpu()))}
     if not has_gpu():
-        # Before Triton is imported, so that kernels run all the same.
+        # Triton has to see this when it is imported; then kernels run interpreted.
         environment["TRITON_INTERPRET"] = "1"
     pieces = []
     for name in names:
@@ -115,7 +115,7 @@ def main() -> None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"written: {json_file}")
     sys.stdout.flush()
-    # The drivers' threads need no end of their own.
+    # Threads of drivers need not be joined.
     os._exit(failed)
 
 

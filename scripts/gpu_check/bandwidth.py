@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gpu_check.workload import Sizes, Step
 
 COMPACT_GOAL, SCORE_GOAL, SHARE_GOAL = 0.6, 0.5, 0.03
-#: Layers that are compacted together: a tier, and all.
+#: Layers that are compacted together: those of a tier, and all.
 _TIERS = (6, 32)
 _QUERIES = (16, 64, 256)
 

@@ -24,7 +24,7 @@ class Shape:
 
     name: str
     changes: dict[str, Any]
-    """Of Llama-3-8B's configuration."""
+    """Changes to Llama-3-8B's configuration."""
     least_gib: float
     """GPU memory below which it is not tried."""
     dtype: str = "bfloat16"
@@ -32,7 +32,7 @@ class Shape:
     prompt_tokens: int = 4096
     output_tokens: int = 128
     kv_memory: tuple[str, str] = ("6x", "26x")
-    """What binds, and what does not; in stock sequences."""
+    """Memory that binds and memory that does not, in stock sequences."""
     repeats: int = 3
 
     def write_config(self, folder: Path) -> None:

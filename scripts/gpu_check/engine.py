@@ -10,13 +10,13 @@ from typing import Any
 from gpu_check.loading import need, need_gpu
 from gpu_check.pieces import FAILED, MEASURED, OK, SKIPPED, Check, Options
 
-#: Attention backends and what their engines compute in: the most exact they have.
+#: Attention backends and their most exact dtypes.
 BACKENDS = {"TRITON_ATTN": "float32", "FLASH_ATTN": "float16", "FLASHINFER": "float16"}
-#: Differences of log probabilities that are rounding.
+#: Differences of log probabilities that rounding explains.
 _ROUNDING = {"float32": 2e-3, "float16": 5e-2}
-#: Of the oracle, which computes in float64.
+#: The same for differences from the oracle, which computes in float64.
 _ORACLE_ROUNDING = 1e-3
-#: As large as all backends have their heads.
+#: A head size that all backends have.
 _HEAD_SIZE = 64
 _POLICY = {
     "tiers": 3,
@@ -28,15 +28,15 @@ _POLICY = {
 }
 _ON = {"kv_policy": "pyramid", "kv_policy_config": _POLICY}
 SIDES: dict[str, dict[str, Any]] = {
-    # First: on the CPU, graphs stay once they are on.
+    # This side runs first: on the CPU, graphs stay on once they are on.
     "eager": _ON | {"enforce_eager": True},
-    # Not compiled, so that prompts are computed, and tokens chosen, as eagerly.
+    # This side is not compiled, so it computes prompts and chooses tokens as eagerly.
     "graphs": _ON
     | {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     "stock": {},
     "retention 1": _ON
     | {"kv_policy_config": _POLICY | {"retention": 1.0, "min_context": 0}},
-    # As people run it: compiled, and with vLLM's own choice of graphs.
+    # Users run this side: compiled, and with vLLM's own choice of graphs.
     "default": _ON,
 }
 _SIDE_TIMEOUT = 900.0

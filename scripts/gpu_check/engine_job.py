@@ -17,7 +17,7 @@ from pyramid_vllm.tools.engine_process import leave, read_task, tell
 def _set_up(task: dict[str, Any]) -> None:
     """Set the process up; this has to be done before vLLM is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Attention's products in float32, where the oracle's are in float64.
+    # Attention multiplies in float32; the oracle multiplies in float64.
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     if not task["on_cpu"]:
         return
@@ -63,7 +63,7 @@ def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
         worker_of,
     )
 
-    # Modules stay: engines that collect garbage need not look through them.
+    # Modules stay loaded, so the garbage collector need not look through them.
     gc.freeze()
     settings = _settings(task, task["sides"][name])
     if task["on_cpu"]:

@@ -9,7 +9,7 @@ from checkout import commit
 from gpu_check.loading import load_package, need, need_gpu
 from gpu_check.pieces import MEASURED, OK, SKIPPED, Check, Options, guarded
 
-#: Packages, each with the other distributions that it comes in.
+#: Packages, each with other distributions that contain it.
 _PACKAGES = (
     ("torch",),
     ("triton", "pytorch-triton"),

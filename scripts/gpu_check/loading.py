@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Variable by which pieces know whether there is a GPU: to import torch takes seconds.
+#: Pieces read from this variable whether there is a GPU: importing torch takes seconds.
 KNOWN = "GPU_CHECK_HAS_GPU"
 _PACKAGE = "pyramid_vllm"
 

@@ -17,7 +17,7 @@ from typing import Any
 from gpu_check.loading import Skip, load_package
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
-#: Figures: of a goal that is met or missed, or of none.
+#: Statuses of figures: their goal is met or missed, or they have none.
 MET, MISSED, MEASURED = "met", "missed", "measured"
 
 
@@ -30,7 +30,7 @@ class Options:
     on_cpu: bool = False
     """Whether engines run on the CPU as on a GPU: to test the pieces themselves."""
     kernels: list[str] = field(default_factory=list)
-    """Those that are compared; none: all."""
+    """Kernels that are compared; an empty list means all."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Piece:
     name: str
     status: str = OK
     why: str = ""
-    """Of a piece that was skipped or that ended early."""
+    """The reason why the piece was skipped or ended early."""
     traceback: str = ""
     seconds: float = 0.0
     checks: list[Check] = field(default_factory=list)

@@ -13,9 +13,9 @@ class Timed:
     """Milliseconds of the same work."""
 
     launched: float
-    """Launched from Python, one by one."""
+    """Time of kernels that Python launches one by one."""
     replayed: float | None
-    """As a graph: the GPU's share of it; None: it could not be captured."""
+    """Time as a graph, the GPU's share; None: the work could not be captured."""
 
     @property
     def best(self) -> float:

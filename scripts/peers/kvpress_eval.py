@@ -54,7 +54,7 @@ class Runner:
         """Logits after one more token."""
         import torch
 
-        # Left out, the position would be the compressed length.
+        # Without this, the position would be the compressed length.
         return self._model(
             input_ids=torch.tensor([[token]]),
             past_key_values=cache,

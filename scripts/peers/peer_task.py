@@ -13,7 +13,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-#: kvpress's classes by the names that the input knows them by.
+#: kvpress's classes by their names in the input.
 PRESSES = {
     "snapkv": "SnapKVPress",
     "pyramidkv": "PyramidKVPress",

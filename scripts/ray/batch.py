@@ -21,10 +21,10 @@ from pyramid_vllm.tools import options
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.options import argument, command, option
 
-#: GPUs by this one line, or by ``--device gpu``.
+#: Change this line for GPUs, or pass ``--device gpu``.
 DEVICE = "cpu"
-#: Of the stages beside the engines: with Ray's default of one each, a machine of two
-#: cores has none left for the engine, and the job waits for ever.
+#: CPUs of each other stage. Ray's default is one, which leaves none for the engine on a
+#: machine of two cores, so the job would wait for ever.
 STAGE_CPUS = 0.25
 _ERROR = "__inference_error__"
 _PROGRESS_S = 2.0
@@ -85,7 +85,7 @@ def make_processor(job: Settings, kwargs: dict[str, Any], kind: str) -> Any:
         preprocess_map_kwargs=stage,
         postprocess_map_kwargs=stage,
     )
-    # Ray Data's default is without end: a prompt that kills its engine would kill
+    # Ray Data's default has no bound: a prompt that kills its engine would kill
     # engines for ever.
     processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
         max_restarts=job.max_restarts, max_task_retries=job.max_restarts

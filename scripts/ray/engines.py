@@ -79,5 +79,5 @@ def start_ray(address: str | None) -> None:
         ray.init(address=address)
     else:
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
-    # Like Ctrl-C, so that what was started is ended; else Ray's handler aborts.
+    # SIGTERM acts like Ctrl-C, so that engines are ended. Ray's own handler aborts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 Row = dict[str, Any]
 _KINDS = ("messages", "prompt")
-#: Of the bundled rows: about 750 tokens each.
+#: Number and length of the bundled rows, which have about 750 tokens each.
 _NUM_BUNDLED, _BUNDLED_CHARACTERS = 16, 3000
 
 
@@ -94,7 +94,7 @@ class Answers:
             raise ValueError(f"{path}: another job is writing to it") from None
         self._cut_torn_line()
         self.ids: set[Any] = {row["id"] for row, _ in _lines(path)}
-        """Of the rows that are there."""
+        """Ids of the rows in the file."""
 
     def _cut_torn_line(self) -> None:
         """A job that was killed may have written half of its last row."""

@@ -11,7 +11,7 @@ from pyramid_vllm.tools import options
 from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.options import command, option
 
-#: GPUs by this one line, or by ``--device gpu``.
+#: Change this line for GPUs, or pass ``--device gpu``.
 DEVICE = "cpu"
 APPLICATION = "llm"
 

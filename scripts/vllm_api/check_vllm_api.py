@@ -28,7 +28,7 @@ from vllm_source import (
 
 from pyramid_vllm.tools.provenance import write_report
 
-#: What does not work, then what somebody has to read; the rest is fine.
+#: Statuses that break the package, and those that somebody has to read.
 ERRORS = ("gone", "differs")
 TO_READ = ("unlisted", "changed")
 Parameter = inspect.Parameter
@@ -74,7 +74,7 @@ def override_problem(theirs: inspect.Signature, ours: inspect.Signature) -> str:
     num_positional = sum(kind <= Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
     if Parameter.VAR_POSITIONAL in kinds:
         num_positional = len(fixed)
-    # What theirs passes on is not known.
+    # With *args or **kwargs of theirs, not all arguments are known.
     bind = ours.bind if len(fixed) == len(theirs.parameters) else ours.bind_partial
     for passed in (fixed, [p for p in fixed if p.default is p.empty]):
         positional = [p.name for p in passed if p.kind is not p.KEYWORD_ONLY]
