@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpu_check.loading import has_gpu, is_interpreted, load_package, need
@@ -106,39 +107,29 @@ def _steady_checks(options: Options) -> Iterator[Check]:
         "compact_pages": lambda: step.compact(every),
     }
     for name, launch in launches.items():
-        for _ in range(_WARM_UP):
-            launch()
-        torch.cuda.synchronize()
-        for what, check in (("waits for", _waits), ("allocates", _allocates)):
-            title = f"{name} {what} nothing"
-            yield guarded(title, lambda t=title, c=check, run=launch: c(t, run))
+        title = f"{name} neither waits nor allocates"
+        yield guarded(title, partial(_steady, title, launch))
 
 
-def _waits(title: str, launch: Callable[[], None]) -> Check:
+def _steady(title: str, launch: Callable[[], None]) -> Check:
     """torch raises an error if one of its own calls waits for the GPU."""
     import torch
 
+    def num_allocations() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    for _ in range(_WARM_UP):
+        launch()
+    torch.cuda.synchronize()
+    before = num_allocations()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(_LAUNCHES):
             launch()
-    except RuntimeError as error:
-        return Check(title, FAILED, str(error).splitlines()[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
-    return Check(title, OK, f"{_LAUNCHES} launches")
-
-
-def _allocates(title: str, launch: Callable[[], None]) -> Check:
-    import torch
-
-    def count() -> int:
-        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
-
-    before = count()
-    for _ in range(_LAUNCHES):
-        launch()
-    each = (count() - before) / _LAUNCHES
+    each = (num_allocations() - before) / _LAUNCHES
+    detail = f"{_LAUNCHES} launches, {each:g} allocations each; goal: 0"
     figures = {"allocations_per_launch": each, "goal": 0}
-    return Check(title, MISSED if each else MET, f"{each:g} a launch; goal: 0", figures)
+    return Check(title, MISSED if each else MET, detail, figures)
