@@ -93,7 +93,6 @@ def _check(kernel: str, outcomes: list[dict[str, Any]]) -> Check:
 
 def _steady_checks(options: Options) -> Iterator[Check]:
     """Once all is compiled, launches neither wait for the GPU nor allocate."""
-    import torch
 
     from gpu_check.workload import Sizes, Step
 
