@@ -93,7 +93,6 @@ def _check(kernel: str, outcomes: list[dict[str, Any]]) -> Check:
 
 def _steady_checks(options: Options) -> Iterator[Check]:
     """Once all is compiled, launches neither wait for the GPU nor allocate."""
-
     from gpu_check.workload import Sizes, Step
 
     sizes = Sizes(num_requests=2, num_tokens=2048, num_layers=4, num_tiers=1)
