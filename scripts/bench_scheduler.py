@@ -40,6 +40,7 @@ from rich.table import Table
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from pyramid_vllm.policy import PolicyConfig, resolve_policy
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.options import or_fail
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine, sampled
@@ -53,9 +54,9 @@ Load = StrEnum("Load", {"DECODE": "decode", "PREFILL": "prefill"})
 Caching = StrEnum("Caching", {"ON": "on", "OFF": "off"})
 ROUNDS = 5
 BLOCK_SIZE = 16
-#: One sequence in this many is in its prompt in load ``prefill``.
+#: In load ``prefill`` one sequence in this many computes its prompt.
 PROMPT_SHARE = 8
-#: In each of them one in ``BLOCK_SIZE`` of the sequences needs a new page.
+#: In each step one in ``BLOCK_SIZE`` of the sequences needs a new page.
 STEPS_PER_ROUND = 4
 PROMPT_TOKENS = 384
 PIPELINE_DEPTH = 2
@@ -219,13 +220,12 @@ def measure(case: Case, num_rounds: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], num_rounds: int) -> Table:
     """Rows as people read them."""
-    made = Table(
-        title="schedule() + update_from_output(), ms a step: median of "
-        f"{num_rounds} rounds of {STEPS_PER_ROUND} steps"
-    )
     columns = ("load", "prefix caching", "running", "tiers")
-    for column in (*columns, "stock ms", "ours ms", "ratio"):
-        made.add_column(column, justify="right")
+    made = right_table(
+        (*columns, "stock ms", "ours ms", "ratio"),
+        "schedule() + update_from_output(), ms a step: median of "
+        f"{num_rounds} rounds of {STEPS_PER_ROUND} steps",
+    )
     for row in rows:
         made.add_row(
             row["load"],

@@ -1,4 +1,4 @@
-"""Whether what we would publish is whole, and works where nothing else of ours is.
+"""Whether the distribution is complete, and works where nothing else of ours is.
 
 Builds the sdist, and the wheel from the sdist, looks at what is in them, installs the
 wheel into a fresh environment, and uses it there from an empty folder.
@@ -25,9 +25,9 @@ import pyramid_vllm
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "scripts/package_smoke.py"
 
-#: Of the repository, what the sdist leaves out.
+#: Files of the repository that the sdist leaves out.
 NOT_IN_SDIST = {".ci/run"}
-#: Folders of ``configs`` that the package itself reads, or its users do.
+#: Folders of ``configs`` that the package or its users read.
 SHIPPED_CONFIGS = ("policies", "profiles", "shapes", "gpus", "grafana", "prometheus")
 TIMEOUT_S = 300
 
@@ -64,14 +64,14 @@ def repository() -> set[str]:
 
 
 def check_sdist(sdist: Path) -> None:
-    """It holds the repository, and nothing that is not in it."""
+    """The sdist holds the repository, and nothing that is not in it."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     _same(names - {"PKG-INFO"}, repository() - NOT_IN_SDIST, sdist)
 
 
 def check_wheel(wheel: Path) -> None:
-    """It holds the package, the shipped configurations and the licence, only."""
+    """The wheel holds the package, the shipped configurations and the licence, only."""
     configs = tuple(f"configs/{folder}/" for folder in SHIPPED_CONFIGS)
     expected = {
         name if name.startswith("pyramid_vllm/") else f"pyramid_vllm/{name}"
@@ -96,7 +96,7 @@ def _same(found: set[str], expected: set[str], archive: Path) -> None:
 
 
 def install_alone(wheel: Path, folder: Path) -> Path:
-    """The wheel in an environment that finds all else in ours; its programs' folder.
+    """Install the wheel where everything else is ours; returns its programs' folder.
 
     A line of a .pth file adds our site-packages after its own, without the .pth files
     there: an editable install of ours is not seen.
@@ -113,7 +113,7 @@ def install_alone(wheel: Path, folder: Path) -> Path:
 
 
 def install_whole(wheel: Path, folder: Path) -> Path:
-    """The wheel with vLLM's CPU build and all dependencies, as a user installs it."""
+    """Install the wheel with vLLM's CPU build and all dependencies, as a user does."""
     venv.create(folder, with_pip=True)
     install = [str(ROOT / "scripts/install"), str(folder), f"{wheel}[cpu]"]
     subprocess.run(install, check=True)
@@ -129,21 +129,21 @@ def use(programs: Path, folder: Path, in_process: bool) -> None:
     version = pyramid_vllm.__version__
     vllm = [str(python), "-P", "-m", "vllm.entrypoints.cli.main"]
     smoke = [str(python), "-P", str(SMOKE), version, str(model)]
-    uses: list[tuple[list[str], str]] = [
+    uses = [
         ([*smoke, *(["--in-process"] if in_process else [])], "tokens evicted"),
         ([*vllm, "serve", "--help=KVPolicy"], "--kv-policy-config"),
         ([command, "plan", str(model), "--max-model-len", "1024"], "KV bytes"),
         ([command, "--version"], f"pyramid-vllm {version}\n"),
         ([command, "--help"], "name-vllm"),
     ]
-    # The first two take their time, most of it to import vLLM.
+    # The first two take long, mostly because they import vLLM.
     with ThreadPoolExecutor(max_workers=2) as pool:
         printed = list(pool.map(lambda use: _printed(folder, *use), uses))
     print(printed[0].splitlines()[-1])
 
 
 def _printed(folder: Path, command: list[str], expected: str) -> str:
-    """What a command prints, which must have some words."""
+    """Run a command; its output has to hold some words."""
     changes = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "COLUMNS": "120"}
     environment = dict(os.environ) | changes
     environment.pop("PYTHONPATH", None)
@@ -172,7 +172,7 @@ def main(
         typer.Option(help="Install all dependencies from the index: minutes."),
     ] = False,
 ) -> None:
-    """Build, look at, install and use what would be published."""
+    """Build, inspect, install and use the distribution."""
     with tempfile.TemporaryDirectory(prefix="check-package-") as name:
         folder = Path(name)
         sdist, wheel = build(folder / "dist", isolated=full)

@@ -61,7 +61,7 @@ UNSEEN = (
 
 
 def run_bench(bench: Bench, model: str, out: Path, repeats: int) -> Path:
-    """Run a bench, or what of it is not finished yet; its folder."""
+    """Run a bench, without the runs that are finished; returns its folder."""
     folder = out / bench.name
     command = [str(Path(sys.executable).with_name("pyramid-vllm")), "bench"]
     command += ["--model", model, "--kv-policy", POLICY, "--repeats", str(repeats)]
@@ -99,10 +99,11 @@ def compare(bench: Bench, folder: Path, model: str, device: Device) -> dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """For people: tokens/s of both sides, and the ratios."""
-    found = Table(title="Tokens/s of stock vLLM and `pyramid`, and their ratio")
-    for column in ("load", "measured", "predicted", "ratios", "error"):
-        found.add_column(column)
+    """Tokens/s of both sides and the ratios, for people."""
+    columns = ("load", "measured", "predicted", "ratios", "error")
+    found = Table(
+        *columns, title="Tokens/s of stock vLLM and `pyramid`, and their ratio"
+    )
     for row in rows:
         pairs = (
             f"{row[side][NONE]:.0f}, {row[side][POLICY]:.0f}"

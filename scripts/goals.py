@@ -1,7 +1,5 @@
 """From the steps' results to goals and tables."""
 
-import json
-import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ DEFAULT = "pyramid"
 RETENTION = 0.4
 Goal = dict[str, Any]
 Results = dict[str, Any]
-#: What a goal asks of a value, and a value as people read it.
+#: A goal: the comparison, the limit, and the limit as people read it.
 Aim = tuple[str, float, str]
 _MEETS: dict[str, Callable[[float, float], bool]] = {
     "at most": lambda value, limit: value <= limit,
@@ -81,7 +79,7 @@ def quality_goals(results: Results, model: str, command: str) -> list[Goal]:
 
 
 def peer_figures(peers: Results, retrieval: Task) -> Results:
-    """Of each press: what its loss rises by, and its needles."""
+    """The rise of the loss and the needles of each press."""
     found: Results = {}
     full = [statistics.mean(window) for window in peers["full"]["nll"]]
     for name, press in peers["presses"].items():
@@ -98,7 +96,7 @@ def peer_figures(peers: Results, retrieval: Task) -> Results:
 
 
 def peer_goals(results: Results, figures: Results, command: str) -> list[Goal]:
-    """Ours against the best press, in loss and in retrieval."""
+    """Our loss and retrieval, compared with the best press."""
     ours, full = side(results), side(results, "full cache")
     losses, theirs = (s["continuation"]["samples"]["loss"] for s in (ours, full))
     best = min(figures.values(), key=lambda f: statistics.mean(f["rises"]))["rises"]
@@ -146,7 +144,8 @@ def batch_goals(results: Results, command: str) -> list[Goal]:
 
 
 def ceiling_of(points: list[Results]) -> float | None:
-    """What memory without end would gain; None: not both kinds of points are there."""
+    """The gain of unlimited memory; None: the points do not have both kinds of
+    memory."""
     speeds: dict[bool, float] = {}
     for point in points:
         speed = point["sides"]["none"]["total_tokens_per_s"]["median"]
@@ -155,46 +154,31 @@ def ceiling_of(points: list[Results]) -> float | None:
     return speeds[False] / speeds[True] if len(speeds) == 2 else None
 
 
-def load(step: Any) -> Results:
-    """A step's results."""
-    found: Results = json.loads(step.result.read_text(encoding="utf-8"))
-    return found
-
-
-def collect(done: dict[str, Any]) -> dict[str, Any]:
-    """Goals and tables of the steps that are done."""
+def collect(results: dict[str, Results], commands: dict[str, str]) -> Results:
+    """Goals and tables of the steps that are done, from their results by name."""
     goals: list[Goal] = []
-    extra: dict[str, Any] = {}
-    results = {name: load(step) for name, step in done.items()}
-    commands = {name: shlex.join(step.command) for name, step in done.items()}
-    if found := results.get("quality"):
-        goals += quality_goals(found, "SmolLM2-135M", commands["quality"])
-    if found := results.get("quality-second"):
-        model = Path(found["settings"]["model"]).name
-        goals += quality_goals(found, model, commands["quality-second"])
+    extra: Results = {}
+    for name, model in (("quality", "SmolLM2-135M"), ("quality-second", None)):
+        if found := results.get(name):
+            model = model or Path(found["settings"]["model"]).name
+            goals += quality_goals(found, model, commands[name])
     if found := results.get("peers"):
         tasks, _ = tasks_of(results["quality"])
         extra["peers"] = peer_figures(found, tasks["retrieval"])
         goals += peer_goals(results["quality"], extra["peers"], commands["peers"])
-    if found := results.get("one-prompt"):
-        goals += one_prompt_goals(found, commands["one-prompt"])
-    if found := results.get("batch"):
-        goals += batch_goals(found, commands["batch"])
+    for name, goals_of in (("one-prompt", one_prompt_goals), ("batch", batch_goals)):
+        if found := results.get(name):
+            goals += goals_of(found, commands[name])
     return {"goals": goals, "commands": commands} | extra
 
 
 def tasks_of(results: Results) -> tuple[dict[str, Task], EvalSettings]:
-    """The tasks of an evaluation by kind, and its settings; JSON has no tuples."""
+    """The tasks of an evaluation by kind, and its settings."""
     from transformers import AutoTokenizer
 
     from pyramid_vllm.tools.chat import stop_ids
 
-    settings = EvalSettings(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in results["settings"].items()
-        }
-    )
+    settings = EvalSettings(**results["settings"])
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tasks = make_tasks(settings, tokenizer, stop_ids(settings.model, tokenizer))
     return {task.kind: task for task in tasks}, settings

@@ -7,7 +7,7 @@ which is faster.
 
 import os
 import sys
-from importlib.metadata import distribution, entry_points
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,22 @@ import pyramid_vllm
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 400, 8
 ENTRY_POINTS = {
-    "console_scripts": ("pyramid-vllm", "pyramid_vllm.tools.cli:app"),
-    "vllm.general_plugins": ("pyramid_vllm", "pyramid_vllm.plugin:register"),
-    "vllm.platform_plugins": (
-        "pyramid_vllm_ray_cpu",
-        "pyramid_vllm.ray.platform:register",
-    ),
+    "pyramid-vllm": "pyramid_vllm.tools.cli:app",
+    "pyramid_vllm": "pyramid_vllm.plugin:register",
+    "pyramid_vllm_ray_cpu": "pyramid_vllm.ray.platform:register",
 }
 
 
 def check_install(version: str) -> None:
-    """What is imported, and what metadata says, are of this environment."""
+    """The imported package and its metadata are of this environment."""
     place = Path(pyramid_vllm.__file__).parent
     assert place.is_relative_to(sys.prefix), f"{place} is not below {sys.prefix}"
     installed = distribution("pyramid-vllm")
     assert Path(str(installed.locate_file(""))) == place.parent
     assert installed.version == pyramid_vllm.__version__ == version
-    for group, (name, value) in ENTRY_POINTS.items():
-        (entry,) = entry_points(group=group, name=name)
-        assert entry.value == value
-        assert entry.dist is not None
-        assert entry.dist.version == version
-        assert callable(entry.load())
+    entries = installed.entry_points
+    assert {entry.name: entry.value for entry in entries} == ENTRY_POINTS
+    assert all(callable(entry.load()) for entry in entries)
 
 
 def check_files() -> None:
@@ -49,13 +43,10 @@ def check_files() -> None:
         assert any(config_dir(folder).iterdir())
     for preset in pyramid_vllm.preset_names():
         pyramid_vllm.resolve_policy(preset)
-    assert pyramid_vllm.resolve_policy("pyramid").layer_weights == "auto"
-    for name in ("page.html", "page.js"):
-        assert (place / "tools/inspection" / name).is_file()
 
 
 def tokens_evicted(model: str, policy: str) -> float:
-    """Serve two prompts; the KV entries that were evicted."""
+    """Serve two prompts and count the KV entries that were evicted."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(

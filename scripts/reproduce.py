@@ -23,7 +23,6 @@ from goals import (
     Results,
     ceiling_of,
     collect,
-    load,
     needles,
     side,
     tasks_of,
@@ -34,9 +33,9 @@ from pyramid_vllm.tools.cli.model import make_model
 from pyramid_vllm.tools.provenance import provenance
 
 SEED = 0
-#: The default as it is for a model without a profile.
+#: The default policy of a model without a profile.
 NO_PROFILE = '{"name": "pyramid-no-profile", "layer_weights": null}'
-#: Speeds are those without a prefix cache, whatever prompts have in common.
+#: Speeds are measured without a prefix cache, whatever prompts have in common.
 NO_CACHING = ["--engine-args", '{"enable_prefix_caching": false}']
 PRESSES = ("snapkv", "pyramidkv", "streaming_llm")
 #: Figures of speed in the tables.
@@ -57,6 +56,11 @@ class Step:
     name: str
     command: list[str]
     result: Path
+
+    def load(self) -> Results:
+        """The step's results."""
+        found: Results = json.loads(self.result.read_text(encoding="utf-8"))
+        return found
 
 
 def step(name: str, kind: str, out: Path, options: str, *more: str) -> Step:
@@ -91,8 +95,9 @@ def steps(out: Path, text: Path, second: Path | None) -> list[Step]:
 
 
 def peers(out: Path, first: Step) -> Step:
-    """kvpress on the windows and needles of the first step, at the same share kept."""
-    found = load(first)
+    """kvpress on the windows and needles of the first step, with the same share
+    kept."""
+    found = first.load()
     tasks, settings = tasks_of(found)
     ours = side(found)["continuation"]["summary"]["kept_share"]
     task = {
@@ -117,34 +122,26 @@ def peers(out: Path, first: Step) -> Step:
 
 
 def run(step: Step, console: Console) -> None:
-    """Run a step's command.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """Run a step's command, with the programs of the environments that we made."""
     console.rule(step.name)
     console.print(shlex.join(step.command), markup=False)
-    command = list(step.command)
-    if command[0] == "pyramid-vllm":
-        entry = "from pyramid_vllm.tools.cli import app; app(prog_name='pyramid-vllm')"
-        command = [sys.executable, "-c", entry, *command[1:]]
-    else:
-        venv = os.environ.get("PYRAMID_PEERS_VENV", ".venv-peers")
-        python = ROOT / venv / "bin" / "python"
-        command = [str(python), str(ROOT / command[1]), *command[2:]]
-    if subprocess.run(command, check=False).returncode:
-        raise RuntimeError(f"step {step.name} failed")
+    program, *arguments = step.command
+    path = Path(sys.executable).with_name(program)
+    if step.name == "peers":
+        path = ROOT / os.environ.get("PYRAMID_PEERS_VENV", ".venv-peers") / "bin/python"
+        arguments[0] = str(ROOT / arguments[0])
+    subprocess.run([str(path), *arguments], check=True)
 
 
 def write_results(
-    docs: Path, found: Results, done: dict[str, Step], origin: Results
+    docs: Path, found: Results, results: dict[str, Results], origin: Results
 ) -> None:
     """Write results.json and results.md.
 
     Args:
         docs: the folder.
         found: from ``collect``.
-        done: steps by name.
+        results: of the steps, by name.
         origin: where the figures come from.
     """
     text = json.dumps(found | {"provenance": origin}, indent=2)
@@ -155,7 +152,7 @@ def write_results(
     )
     page = template.render(
         {"peers": None} | found,
-        done={name: load(step) for name, step in done.items()},
+        done=results,
         origin=origin,
         default=DEFAULT,
         figures=SPEEDS,
@@ -171,9 +168,6 @@ def main(
     second_model: Annotated[
         Path | None, typer.Option(help="Folder of a model of another family.")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Steps to run; the rest has to be there.")
-    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the steps.")] = Path("results"),
     docs: Annotated[Path, typer.Option(help="Where the results go.")] = ROOT / "docs",
 ) -> None:
@@ -182,14 +176,13 @@ def main(
     make_model()
     found = steps(out, text, second_model)
     for step in found:
-        if not only or step.name in only:
-            run(step, console)
+        run(step, console)
     found.append(peers(out, found[0]))
-    if not only or "peers" in only:
-        run(found[-1], console)
+    run(found[-1], console)
     origin = provenance(SEED) | {"commit": commit() or "unknown", "text": text.name}
-    done = {step.name: step for step in found if step.result.is_file()}
-    write_results(docs, collect(done), done, origin)
+    results = {step.name: step.load() for step in found}
+    commands = {step.name: shlex.join(step.command) for step in found}
+    write_results(docs, collect(results, commands), results, origin)
     console.print(f"written: {docs / 'results.json'}, {docs / 'results.md'}")
 
 

@@ -1,8 +1,8 @@
 """Load on one server: what requests look like, when they are sent, what became of them.
 
 Every request is a streamed completion over a prompt of token ids. A share of them is
-aborted by closing the connection: half of these after some of their tokens, half after
-some seconds, wherever the request is by then (queued, in its prompt, or streaming).
+aborted by closing the connection after some seconds, wherever the request is by then:
+queued, in its prompt, or streaming.
 """
 
 import asyncio
@@ -13,26 +13,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import aiohttp
-from soak_server import as_flags
 
 from pyramid_vllm.tools.monitor.scrape import ScrapeError, fetch, metrics_url
 
 PROMPT_TOKENS = (64, 400)
 OUTPUT_TOKENS = (16, 64)
 MAX_MODEL_LEN = PROMPT_TOKENS[1] + OUTPUT_TOKENS[1]
-BLOCK_SIZE = 32
-MAX_NUM_SEQS = 64
-#: Shorter than most prompts, so that these come in chunks.
-MAX_CHUNK = 256
 
 #: Share of requests that begin with one of a few common prefixes, and these.
 SHARED_SHARE, NUM_PREFIXES, PREFIX_TOKENS = 0.3, 4, 64
 
-#: Earliest and latest time of an abort by time; drawn evenly in its logarithm, so that
-#: fast and slow servers both meet some at every stage of a request.
+#: Earliest and latest time of an abort. Times are drawn evenly in their logarithm, so
+#: that fast and slow servers both meet some at every stage of a request.
 ABORT_S = (0.05, 20.0)
 
 METRICS_WITHIN_S = 30.0
@@ -50,70 +44,40 @@ class LoadRequest:
     """When to send it, from the start of the load."""
     prompt: list[int]
     max_tokens: int
-    abort_pieces: int | None = None
-    """Streamed pieces after which we close the connection."""
     abort_s: float | None = None
-    """Seconds after which we close it."""
+    """Seconds after which we close the connection; None: we do not."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What both sides share."""
+def draw_requests(
+    abort_share: float, vocab_size: int, seed: int, rate: float, seconds: float
+) -> Iterator[LoadRequest]:
+    """Requests that arrive as a Poisson process.
 
-    model: str
-    minutes: float
-    rate_factor: float
-    abort_share: float
-    stock_sequences: int
-    seed: int
-    vocab_size: int
-    kv_bytes: int
+    Args:
+        abort_share: share of the requests that we abort.
+        vocab_size: prompts are of random tokens below it.
+        seed: the same seed draws the same requests.
+        rate: mean requests a second; infinite: all come at once, without end.
+        seconds: arrivals end here.
+    """
+    rng = random.Random(seed)
 
-    def arguments(self) -> list[str]:
-        """Options of ``vllm serve``."""
-        return as_flags(
-            {
-                "served_model_name": "model",
-                "dtype": "float32",
-                "enforce_eager": True,
-                "block_size": BLOCK_SIZE,
-                "max_model_len": MAX_MODEL_LEN,
-                "max_num_seqs": MAX_NUM_SEQS,
-                "max_num_batched_tokens": MAX_CHUNK,
-                "kv_cache_memory_bytes": self.kv_bytes,
-                "seed": self.seed,
-            }
-        )
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(vocab_size) for _ in range(count)]
 
-    def requests(self, seed: int, rate: float, seconds: float) -> Iterator[LoadRequest]:
-        """Requests that arrive as a Poisson process.
-
-        Args:
-            seed: the same seed draws the same requests.
-            rate: mean requests a second.
-            seconds: arrivals end here.
-        """
-        rng = random.Random(seed)
-
-        def tokens(count: int) -> list[int]:
-            return [rng.randrange(self.vocab_size) for _ in range(count)]
-
-        prefixes = [tokens(PREFIX_TOKENS) for _ in range(NUM_PREFIXES)]
-        start_s = rng.expovariate(rate)
-        while start_s < seconds:
-            prompt = tokens(rng.randint(*PROMPT_TOKENS))
-            if rng.random() < SHARED_SHARE:
-                prompt[:PREFIX_TOKENS] = rng.choice(prefixes)
-            max_tokens = rng.randint(*OUTPUT_TOKENS)
-            abort: dict[str, Any] = {}
-            if rng.random() < self.abort_share:
-                if rng.random() < 0.5:
-                    abort = {"abort_pieces": rng.randint(1, max_tokens - 1)}
-                else:
-                    first, last = map(math.log, ABORT_S)
-                    abort = {"abort_s": math.exp(rng.uniform(first, last))}
-            yield LoadRequest(start_s, prompt, max_tokens, **abort)
-            start_s += rng.expovariate(rate)
+    prefixes = [tokens(PREFIX_TOKENS) for _ in range(NUM_PREFIXES)]
+    start_s = rng.expovariate(rate)
+    while start_s < seconds:
+        prompt = tokens(rng.randint(*PROMPT_TOKENS))
+        if rng.random() < SHARED_SHARE:
+            prompt[:PREFIX_TOKENS] = rng.choice(prefixes)
+        max_tokens = rng.randint(*OUTPUT_TOKENS)
+        first, last = map(math.log, ABORT_S)
+        abort_s = math.exp(rng.uniform(first, last))
+        is_aborted = rng.random() < abort_share
+        abort = abort_s if is_aborted else None
+        yield LoadRequest(start_s, prompt, max_tokens, abort)
+        start_s += rng.expovariate(rate)
 
 
 @dataclass
@@ -127,8 +91,6 @@ class Client:
     num_tokens: int = 0
     """Prompt and output tokens of finished requests."""
     errors: Counter[str] = field(default_factory=Counter)
-    end_times: list[float] = field(default_factory=list)
-    """When each request ended that ended by itself or was aborted by us."""
 
     async def send(self, request: LoadRequest) -> None:
         """Send one request and follow it to its end."""
@@ -136,7 +98,7 @@ class Client:
         limit = asyncio.timeout(request.abort_s)
         try:
             async with limit:
-                is_whole = await self._stream(request)
+                await self._stream(request)
         except asyncio.CancelledError:
             self.errors["not finished in time"] += 1
             raise
@@ -144,16 +106,13 @@ class Client:
             if not limit.expired():
                 self.errors[f"{type(error).__name__}: {error}"[:200]] += 1
                 return
-            is_whole = False
-        self.end_times.append(time.monotonic())
-        if is_whole:
+            self.num_aborted += 1
+        else:
             self.num_finished += 1
             self.num_tokens += len(request.prompt) + request.max_tokens
-        else:
-            self.num_aborted += 1
 
-    async def _stream(self, request: LoadRequest) -> bool:
-        """Read the answer; returns False where we close the connection first.
+    async def _stream(self, request: LoadRequest) -> None:
+        """Read the answer.
 
         Raises:
             RequestFailed: the answer is an error, or not all that was asked for.
@@ -166,62 +125,31 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        num_pieces, num_tokens = 0, 0
+        num_tokens = 0
         async with self.session.post("/v1/completions", json=body) as response:
             if response.status != 200:
                 text = await response.text()
                 raise RequestFailed(f"status {response.status}: {text}")
             async for line in response.content:
                 data = line.removeprefix(b"data:").strip()
-                if not data:
+                if data in (b"", b"[DONE]"):
                     continue
-                if data == b"[DONE]":
-                    break
                 piece = json.loads(data)
                 if "error" in piece:
                     raise RequestFailed(str(piece["error"]))
-                if piece["choices"]:
-                    num_pieces += 1
-                    if num_pieces == request.abort_pieces:
-                        response.close()
-                        return False
-                else:
+                if piece.get("usage"):
                     num_tokens = piece["usage"]["completion_tokens"]
         if num_tokens != request.max_tokens:
             raise RequestFailed(f"{num_tokens} of {request.max_tokens} tokens")
-        return True
 
 
-async def sustained_rate(
-    client: Client, requests: Iterator[LoadRequest], num_clients: int, seconds: float
-) -> float:
-    """Requests a second with ``num_clients`` clients that each send one at a time.
-
-    Clients start together, so each one's first request goes uncounted; the rest takes
-    ``seconds`` or longer, until enough have ended.
-
-    Raises:
-        RuntimeError: a request failed, or too few ended.
-    """
-
-    async def send_in_turn() -> None:
-        for request in requests:
-            await client.send(request)
-
-    start, times = time.monotonic(), client.end_times
-    tasks = [asyncio.create_task(send_in_turn()) for _ in range(num_clients)]
-    while len(times) < 3 * num_clients or time.monotonic() - start < seconds:
-        await asyncio.sleep(0.5)
-        if client.errors or time.monotonic() - start > 10 * seconds:
-            raise RuntimeError(
-                f"{len(times)} requests ended in {time.monotonic() - start:.0f} s, "
-                f"errors: {dict(client.errors)}"
-            )
-    counted = times[num_clients - 1 :]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    return (len(counted) - 1) / (counted[-1] - counted[0])
+def session(url: str) -> aiohttp.ClientSession:
+    """Connections without number or end."""
+    return aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+    )
 
 
 async def send_all(

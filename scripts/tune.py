@@ -8,11 +8,12 @@ needles that the full cache finds and the policy loses.
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,12 +30,13 @@ from pyramid_vllm.policy import (
 from pyramid_vllm.tools.analysis.dense import DenseModel
 from pyramid_vllm.tools.analysis.hypotheses import Continuation
 from pyramid_vllm.tools.cli.model import make_model
+from pyramid_vllm.tools.figures import right_table
 from pyramid_vllm.tools.provenance import write_report
 from pyramid_vllm.tools.quality.retrieval import make_samples
 from pyramid_vllm.tools.quality.texts import read_part, windows
 
 SEED = 0
-#: What is tried of each setting.
+#: Values that are tried of each setting.
 SPACE: dict[str, list[Any]] = {
     "steepness": [0.0, 0.15, 0.3, 0.5],
     "recent": [32, 64, 128, 256, 512],
@@ -48,10 +50,10 @@ SPACE: dict[str, list[Any]] = {
     "min_context": [64, 128, 256],
     "sinks": [0, 4, 16, 64],
     "tiers": ["auto", "layers"],
+    # Where pruning starts, as shares of the model's layers; None: nowhere.
+    "prune_from": [None, 0.0, 0.2, 0.4, 0.6, 0.8],
 }
-#: Where pruning starts, as shares of the model's layers; none of them: nowhere.
-PRUNE_FROM = [None, 0.0, 0.2, 0.4, 0.6, 0.8]
-#: What a lost needle counts beside nats of divergence.
+#: Cost of a lost needle, in nats of divergence.
 NEEDLE_COST = 0.05
 
 
@@ -65,7 +67,7 @@ class Trial:
 
     @property
     def cost(self) -> float:
-        """Divergence, and what lost needles count, each by its mean."""
+        """Mean divergence, plus the mean cost of lost needles."""
         lost = statistics.mean(not found for found in self.found) if self.found else 0
         return statistics.mean(self.divergence) + NEEDLE_COST * lost
 
@@ -73,22 +75,19 @@ class Trial:
 def changes(
     policy: PolicyConfig, num_layers: int, settings: list[str]
 ) -> Iterator[tuple[str, PolicyConfig]]:
-    """Policies that differ from one in one setting, by what differs."""
-    space = {**SPACE, "prune_from": [_layer(share, num_layers) for share in PRUNE_FROM]}
+    """Policies that differ from one policy in one setting, by what differs."""
     for name in settings:
-        for value in space[name]:
+        for value in SPACE[name]:
+            if name == "prune_from" and value is not None:
+                value = int(value * num_layers)
             if getattr(policy, name) == value:
                 continue
             try:
                 changed = resolve_policy(policy, {name: value})
             except KVPolicyError:
-                continue  # not every setting goes with every other
+                continue  # some settings exclude others
             assert changed is not None
             yield f"{name}={value}", changed
-
-
-def _layer(share: float | None, num_layers: int) -> int | None:
-    return None if share is None else int(share * num_layers)
 
 
 Prompt = tuple[str, list[int], list[int]]
@@ -97,7 +96,7 @@ Prompt = tuple[str, list[int], list[int]]
 def prompts(
     tokenizer: Any, texts: list[str], num_tokens: int, num_windows: int, needles: int
 ) -> list[Prompt]:
-    """What policies are tried on: kind, prompt and the tokens after it."""
+    """The prompts on which policies are tried: kind, prompt and the tokens after it."""
     found: list[Prompt] = []
     for text in texts:
         parts = windows(tokenizer.encode(text), num_tokens, 128, num_windows)
@@ -115,7 +114,7 @@ def prompts(
 def try_out(
     model: DenseModel, policies: dict[str, PolicyConfig], on: list[Prompt]
 ) -> dict[str, Trial]:
-    """Every policy on every prompt; needles that the full cache misses are left out."""
+    """Try every policy on every prompt, without needles that the full cache misses."""
     rules = {
         name: LengthRule(policy, tier_layout(policy, model.num_layers))
         for name, policy in policies.items()
@@ -160,9 +159,7 @@ def search(
 
 def table(trials: dict[str, Trial]) -> Table:
     """Policies by cost, the best first."""
-    made = Table()
-    for column in ("", "KL, nats", "loss, nats", "needles found"):
-        made.add_column(column, justify="right")
+    made = right_table(("", "KL, nats", "loss, nats", "needles found"), "")
     for name, trial in sorted(trials.items(), key=lambda item: item[1].cost):
         made.add_row(
             name,
@@ -195,10 +192,9 @@ def main(
     policy = resolve_policy(kv_policy, kv_policy_config)
     if policy is None:
         raise typer.BadParameter("kv_policy 'none' has no settings")
-    names = setting or [*SPACE, "prune_from"]
-    for name in set(names) - {*SPACE, "prune_from"}:
-        valid = ", ".join([*SPACE, "prune_from"])
-        raise typer.BadParameter(f"setting is '{name}': valid are {valid}")
+    names = setting or list(SPACE)
+    for name in set(names) - SPACE.keys():
+        raise typer.BadParameter(f"setting is '{name}': valid are {', '.join(SPACE)}")
     folder = model or str(make_model())
     config = AutoConfig.from_pretrained(folder).get_text_config()
     policy = fitted(policy, profile_weights(config))
@@ -208,10 +204,7 @@ def main(
     best, history = search(DenseModel(folder), policy, on, names, rounds)
     Console().print(best.model_dump(exclude_defaults=True))
     if json_file is not None:
-        tried = [
-            {name: asdict(trial) for name, trial in trials.items()}
-            for trials in history
-        ]
+        tried = TypeAdapter(list[dict[str, Trial]]).dump_python(history)
         content = {"best": best.model_dump(mode="json"), "rounds": tried}
         write_report(json_file, content, SEED)
 

@@ -34,7 +34,7 @@ from tests.parity.paging import FP8, LAYOUTS, Cache, Request, Shape, ones, queri
 
 
 class _Driver:
-    """Stands in for that of a GPU: kernels are specialized for it."""
+    """A stand-in for a GPU's driver: kernels are specialized for it."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -241,7 +241,8 @@ def variants(every: bool) -> dict[str, Callable[[], None]]:
 
 
 def again(num_requests: int) -> None:
-    """What was compiled before serves other numbers of requests, and any layer."""
+    """Calls with other numbers of requests and other layers, which need no new
+    compilation."""
     requests, shape = _REQUESTS[:1] * num_requests, Shape(8, 128, 16, LAYOUTS[1], HALF)
     for first_layer in range(2):
         scoring(shape, 4, HALF, requests, first_layer)

@@ -5,14 +5,14 @@ import os
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One thread each: more would wait for each other longer than they work. Not a
-    # default, for workers inherit what the process that starts them has set.
+    # Each process has one thread, because more threads would mostly wait. It is no
+    # default value, because workers inherit what their parent process has set.
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Which of the GPUs' attention backends all engines use, with vLLM's V2 runner: before
-# vLLM is imported.
+# The GPU's attention backend that all engines use, with vLLM's V2 runner. It has to be
+# set before vLLM is imported.
 BACKEND = os.environ.get("PYRAMID_TEST_BACKEND")
 if BACKEND is not None:
     from tests import gpu_on_cpu
@@ -21,6 +21,7 @@ if BACKEND is not None:
 # Kernels run interpreted; vLLM sees no Triton driver and does not care.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,11 @@ from hypothesis import settings
 
 from tests.models import TINY_LLAMA, save_tiny_llama
 
-# No test asserts on time; in CI the same examples are drawn every time.
+# Tests import scripts as modules.
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path[:0] = [str(SCRIPTS / part) for part in ("", "ray", "vllm_api")]
+
+# No test checks time. CI draws the same examples every time.
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
 

@@ -1,4 +1,4 @@
-"""Small engines, and what tests look at in them."""
+"""Small engines, and helpers that look into them."""
 
 import functools
 import gc
@@ -44,7 +44,7 @@ _MANY = 20_000
 
 @functools.cache
 def _spare_repeats() -> None:
-    """Let vLLM do once in a process what it does for each engine, and need not.
+    """Let vLLM do some work once in a process instead of once for each engine.
 
     It collects the garbage of the whole heap eight times around an engine, all that was
     imported too, for seconds; and looks through all modules for kernels to replace.
@@ -69,7 +69,7 @@ def make_llm(model: str, **settings: Any) -> Any:
 
 
 def close(llm: Any) -> None:
-    """Let an engine's memory go before the next one is made."""
+    """Free an engine's memory before the next engine is made."""
     llm.llm_engine.engine_core.shutdown()
     gc.collect()
 
@@ -142,7 +142,7 @@ def random_prompts(
 
 
 def start(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[str]:
-    """Queue greedy requests and step until every prompt is through."""
+    """Queue greedy requests and step until every prompt is computed."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
@@ -167,7 +167,7 @@ def drain(llm: Any) -> None:
 
 
 def run_two_ahead(llm: Any) -> list[list[int]]:
-    """Run what is queued, each step planned before the one in front of it has run.
+    """Run what is queued; each step is planned before the step in front of it has run.
 
     Returns:
         Output tokens, in the order in which the requests were queued.

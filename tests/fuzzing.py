@@ -21,7 +21,7 @@ _MAX_REQS = 64
 
 
 class _Table:
-    """A block table of one group, by the names of vLLM's."""
+    """A block table of one KV cache group, with vLLM's names."""
 
     def __init__(self, block_size: int, max_blocks: int) -> None:
         self.block_size = block_size
@@ -96,10 +96,10 @@ class PageWorker:
         """Before the requests that left are forgotten."""
 
     def _prepare(self, output: Any, plan: StepPlan, starts: dict[str, int]) -> None:
-        """Between the rows of a step and its writes."""
+        """Hook for subclasses, between the rows of a step and its writes."""
 
     def _truncate(self, plan: StepPlan) -> None:
-        """Cut rows by the package's own code; they then are what requests own."""
+        """Cut rows with the package's own code, and take them as what requests own."""
         V1Runner(self).truncate(self._tier_of_group, plan)
         for req_id, row in self.input_batch.req_id_to_index.items():
             for group_id, ids in enumerate(self.requests[req_id].block_ids):
@@ -148,7 +148,8 @@ class PageWorker:
             self._free_rows.append(row)
 
     def _names(self, req_id: str, group_id: int, start: int, end: int) -> Tokens:
-        """Numbers of tokens: equal where stock vLLM's keys and values are."""
+        """Numbers of tokens; they are equal where stock vLLM's keys and values are
+        equal."""
         request = self.requests[req_id]
         request.tokens += [7] * (end - len(request.tokens))  # what tests sample
         if request.evicted:  # of nobody else's context

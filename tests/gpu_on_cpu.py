@@ -41,7 +41,7 @@ _STDERR_CHARS = 4000
 
 
 def prepare() -> None:
-    """Set the process up; before vllm and triton are imported."""
+    """Set the process up; this must be called before vllm and triton are imported."""
     if _InterpretedBackend.is_entered:
         return
     if early := {"triton", "vllm"} & set(sys.modules):
@@ -97,8 +97,8 @@ def use_backend(name: str, path: str | None = None) -> None:
 
 
 def use_wrapped_backend(name: str) -> None:
-    """Let engines with a policy use our wrapper of a backend, those without the stock
-    one in it."""
+    """Let engines with a policy use our wrapper of a backend, and other engines the
+    stock backend in it."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from pyramid_vllm.attention import registry
@@ -116,7 +116,7 @@ def _replace_triton(module: Any) -> None:
 
 
 def _replace_flash(module: Any) -> None:
-    """As on a Hopper GPU: version 3 of FlashAttention."""
+    """Replace FlashAttention by version 3, as on a Hopper GPU."""
     from vllm.v1.attention.backend import AttentionCGSupport
 
     from tests import gpu_on_cpu_kernels as kernels
@@ -217,7 +217,7 @@ def main() -> None:
 
 
 def _call(target: str, arguments: dict[str, Any], folder: str, seconds: int) -> None:
-    """In a process of its own, which ends here or at its alarm."""
+    """Make the call in a process of its own, which ends here or at its alarm."""
     with Path(folder, "log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

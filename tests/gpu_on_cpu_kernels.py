@@ -244,7 +244,7 @@ def flash_attn_varlen_func(
 
 
 def _paged(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those that say where the tokens are; the rest only tunes a kernel."""
+    """The arguments that say where the tokens are; the others only tune a kernel."""
     names = (
         "cu_seqlens_q",
         "max_seqlen_q",

@@ -38,7 +38,8 @@ def save_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 class OneEngine:
-    """The engine of the last settings: to close one is to break any other."""
+    """The engine of the last settings. Only one is open, because closing one breaks any
+    other."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -77,7 +78,8 @@ class OneEngine:
 
 
 def activity(llm: Any) -> tuple[int, int, int]:
-    """Requests compacted, groups compressed and steps pruned since start-up."""
+    """Compactions of prompts and of generated tokens, and pruned steps, since start-
+    up."""
     counters = scheduler_of(llm).kv_counters
     pruned_steps = worker_of(llm).tier_state.counters.num_pruned_steps
     return counters.num_compactions, counters.num_groups, pruned_steps
@@ -85,7 +87,7 @@ def activity(llm: Any) -> tuple[int, int, int]:
 
 @contextmanager
 def watched(llm: Any, policy: Policy) -> Iterator[Any]:
-    """The policy has to act, and everything is given back."""
+    """Check that the policy acts, and that everything is given back afterwards."""
     scheduler = scheduler_of(llm)
     before, pages = activity(llm), free_pages(scheduler)
     yield llm

@@ -1,4 +1,4 @@
-"""A client of a server beside the cluster: waits for it, asks once."""
+"""A client of a server in the cluster: it waits for the server and asks once."""
 
 import json
 import sys

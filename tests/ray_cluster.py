@@ -50,7 +50,7 @@ class RayCluster:
         )
 
     def run_json(self, script: Path, argument: Any, timeout: float) -> Any:
-        """Run a Python script that reads JSON and writes a line of it behind an "@".
+        """Run a Python script that reads JSON and writes a line of it after an "@".
 
         Raises:
             AssertionError: it did not; says what it wrote instead.
@@ -78,7 +78,7 @@ def ray_cluster(
     num_gpus: int = 1,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[RayCluster]:
-    """Nodes on 127.0.0.1, 127.0.0.2 and so on; all of it is gone in the end.
+    """Nodes on 127.0.0.1, 127.0.0.2 and so on, all of which end with the context.
 
     Args:
         num_nodes: of them, the first is the head.
@@ -140,7 +140,8 @@ def _namespace() -> Iterator[str]:
 
 @contextmanager
 def _short_folder() -> Iterator[str]:
-    """Ray's sockets need a path of less than 108 characters, pytest's are longer."""
+    """A folder with a short path: Ray's sockets need less than 108 characters, and
+    pytest's paths are longer."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
         yield folder

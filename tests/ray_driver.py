@@ -38,7 +38,7 @@ def answer(
 
 
 def where_is(worker: Any) -> dict[str, str]:
-    """Of a worker, from inside it."""
+    """The node of a worker, called inside it."""
     import ray
     from vllm.platforms import current_platform
 

@@ -23,7 +23,7 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 
 
 def pid_of(cluster: RayCluster, title: str) -> int:
-    """The one process whose title, as Ray sets it, starts so."""
+    """The one process whose title, which Ray sets, starts with these words."""
     listed = subprocess.run(
         ["ip", "netns", "pids", cluster.namespace],
         capture_output=True,
@@ -38,7 +38,7 @@ def pid_of(cluster: RayCluster, title: str) -> int:
 
 
 def kill_with_children(pid: int) -> None:
-    """Kill an actor and the engine that it has started, as a lost machine would."""
+    """Kill an actor and the engine that it started, as the loss of a machine would."""
     for victim in (pid, *_descendants(pid)):
         os.kill(victim, signal.SIGKILL)
 

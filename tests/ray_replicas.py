@@ -25,7 +25,7 @@ async def answer(engine: Any, name: str, prompt: list[int], max_tokens: int) -> 
 
 
 async def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """All prompts at once, shared out by vLLM."""
+    """Send all prompts at once; vLLM distributes them."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -1,7 +1,7 @@
 """A client of Ray Serve, beside a test's cluster: one chat, and what workers did.
 
 Reads JSON: ``base_url``, ``model``, ``prompt``, ``max_tokens``, ``max_retries`` and
-``start_up_s``, how long to wait for the application first. Writes JSON behind an "@".
+``start_up_s``, how long to wait for the application first. Writes JSON after an "@".
 """
 
 import json
@@ -51,7 +51,7 @@ def wait_until_it_runs(seconds: float) -> None:
 
 
 def worker_stats(model: str) -> list[dict[str, Any]]:
-    """``kv_policy_stats`` of the replica's workers, through Ray."""
+    """``kv_policy_stats`` of the replica's workers, read through Ray."""
     from ray import serve
 
     handle = serve.get_deployment_handle(ENGINE + model, APPLICATION)
@@ -61,7 +61,7 @@ def worker_stats(model: str) -> list[dict[str, Any]]:
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """What the request asks for."""
+    """Answer the request that standard input holds."""
     import ray
 
     ray.init(logging_level="ERROR")

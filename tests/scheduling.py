@@ -1,4 +1,4 @@
-"""A scheduler without an engine: tests play the worker."""
+"""A scheduler without an engine; tests act as the worker."""
 
 import zlib
 from collections import deque
@@ -14,12 +14,7 @@ from vllm.v1.core.kv_cache_utils import (
     get_request_block_hasher,
     init_none_hash,
 )
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheGroupSpec,
-    KVCacheSpec,
-)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -28,7 +23,8 @@ from pyramid_vllm.plan import StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.block_manager import register_spec
 from pyramid_vllm.spec import TierAttentionSpec, length_rule, required_policy
-from pyramid_vllm.tools.simulate.engine import sampled
+from pyramid_vllm.tools.simulate.engine import EngineSettings, SimulatedEngine, sampled
+from pyramid_vllm.tools.simulate.model import load_model
 
 BLOCK_SIZE = 32
 
@@ -66,7 +62,7 @@ def scheduler_from(config: Any, num_blocks: int) -> PyramidScheduler:
         for layer, tier in enumerate(layout.tier_of_layer)
     }
     register_spec(config)
-    # vLLM's own: a tier of more layers than others has several groups.
+    # vLLM makes several KV cache groups of a tier that has more layers than others.
     groups = get_kv_cache_groups(config, specs)
     page_bytes = plain.page_size_bytes * layout.group_size
     kv_config = get_kv_cache_config_from_groups(config, groups, num_blocks * page_bytes)
@@ -78,34 +74,27 @@ def scheduler_from(config: Any, num_blocks: int) -> PyramidScheduler:
 
 def make_stock_scheduler(model: str, num_blocks: int, **settings: Any) -> Any:
     """vLLM's own scheduler over ``num_blocks`` pages of all layers."""
-    arguments = EngineArgs(
-        model=model,
-        dtype="float32",
-        skip_tokenizer_init=True,
+    work = load_model(model, "float32", 1)
+    page_bytes = BLOCK_SIZE * int(work.token_bytes) * work.num_layers
+    sizes = {
+        "max_model_len": 256,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 256,
+    }
+    engine = EngineSettings(
+        model=work,
+        kv_bytes=num_blocks * page_bytes,
         block_size=BLOCK_SIZE,
-        enable_prefix_caching=False,
-        **settings,
+        prefix_caching=False,
+        **(sizes | settings),
     )
-    config = arguments.create_engine_config()
-    config.cache_config.kv_cache_layout = "LBNHC"
-    spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.float32
-    )
-    num_layers = config.model_config.hf_text_config.num_hidden_layers
-    names = [f"model.layers.{layer}.self_attn.attn" for layer in range(num_layers)]
-    num_bytes = num_blocks * num_layers * spec.page_size_bytes
-    groups = [KVCacheGroupSpec(names, spec)]
-    kv_config = get_kv_cache_config_from_groups(config, groups, num_bytes)
-    config.cache_config.num_gpu_blocks = kv_config.num_blocks
-    return AsyncScheduler(
-        config, kv_config, StructuredOutputManager(config), block_size=BLOCK_SIZE
-    )
+    return SimulatedEngine(engine, None).scheduler
 
 
 def make_scheduler(
     model: str, num_blocks: int, policy: dict[str, Any], **settings: Any
 ) -> PyramidScheduler:
-    """The same for a configuration of its own."""
+    """A scheduler with a configuration of its own."""
     return scheduler_from(make_config(model, policy, **settings), num_blocks)
 
 
@@ -156,7 +145,7 @@ class Driver:
         self.evicted: list[dict[str, tuple[int, ...]]] = []
         """After each step's schedule: evicted tokens of requests, by tier."""
         self.finished: dict[str, str] = {}
-        """Why each request ended, as its client is told."""
+        """The reason for each request's end that its client gets."""
 
     @property
     def num_flying(self) -> int:
@@ -185,9 +174,9 @@ class Driver:
             self.worker.run(output)
         outputs = self.scheduler.update_from_output(output, result)
         for of_client in outputs.values():
-            for told in of_client.outputs:
-                if told.finish_reason is not None:
-                    self.finished[told.request_id] = str(told.finish_reason)
+            for news in of_client.outputs:
+                if news.finish_reason is not None:
+                    self.finished[news.request_id] = str(news.finish_reason)
         self.scheduler.check_integrity()
 
     def run(self, limit: int = 5000) -> None:

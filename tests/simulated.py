@@ -31,7 +31,7 @@ def slice_of_a_trace() -> Load:
 
 
 def loads() -> dict[str, Load]:
-    """The four."""
+    """The four loads."""
     lengths = {"num_requests": 40, "prompt_tokens": 256, "output_tokens": 96}
     return {
         "unshared": named_load("unshared", lengths | {"prompt_tokens": 1024}),
@@ -54,7 +54,7 @@ def rounded(figures: Figures) -> dict[str, Any]:
 
 
 def figures() -> dict[str, Any]:
-    """By load and policy."""
+    """Figures by load and policy."""
     model = load_model("Llama-3-8B", None, 1)
     settings = EngineSettings(
         model=model,

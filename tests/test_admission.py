@@ -1,4 +1,4 @@
-"""Who is admitted beside those that run."""
+"""Which requests are admitted while others run."""
 
 import random
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 def run(scheduler: Any, load: Load) -> Result:
-    """All requests to their ends, which no scheduler knows before."""
+    """Run all requests to their ends, which no scheduler knows in advance."""
     requests, ends = [], {}
     for index, (prompt, limit, output) in enumerate(load.requests):
         requests.append(make_request(str(index), prompt, limit))
@@ -61,7 +61,8 @@ def over(scheduler: Any, req_id: str, ends: dict[str, int]) -> bool:
 
 
 def chat(rng: random.Random, low: int, high: int, mean: float) -> tuple[int, int, int]:
-    """As chat servers see them: no limit is given, outputs differ widely."""
+    """A request as chat servers see it: it gives no limit, and outputs differ
+    widely."""
     prompt = rng.randint(low, high)
     rest = 2048 - prompt
     return prompt, rest, min(rest, max(5, int(rng.lognormvariate(mean, 0.8))))
@@ -83,8 +84,8 @@ def loads() -> dict[str, Load]:
 def test_no_more_preemptions_than_stock(
     tiny_llama: str, name: str, sequences: int
 ) -> None:
-    """In the same memory, on the same load, by the default reserve; in fewer steps,
-    where prompts are long enough to be evicted at all."""
+    """The default reserve preempts no more than stock does in the same memory and on
+    the same load. It takes fewer steps where prompts are long enough to be evicted."""
     load = loads()[name]
     num_blocks = max(int(sequences * load.mean_pages) + 1, 2048 // 32 + 1)
     stock = run(make_stock_scheduler(tiny_llama, num_blocks, **SETTINGS), load)
@@ -97,7 +98,7 @@ def test_no_more_preemptions_than_stock(
 
 
 def test_the_reserve_trades_sequences_for_preemptions(tiny_llama: str) -> None:
-    """Down to none, where all that may be generated is reserved."""
+    """Preemptions fall to none where the reserve covers all that may be generated."""
     load = loads()["balanced"]
     num_blocks = int(4 * load.mean_pages) * NUM_TIERS
     results = [
@@ -131,7 +132,7 @@ def test_a_short_limit_is_kept_to(tiny_llama: str, tiers: int) -> None:
 
 
 def test_a_request_alone_needs_no_reserve(tiny_llama: str) -> None:
-    """Else one that fills the pool would wait for ever."""
+    """Otherwise a request that fills the pool would wait for ever."""
     scheduler = make_scheduler(
         tiny_llama,
         2048 // 32 * NUM_TIERS + 1,
@@ -143,7 +144,7 @@ def test_a_request_alone_needs_no_reserve(tiny_llama: str) -> None:
 
 
 def test_limits_of_sequences_and_tokens_keep_their_meaning(tiny_llama: str) -> None:
-    """However much memory is free."""
+    """vLLM's limits hold, however much memory is free."""
     scheduler = make_scheduler(
         tiny_llama,
         4000,

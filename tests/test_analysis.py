@@ -72,7 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Models]:
 
 @pytest.fixture(scope="module")
 def prompt() -> list[int]:
-    """Of different tokens: equal ones have keys of the same length."""
+    """A prompt of different tokens: equal tokens have keys of the same length."""
     return np.random.default_rng(6).permutation(1024)[:NUM_PROMPT].tolist()
 
 
@@ -114,7 +114,8 @@ def test_an_evicted_cache_is_the_oracles(
     prompt: list[int],
     target: list[int],
 ) -> None:
-    """Counts of every layer and probabilities of every token behind the prompt."""
+    """Counts of every layer and probabilities of every token after the prompt are the
+    oracle's."""
     found, rule = models[family], rule_of(**POLICIES[policy])
     window = Continuation(found.ours, prompt, target, [rule])
     kept = found.ours.kept(window.full, rule)
@@ -220,7 +221,8 @@ def test_keeping_everything_costs_nothing(
 def test_costs_are_those_of_the_changed_distribution(
     models: dict[str, Models], prompt: list[int], target: list[int]
 ) -> None:
-    """By the formulas, from the oracle's and transformers' probabilities."""
+    """Costs follow the formulas, applied to the oracle's and transformers'
+    probabilities."""
     found, rule = models["qwen2"], rule_of(steepness=0.8)
     window = Continuation(found.ours, prompt, target, [rule])
     cost = window.policy_cost(rule)

@@ -82,7 +82,7 @@ def measured_layers(draw: st.DrawFn, num_layers: Any) -> tuple[list[float], np.n
 def test_shares_meet_the_retention(
     layers: tuple[list[float], np.ndarray], percent: int, size: int
 ) -> None:
-    """But for what is too little for another step of a whole tier."""
+    """The remainder is too small for another step of a whole tier."""
     ratios, costs = layers
     num_layers = costs.shape[1]
     tiers = [
@@ -103,7 +103,7 @@ def test_shares_meet_the_retention(
 def test_no_other_split_costs_less(
     layers: tuple[list[float], np.ndarray], percent: int
 ) -> None:
-    """Of two layers, every split with the same sum."""
+    """Every split between two layers with the same sum costs as much or more."""
     ratios, costs = layers
     a, b = (convex(ratios, column) for column in costs.T)
     first, second = (
@@ -207,8 +207,9 @@ def analysis(
 
 
 def test_the_suggestion_is_the_policy_with_weights(analysis: tuple[str, Path]) -> None:
-    """All of it, not what differs from the preset that files inherit from; but for
-    its one tier, in which weights would say nothing."""
+    """The file holds the whole policy, not its difference from the preset that files
+    inherit from. It does not hold the policy's one tier, in which weights would have no
+    effect."""
     suggested = resolve_policy(str(analysis[1] / "policy.yaml"))
     given = resolve_policy(POLICY, {"retention": 0.45})
     assert suggested is not None
@@ -267,7 +268,8 @@ def found_with(policy: PolicyConfig, **changes: Any) -> Found:
 
 @pytest.mark.parametrize("name", ["pyramidinfer", "pyramidkv", "h2o"])
 def test_every_kind_of_policy_has_a_suggestion(name: str) -> None:
-    """Of the budget that reads weights; where rows are pruned, one that may prune."""
+    """The suggestion has the budget that reads weights; if the policy prunes rows, the
+    suggestion may prune them."""
     change = {"capacity": 512} if name == "pyramidkv" else None
     policy = resolve_policy(name, change)
     assert policy is not None
@@ -285,7 +287,7 @@ def test_every_kind_of_policy_has_a_suggestion(name: str) -> None:
 
 
 def test_text_and_needles_weigh_the_same() -> None:
-    """However many of each were measured."""
+    """Text and needles count equally, however many of each were measured."""
     found = found_with(PolicyConfig(name="x"))
     (text,) = found.text_costs
     found.text_costs.append(3 * text)
@@ -295,7 +297,8 @@ def test_text_and_needles_weigh_the_same() -> None:
 
 
 def test_the_policy_is_compared_as_it_is() -> None:
-    """With weights of its own, too, though no profile is of the model."""
+    """A policy with weights of its own keeps them, although the model has no
+    profile."""
     policy = PolicyConfig(name="mine", layer_weights=[4, 3, 2, 1], retention=0.5)
     suggested, own, flat = found_with(policy, retention=0.3).compared()
     assert suggested.name == "mine-suggested"

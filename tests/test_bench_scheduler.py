@@ -1,17 +1,13 @@
 """`scripts/bench-scheduler`: what it writes, and what it says of bad options."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import bench_scheduler
 import pytest
 import typer
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import bench_scheduler
 
 app = typer.Typer()
 app.command()(bench_scheduler.main)

@@ -21,7 +21,7 @@ LENGTHS = [(700, 40), (500, 60), (900, 20), (640, 48), (800, 30), (400, 64)]
 
 
 def results(folder: Path, **changes: Any) -> Path:
-    """A folder as ``pyramid-vllm bench`` leaves it, its runs without times."""
+    """A folder as ``pyramid-vllm bench`` writes it; the runs have no times."""
     policy = resolve_policy("pyramid")
     assert policy is not None
     kv_bytes = 90 * 32 * 2 * 3 * 64 * 4 * 30

@@ -1,4 +1,4 @@
-"""The document of what works and what is refused, against what does."""
+"""The document of supported and refused features agrees with the code."""
 
 import ast
 import re
@@ -55,7 +55,7 @@ Refuse = Callable[[str, Path, pytest.MonkeyPatch], None]
 
 
 def by_setting(**settings: Any) -> Refuse:
-    """Refused as vLLM builds its configuration."""
+    """Settings that are refused when vLLM builds its configuration."""
 
     def refuse(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
         engine_config(llama, **({"kv_policy": "pyramid"} | settings))
@@ -64,7 +64,7 @@ def by_setting(**settings: Any) -> Refuse:
 
 
 def by_model(make: Callable[[], Any], **settings: Any) -> Refuse:
-    """Refused for the model's configuration."""
+    """Models whose configuration is refused."""
 
     def refuse(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
         engine_config(save_config(folder, make()), kv_policy="pyramid", **settings)
@@ -73,7 +73,8 @@ def by_model(make: Callable[[], Any], **settings: Any) -> Refuse:
 
 
 def by_config(part: str, policy: Any = "pyramid", **values: Any) -> Refuse:
-    """Refused for what vLLM has made of its arguments, here or on other machines."""
+    """What is refused of the configuration that vLLM has made of its arguments, here or
+    on other machines."""
 
     def refuse(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
         config = engine_config(llama, kv_policy=policy)
@@ -191,14 +192,15 @@ def test_the_table_names_what_is_refused() -> None:
 def test_refusals_at_start(
     name: str, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By name, before any weights: the folder has none."""
+    """Each refusal names the setting, before any weights are read: the folder has
+    none."""
     with pytest.raises(KVPolicyError) as error:
         REFUSALS[name](llama, tmp_path, monkeypatch)
     assert name in str(error.value)
 
 
 def test_no_refusal_is_missing_from_the_table() -> None:
-    """Every setting that the checks name."""
+    """The table has every setting that the checks name."""
     source = read("pyramid_vllm/checks.py")
     named = set()
     for node in ast.walk(ast.parse(source)):

@@ -29,7 +29,7 @@ def scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def expected(key: torch.Tensor, num_kept: int) -> list[list[int]]:
-    """Positions that each KV head keeps: KeyDiff written down a second time.
+    """Positions that each KV head keeps: KeyDiff, written a second time.
 
     Args:
         key: ``[num_tokens, num_kv_heads, head_size]``.
@@ -46,7 +46,8 @@ def expected(key: torch.Tensor, num_kept: int) -> list[list[int]]:
 
 @pytest.mark.skipif(BACKEND is not None, reason="no kernel computes it")
 def test_the_scorer_of_the_document_decides(tiny_llama: str, scorer: str) -> None:
-    """In every layer and head; the whole keys are those of a request without policy."""
+    """The scorer decides in every layer and head. The whole keys are those of a request
+    without a policy."""
     from vllm import SamplingParams
 
     policy = {"base": "knorm", "name": "mine", "scorer": scorer, "tiers": 2}
@@ -108,7 +109,7 @@ if __name__ == "__main__":
 def test_engine_core_and_workers_find_it(
     tiny_llama: str, tmp_path: Path, scorer: str
 ) -> None:
-    """In processes of their own, by the module search path alone."""
+    """Processes of their own find the scorer by the module search path alone."""
     module, _, function = scorer.partition(":")
     source = TRACED.format(module=module, function=function)
     (tmp_path / "traced.py").write_text(source)

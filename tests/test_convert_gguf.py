@@ -18,7 +18,8 @@ Q5_0 = gguf.GGMLQuantizationType.Q5_0
 
 
 def add_tokenizer(writer: Any) -> None:
-    """As many letters as the vocabulary has rows, and one merge."""
+    """Add a tokenizer with as many letters as the vocabulary has rows, and one
+    merge."""
     letters = [chr(33 + i) for i in range(ROWS - 3)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<|endoftext|>", "<|im_end|>", *letters, "ab"])
@@ -69,7 +70,8 @@ def convert(file: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_matrix_stored_twice_is_one_again(tmp_path: Path, tied: bool) -> None:
-    """Of two roundings the head's is taken; two matrices stay two."""
+    """Of two roundings of a matrix the head's is taken; two different matrices stay
+    two."""
     rng = np.random.default_rng(1)
     head, other = rng.normal(size=(2, ROWS, HIDDEN)).astype(np.float32)
     write_gguf(tmp_path / "model.gguf", head, head if tied else other)

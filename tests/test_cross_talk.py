@@ -97,9 +97,9 @@ def run_together(
 def test_every_request_is_as_alone(
     tiny_llama: str, change: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Preempted ones too. Where generated tokens are compressed, a replay compresses
-    the same groups by the same queries; where prompts are pruned, it is cut as at
-    first, which it can be as long as a step has room for the same chunk."""
+    """This holds for preempted requests too. Where generated tokens are compressed, a
+    replay compresses the same ones by the same queries. Where prompts are pruned, a
+    replay cuts the prompt as at first, if a step has room for the same chunk."""
     settings = dict(settings)
     # Six requests of the mean length, and what queries of generated tokens take.
     memory = int(settings.pop("kv_cache_mib", 2.2) * MIB)

@@ -39,7 +39,7 @@ class Selector:
 
 @dataclass
 class Reader:
-    """Collects selectors; an aggregation's labels are those of all below it."""
+    """Collects selectors. An aggregation's labels count for all selectors inside it."""
 
     grouped: list[frozenset[str]] = field(default_factory=list)
     selectors: list[Selector] = field(default_factory=list)
@@ -78,7 +78,7 @@ def dashboard() -> Any:
 
 
 def panels() -> list[Any]:
-    """All but the rows."""
+    """All panels except rows."""
     return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
 
 
@@ -91,7 +91,7 @@ def targets() -> list[Any]:
 
 
 def variable_queries() -> list[str]:
-    """Of the variables, as queries for series."""
+    """The variables, as queries for series."""
     queries = [
         variable["query"]["query"]
         for variable in dashboard()["templating"]["list"]
@@ -239,7 +239,7 @@ def test_panels_say_what_they_are_and_do_not_overlap() -> None:
 
 
 def test_top_shows_the_engine(engine: Any) -> None:
-    """Its figures are those of the engine's own counters."""
+    """The figures of ``top`` are those of the engine's own counters."""
 
     def answer() -> tuple[int, str]:
         work(engine)

@@ -52,12 +52,12 @@ class Prometheus:
         self._url = url
 
     def query(self, query: str) -> list[Any]:
-        """Series now, each with its labels and value."""
+        """Current series, each with its labels and value."""
         words = urllib.parse.urlencode({"query": query})
         return list(self._get(f"query?{words}")["result"])
 
     def alerting_rules(self) -> list[Any]:
-        """With their state and health."""
+        """Alerting rules with their state and health."""
         groups = self._get("rules?type=alert")["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
@@ -74,7 +74,7 @@ class Prometheus:
         return [float(series["value"][1]) for series in self.query(query)]
 
     def wait_for_numbers(self, query: str, seconds: float = SCRAPES_S) -> list[float]:
-        """Its largest values so far, once there are some.
+        """A query's largest values so far, once there are some.
 
         A rate needs two scrapes; a share has nothing to say of an idle engine.
         """
@@ -95,7 +95,7 @@ class Prometheus:
 def prometheus(
     tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """Has seen the engine work between two scrapes."""
+    """A Prometheus that has seen the engine work between two scrapes."""
     folder = tmp_path_factory.mktemp("prometheus")
     llm = make_engine(tiny_llama)
     with serving(lambda: (200, metrics())) as url:
@@ -150,7 +150,8 @@ def test_every_query_has_a_number(prometheus: Prometheus) -> None:
 
 
 def test_figures_that_the_policy_sets_are_its_own(prometheus: Prometheus) -> None:
-    """The engine prunes, so less is computed than scheduled, and pages are freed."""
+    """The engine prunes, so it computes fewer rows than are scheduled, and it frees
+    pages."""
     by_title = {panel["title"]: panel["targets"] for panel in panels()}
 
     def values(title: str) -> list[float]:
@@ -170,7 +171,7 @@ def test_variables_offer_the_engine(prometheus: Prometheus) -> None:
 
 
 def test_alerts_are_evaluated_and_quiet(prometheus: Prometheus) -> None:
-    """All but the one that says that most requests are short."""
+    """No alert fires except the one which says that most requests are short."""
     prometheus.wait_for_numbers('ALERTS{alertname="KVPolicyHardlyUsed"}')
     rules = {rule["name"]: rule for rule in prometheus.alerting_rules()}
     assert set(rules) == {rule["alert"] for rule in alerts()}

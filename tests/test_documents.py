@@ -1,4 +1,4 @@
-"""What the documents say of policies, files and tests is what there is."""
+"""What the documents say of policies, files and tests agrees with the code."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def _shown(value: object) -> str:
 
 
 def test_the_readme_has_the_figures_of_the_results() -> None:
-    """And calls a goal missed where it is."""
+    """The README also calls a goal missed where it is missed."""
     results = json.loads(read("docs/results.json"))
     values = [goal["value"] for goal in results["goals"]]
     loss, needles, second_loss, second_needles, *_, memory, first, bound, free = values

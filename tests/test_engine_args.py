@@ -1,4 +1,4 @@
-"""The ways in, and what is refused before a model loads."""
+"""The ways to turn a policy on, and what is refused before a model loads."""
 
 import argparse
 import json
@@ -241,7 +241,7 @@ def test_another_device_is_refused(
 def test_the_worker_is_that_of_the_device(
     config_only: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By vLLM's platform, before there is a configuration."""
+    """vLLM's platform decides this before there is a configuration."""
     from vllm.platforms import current_platform
 
     for device, name in WORKER_CLS.items():

@@ -1,4 +1,4 @@
-"""What becomes of a process that is given a task."""
+"""What happens to a process that gets a task."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What runs in Python's place: the test writes it."""
+    """A script that the test writes and that runs in place of Python."""
     file = tmp_path / "child"
     file.touch(0o755)
     monkeypatch.setattr(sys, "executable", str(file))

@@ -93,7 +93,7 @@ def positions_held(
     key, value = (part[:count] for part in held_kv(llm, req_id, layer))
     heads = []
     for head in range(key.shape[1]):
-        # Keys tell positions apart by their rotation; values of equal tokens may not.
+        # The rotation makes keys of equal tokens differ; their values may be equal.
         nearest = torch.cdist(key[:, head].double(), full[0][:, head].double()).min(
             dim=1
         )
@@ -105,7 +105,7 @@ def positions_held(
 
 
 def num_kept(llm: Any, layer: int, num_prompt_tokens: int) -> int:
-    """Prompt tokens that a layer keeps, by the rule; generated ones come behind."""
+    """Prompt tokens that a layer keeps, by the rule; generated tokens follow them."""
     rule: LengthRule = scheduler_of(llm).kv_rule
     return rule.cache_lengths(num_prompt_tokens)[rule.layout.tier_of_layer[layer]]
 
@@ -167,7 +167,7 @@ def test_the_cache_holds_what_the_reference_selects(
     tiers: int | str,
     chunk: int,
 ) -> None:
-    """However the prompts were cut into chunks, and in one batch with others."""
+    """This holds however prompts are cut into chunks, and in one batch with others."""
     config = POLICY | {"selection": selection, "tiers": tiers}
     llm = engine(config=config, max_num_batched_tokens=chunk)
     req_ids = start(llm, PROMPTS, 64)
@@ -232,7 +232,8 @@ def masked_greedy(
 def test_generation_sees_exactly_the_kept_tokens(
     engine: Engine, tiny_llama: str
 ) -> None:
-    """Against transformers with a mask: lengths, slots and rows after an eviction."""
+    """Lengths, slots and rows after an eviction are compared with transformers, which
+    gets a mask."""
     llm = engine(
         "streaming", {"retention": 0.4, "recent": 24, "min_context": 40, "tiers": 1}
     )
@@ -266,7 +267,7 @@ def test_a_batch_is_its_requests_alone(
 
 
 def test_preempted_requests_are_as_alone(engine: Engine, tiny_llama: str) -> None:
-    """A replay evicts the prompt by its own queries, then adds the outputs behind."""
+    """A replay evicts the prompt by its own queries, then adds the outputs after it."""
     llm = engine(kv_cache_memory_bytes=int(3.3 * MIB), max_model_len=960)
     scheduler, preempted = scheduler_of(llm), []
     original = scheduler._preempt_request

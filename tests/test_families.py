@@ -118,7 +118,8 @@ def test_sinks_share_in_the_scores(
 
 
 def test_layers_with_sinks_are_tiered(gpt_oss: str) -> None:
-    """Sliding layers are untouched, and the batch is as alone."""
+    """Sliding layers are untouched, and each request in a batch gets its tokens as
+    alone."""
     stock = make_llm(gpt_oss)
     expected = [g.tokens for g in generate(stock, PROMPTS, 24)]
     close(stock)
@@ -128,7 +129,8 @@ def test_layers_with_sinks_are_tiered(gpt_oss: str) -> None:
 def check_policies(
     model: str, expected: list[list[int]], changes: list[dict[str, Any]]
 ) -> None:
-    """Stock's tokens where all is kept; else those of each request alone."""
+    """Where all is kept, tokens are stock's; otherwise they are those of each request
+    alone."""
     for change in [{"retention": 1.0}, *changes]:
         llm = make_llm(
             model, kv_policy="pyramid-by-depth", kv_policy_config=POLICY | change
@@ -218,8 +220,9 @@ def outputs(llm: Any, requests: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def test_images_and_mrope(tmp_path: Path) -> None:
-    """Prompts with images: stock's tokens where all is kept, else those of each alone,
-    also where rows are pruned, whose positions have three channels."""
+    """Prompts with images give stock's tokens where all is kept, else those of each
+    request alone. This holds for pruned rows too, whose positions have three
+    channels."""
     pytest.importorskip("torchvision", reason=NEEDS_TORCHVISION)
     model, requests = save_qwen_vl(tmp_path), with_images()
     settings = {
@@ -288,7 +291,7 @@ NAMES = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
 def test_pruned_rows_have_their_positions(
     channels: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With M-RoPE a token has three of them."""
+    """With M-RoPE a token has three positions."""
     monkeypatch.setattr("pyramid_vllm.worker.prune._run_uncompiled", lambda *_: None)
     model = _Model(_Stack())
     pruner = RowPruner(model, decoder_layers(model, NAMES), (0, 1))

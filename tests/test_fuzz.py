@@ -35,7 +35,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pruned": BASE | {"prune_from": 0, "growth_reserve": "all"},
     "groups": BASE | {"exceed_length_to_compress": 8, "growth_reserve": 0},
     "pruned groups": BASE | {"prune_from": 2, "exceed_length_to_compress": 8},
-    # Tiers of one and of two layers: of several cache groups each.
+    # Tiers of one and of two layers: each has several KV cache groups.
     "uneven": BASE | {"tiers": 4, "growth_reserve": 0},
     "streaming": {"base": "streaming", "recent": 8, "min_context": 16, "tiers": 2},
 }
@@ -86,7 +86,7 @@ class Schedule:
         self._requests: list[Any] = []
 
     def run(self) -> None:
-        """Everything to its end, and what must hold then."""
+        """Run everything to its end, and check what must hold then."""
         rng, scheduler = self._rng, self.scheduler
         num_requests = rng.randint(4, 12)
         while len(self._requests) < num_requests:
@@ -118,7 +118,7 @@ class Schedule:
         self.scheduler.add_request(request)
 
     def _abort(self) -> None:
-        """Also of requests whose step is planned and not yet run."""
+        """Abort requests, also those whose step is planned and has not run."""
         victim = self._rng.choice(list(self.scheduler.requests))
         self.scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
         self.scheduler.check_integrity()
@@ -176,7 +176,7 @@ def test_random_schedules(
 
 
 def test_the_schedules_met_what_they_are_for() -> None:
-    """Runs behind the schedules: they prove little if nothing happened in them."""
+    """This runs after the schedules, which prove little if nothing happened in them."""
     assert MET["schedules"] >= NUM_SCHEDULES
     for what in (
         "preemptions",

@@ -1,13 +1,8 @@
-"""The goals that `scripts/reproduce` reports, from results made up here."""
+"""The goals that `scripts/reproduce` reports, from results that this file makes up."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
 from goals import (
     batch_goals,
     one_prompt_goals,

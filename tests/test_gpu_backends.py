@@ -79,7 +79,7 @@ def by_v1(tiny_llama: str) -> dict[str, list[list[int]]]:
 def run_backend(
     model: str, backend: str, layout: str, policies: list[str]
 ) -> dict[str, Any]:
-    """In a process of its own: some policies, by a wrapped backend."""
+    """Run some policies with a wrapped backend; this runs in a process of its own."""
     import os
 
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -123,7 +123,7 @@ def test_tokens_are_those_of_the_cpu(
     layout: str,
     policies: list[str],
 ) -> None:
-    """Whatever the runner, the attention, the layout and who computes the scores."""
+    """This holds for every runner, attention, layout and kernel set."""
     results = run_in_process(
         "tests.test_gpu_backends:run_backend",
         {
@@ -151,7 +151,7 @@ def test_tokens_are_those_of_the_cpu(
 
 @contextmanager
 def _as_captured(llm: Any) -> Iterator[None]:
-    """A replay runs no Python: of a step's plan it sees nothing."""
+    """Hide a step's plan: a replay runs no Python and sees nothing of it."""
     step = worker_of(llm).tier_state.step
     plan, step._plan = step._plan, None
     yield
@@ -159,7 +159,7 @@ def _as_captured(llm: Any) -> Iterator[None]:
 
 
 def run_graphs(model: str, backend: str) -> dict[str, Any]:
-    """In a process of its own: decode steps as captured graphs."""
+    """Run decode steps as captured graphs; this runs in a process of its own."""
     from tests.gpu_on_cpu_graphs import Graph, use_full_graphs
     from tests.gpu_on_cpu_kernels import CALLS
 
@@ -186,7 +186,7 @@ def run_graphs(model: str, backend: str) -> dict[str, Any]:
 
 
 def _fault_of_windows(llm: Any) -> str:
-    """What a step says whose windows were replayed instead of handled."""
+    """The error of a step whose windows were replayed instead of handled."""
     adapter = worker_of(llm).adapter
     cls = type(adapter)
     kept, cls._needs_python = cls._needs_python, False
@@ -200,7 +200,7 @@ def _fault_of_windows(llm: Any) -> str:
 
 
 def _fault_of_queries(llm: Any) -> str:
-    """What is said of queries that a graph did not copy."""
+    """The error about queries that a graph did not copy."""
     from pyramid_vllm.worker.generated import GeneratedQueries
 
     GeneratedQueries.write = lambda *_: None  # type: ignore[method-assign]
@@ -222,7 +222,8 @@ def _fault_of_queries(llm: Any) -> str:
 def test_decode_steps_stay_in_graphs(
     tiny_llama: str, by_v1: dict[str, list[list[int]]], backend: str
 ) -> None:
-    """The same tokens; a step that should have compacted and did not is an error."""
+    """Tokens are the same. A step that should have compacted and did not is an
+    error."""
     result = run_in_process(
         "tests.test_gpu_backends:run_graphs",
         {"model": tiny_llama, "backend": backend},
@@ -240,7 +241,8 @@ def test_decode_steps_stay_in_graphs(
 
 
 def run_float8(model: str) -> dict[str, Any]:
-    """In a process of its own: caches of eight-bit floats, stock and with a policy."""
+    """Run caches of eight-bit floats, stock and with a policy; this runs in a process
+    of its own."""
     use_backend("TRITON_ATTN")
     llm = make_llm(model, kv_cache_dtype="fp8", **SETTINGS)
     results: dict[str, Any] = {"stock": _tokens(llm)}
@@ -266,7 +268,8 @@ def run_float8(model: str) -> dict[str, Any]:
 
 
 def test_float8_caches(tiny_llama: str) -> None:
-    """Stock tokens where all is kept; however a prompt is cut, the same stays."""
+    """Tokens are stock's where all is kept. However a prompt is cut, the same tokens
+    stay."""
     results = run_in_process(
         "tests.test_gpu_backends:run_float8", {"model": tiny_llama}, timeout=400
     )
@@ -280,7 +283,7 @@ def test_float8_caches(tiny_llama: str) -> None:
 
 
 def test_the_gpu_worker_sets_its_buffers_aside() -> None:
-    """Of Llama-3-8B's shape: scores, and queries of a prompt that is cut."""
+    """For Llama-3-8B's shape these are scores, and queries of a prompt that is cut."""
     worker = PyramidGPUWorker.__new__(PyramidGPUWorker)
     worker.kv_policy = resolve_policy("pyramid-by-depth", {"queries": 256})
     worker.parallel_config = None

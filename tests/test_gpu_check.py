@@ -1,4 +1,4 @@
-"""``scripts/gpu-check`` on a machine without a GPU, and what it is made of."""
+"""``scripts/gpu-check`` on a machine without a GPU, and its parts."""
 
 import json
 import os
@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
 from gpu_check import bandwidth, bench, engine, pieces
 from gpu_check.pieces import FAILED, MET, MISSED, OK, Options
 from gpu_check.timing import Timed
@@ -58,7 +55,7 @@ def gpu_check(
 
 
 def checks(report: dict[str, Any], piece: str) -> dict[str, Any]:
-    """Of a piece, by name."""
+    """A piece's checks by name."""
     return {check["name"]: check for check in report["pieces"][piece]["checks"]}
 
 
@@ -68,7 +65,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_without_a_gpu(tmp_path: Path) -> None:
-    """Kernels run interpreted, and what cannot run says why."""
+    """Kernels run interpreted, and what cannot run reports why."""
     status, report, output = gpu_check(tmp_path, "--quick")
     assert status == 0
     assert not report["failed"]
@@ -129,7 +126,7 @@ def pool_scores(*args, **kwargs):
 
 
 def test_broken_kernels_fail_the_check(tmp_path: Path) -> None:
-    """A wrong one and one that raises; the others still run."""
+    """One kernel is wrong and one raises; the others still run."""
     for part in ("scripts/gpu_check", "pyramid_vllm", "tests/parity"):
         shutil.copytree(ROOT / part, tmp_path / part)
     for file in ("scripts/gpu-check", "tests/__init__.py"):
@@ -168,7 +165,7 @@ def run(options):
 def test_a_piece_that_ends_its_process_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it had found before is kept."""
+    """What the piece had found before is kept."""
     package = tmp_path / "gpu_check"
     package.mkdir()
     path = [str(package), str(ROOT / "scripts" / "gpu_check")]
@@ -199,7 +196,8 @@ TINY = Sizes(
 
 
 def test_the_step_that_is_timed_is_the_policys() -> None:
-    """Of each request, layer and head: what is kept, and what then lies in front."""
+    """For each request, layer and head, the step keeps the right tokens and moves them
+    to the front."""
     step = Step(TINY, "cpu", seed=0)
     layers, requests = range(TINY.num_layers), range(TINY.num_requests)
     before = {
@@ -223,7 +221,8 @@ def test_the_step_that_is_timed_is_the_policys() -> None:
 
 
 def test_bytes_and_operations_are_those_of_the_step() -> None:
-    """Counted in tensors of the sizes that kernels read, write and multiply."""
+    """They are counted in tensors of the sizes that kernels read, write and
+    multiply."""
     step = Step(TINY, "cpu", seed=0)
     keys = step.pages.tokens(0, 0)
     assert TINY.key_bytes(3) == 3 * TINY.num_requests * keys.nbytes
@@ -255,7 +254,7 @@ class Clock:
 
 
 def test_bandwidths_are_shares_of_a_copys() -> None:
-    """Goals are met or missed by the time on the GPU."""
+    """The time on the GPU decides whether a goal is met."""
     step, clock = Step(TINY, "cpu", seed=0), Clock()
     for part, num_bytes, goal in (
         (bandwidth._compact, TINY.moved_bytes(2), 0.6),
@@ -326,7 +325,8 @@ def test_the_oracle_decides() -> None:
 
 
 def test_engines_on_the_cpu(tmp_path: Path) -> None:
-    """What runs on a GPU, with the V2 runner and graphs as far as a CPU has them."""
+    """The engines that run on a GPU run here with the V2 runner, and with graphs as far
+    as a CPU has them."""
     status, report, _ = gpu_check(tmp_path, "--only", "engine", "--on-cpu")
     found = checks(report, "engine")
     assert status == 0, report["pieces"]["engine"]
@@ -344,7 +344,7 @@ def test_engines_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [bench.LARGE, bench.SMALL, bench.TINY])
 def test_the_benchmark_takes_our_options(tmp_path: Path, shape: bench.Shape) -> None:
-    """And its two amounts of memory are one that binds and one that does not."""
+    """Of its two amounts of memory, one binds and one does not."""
     from pyramid_vllm.tools.bench.workload import make_workload
 
     shape.write_config(tmp_path)

@@ -1,4 +1,5 @@
-"""Stock vLLM gives the same tokens on a CPU as it does set up like on a GPU."""
+"""Stock vLLM gives the same tokens on a CPU as it does when it is set up as on a
+GPU."""
 
 import os
 from typing import Any
@@ -71,7 +72,7 @@ def expected(tiny_llama: str) -> list[list[int]]:
 
 
 def run_backend(model: str, backend: str, layouts: list[str]) -> list[dict[str, Any]]:
-    """Tokens of the V2 runner with a backend, and what made them."""
+    """Tokens of the V2 runner with a backend, and the classes that made them."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     use_backend(backend)
@@ -138,7 +139,7 @@ def run_graphs(model: str, backends: list[str]) -> list[dict[str, Any]]:
 def test_full_graphs_give_the_same_tokens(
     tiny_llama: str, expected: list[list[int]]
 ) -> None:
-    """Once every prompt is through, each step is a replay."""
+    """Once every prompt is computed, each step is a replay."""
     results = run_in_process(
         "tests.test_gpu_on_cpu:run_graphs",
         {"model": tiny_llama, "backends": ["TRITON_ATTN", "FLASHINFER"]},
@@ -184,7 +185,8 @@ def run_fp8(model: str) -> dict[str, Any]:
 
 
 def test_fp8_caches_hold_the_rounded_values(tiny_llama: str) -> None:
-    """What the first layer stores depends on no attention, so rounding is all."""
+    """The first layer's keys depend on no attention, so they differ by rounding
+    alone."""
     result = run_in_process("tests.test_gpu_on_cpu:run_fp8", {"model": tiny_llama})
     assert result["is_rounded"]
     assert 0.1 < result["largest"] < 448
@@ -286,7 +288,7 @@ def test_the_stand_ins_compute_what_the_kernels_do() -> None:
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 def test_flashinfer_reads_what_was_planned(kv_layout: str) -> None:
-    """A request of 21 tokens in pages 4 and 1, and one of 16 tokens in page 2."""
+    """A request of 21 tokens lies in pages 4 and 1, and one of 16 tokens in page 2."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(6, 16, 2, 2 * HEAD_SIZE, generator=generator)
     query = torch.randn(2, 4, HEAD_SIZE, generator=generator)

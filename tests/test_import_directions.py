@@ -61,7 +61,7 @@ def test_parts_import_only_what_they_may(part: str) -> None:
 
 
 def test_no_file_needs_itself() -> None:
-    """Through none of its imports, those for type checking included."""
+    """No file imports itself through its imports, those for type checking included."""
     files = {}
     for source in PACKAGE.rglob("*.py"):
         parts = source.relative_to(PACKAGE.parent).with_suffix("").parts

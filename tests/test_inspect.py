@@ -215,7 +215,8 @@ def settings_of(model: str, changes: dict[str, Any], **others: Any) -> InspectSe
 
 @pytest.fixture(scope="module")
 def found(model: str) -> dict[str, Inspection]:
-    """By name of the policy; engines run in this process, one after the other."""
+    """Results by the policy's name. Engines run in this process, one after the
+    other."""
     results = {}
     for name, changes in POLICIES.items():
         settings = settings_of(model, changes)
@@ -302,7 +303,7 @@ def test_a_process_of_its_own_finds_the_same(
 def command(
     model: str, tmp_path_factory: pytest.TempPathFactory, found: dict[str, Inspection]
 ) -> Path:
-    """What the command wrote."""
+    """The files that the command wrote."""
     folder = tmp_path_factory.mktemp("inspect")
     (folder / "prompt.txt").write_text(prompt())
     policy = json.dumps(POLICY | POLICIES["head"])
@@ -391,7 +392,7 @@ def expected_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def shown_text(dom: str) -> str:
-    """What stands in the part of the page that shows the text."""
+    """The text in the part of the page that shows the prompt and the output."""
     (part,) = re.findall(r'<div id="text".*?</div>', dom, flags=re.DOTALL)
     assert "<b" not in part
     return text_of(part)
@@ -408,7 +409,7 @@ def test_the_page_needs_nothing_else() -> None:
 
 
 def test_the_page_has_tiers_and_text_without_a_script() -> None:
-    """And shows what looks like a tag as text."""
+    """The page also shows what looks like a tag as text."""
     report = json.loads(json.dumps(report_of(small({3: NASTY}))))
     html = page(report)
     assert rows_of(html) == expected_rows(report)
@@ -437,7 +438,7 @@ def test_the_page_shows_what_the_json_says(command: Path, tmp_path: Path) -> Non
 @needs_chromium
 @pytest.mark.timeout(120)
 def test_the_page_is_used_by_keyboard(tmp_path: Path) -> None:
-    """And shows what looks like a tag as text."""
+    """The page also shows what looks like a tag as text."""
     found = small({1: NASTY})
     keys = "['ArrowRight', 'ArrowDown', 'ArrowUp']"
     script = (

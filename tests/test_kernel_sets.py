@@ -45,7 +45,7 @@ def scores_of(
     sinks: bool = False,
     ring: int | None = None,
 ) -> tuple[torch.Tensor, Spans]:
-    """By the same numbers whatever the kernels."""
+    """Scores from the same numbers, whatever the kernels."""
     torch.manual_seed(0)
     shape = Shape(layout=layout)
     cache = Cache(shape, requests)
@@ -128,7 +128,7 @@ def test_pooling(kind: str) -> None:
 
 @pytest.mark.parametrize("levels", [3, 1 << 20])
 def test_selection_and_compaction(levels: int) -> None:
-    """Ties among few levels; both in place and into other pages."""
+    """Scores of few levels have ties. Compaction is in place and into other pages."""
     results = []
     for kernels in SETS:
         cache = Cache(Shape(layout="NHD"), REQUESTS)
@@ -169,7 +169,8 @@ def test_compaction_into_other_pages() -> None:
 
 @pytest.mark.parametrize("prunes", [False, True])
 def test_lengths_and_slots(prunes: bool) -> None:
-    """Where a tier differs from stock vLLM; else slots stay as the runner's are."""
+    """They change where a tier differs from stock vLLM; other slots stay as the
+    runner's."""
     scheduled = torch.tensor([1, 40, 7], dtype=torch.int32)
     starts = torch.tensor([0, 1, 41, 48], dtype=torch.int32)
     seq_lens = torch.tensor([90, 70, 7], dtype=torch.int32)
@@ -222,7 +223,7 @@ def test_rows_of_the_next_tier(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("kernels", SETS)
 def test_queries_in_rings(kernels: ModuleType) -> None:
-    """A query lies at its place, with its position; the others are counted."""
+    """A query lies at its place, with its position; missing queries are counted."""
     ring, query = 4, torch.randn(3, 2, 8)
     target = torch.tensor([5, -1, 2, 99], dtype=torch.int32)
     positions = torch.tensor([21, 7, 14, 99], dtype=torch.int32)

@@ -21,7 +21,7 @@ from pyramid_vllm.kernels import score as score_module
 def scores_by_loops(
     query: torch.Tensor, key: torch.Tensor, scale: float, weight: float, cap: float
 ) -> torch.Tensor:
-    """One query and one head at a time, in float64."""
+    """Scores of one query and one head at a time, in float64."""
     num_queries, num_heads, _ = query.shape
     num_tokens, num_kv_heads, _ = key.shape
     per_kv = num_heads // num_kv_heads
@@ -99,7 +99,7 @@ def test_selection_refuses_impossible_counts(kept: int) -> None:
 def test_compaction_moves_kept_tokens_and_nothing_else(
     num_groups: int, transposed: bool
 ) -> None:
-    """Also where source and target overlap, and through strided views."""
+    """This also holds where source and target overlap, and through strided views."""
     torch.manual_seed(0)
     num_blocks, num_heads, block_size, head_size, num_tokens = 7, 2, 4, 3, 18
     shape = (num_blocks, num_heads, block_size, head_size)
@@ -145,7 +145,7 @@ def attention_by_loops(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 def test_accumulated_and_vote_scores(
     num_queries: int, max_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However few probabilities are held at once."""
+    """The result does not depend on how few probabilities are held at once."""
     monkeypatch.setattr(score_module, "_MAX_ELEMENTS", max_elements)
     torch.manual_seed(num_queries)
     query, key = torch.randn(num_queries, 4, 8), torch.randn(40, 2, 8)
@@ -181,7 +181,7 @@ def test_pooling_shares_scores_before_the_window() -> None:
 @pytest.mark.parametrize("num_queries", [1, 16])
 @pytest.mark.parametrize("cap", [0.0, 5.0])
 def test_sinks_share_in_the_attention(num_queries: int, cap: float) -> None:
-    """As if each head saw one more key, of that logit: its share is nobody's."""
+    """Each head acts as if it saw one more key with that logit, whose share is lost."""
     torch.manual_seed(0)
     query, key = torch.randn(num_queries, 6, 8), torch.randn(50, 2, 8)
     sinks = torch.tensor([0.0, 3.0, -2.0, 1.0, 6.0, -torch.inf])

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What ``tests.compiled_kernels`` compiles; its process interprets nothing."""
+    """What ``tests.compiled_kernels`` compiles; its process does not interpret
+    kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     done = subprocess.run(
@@ -70,7 +71,7 @@ def steps_of(kernel: dict[str, Any]) -> list[str]:
 
 
 def check_compaction(kernels: list[dict[str, Any]]) -> None:
-    """All of a block is read before any of it is written, 16 bytes at once."""
+    """All of a block is read, 16 bytes at once, before any of it is written."""
     compactions = [k for k in kernels if k["kernel"] == "_compact_kernel"]
     assert compactions
     for kernel in compactions:
@@ -91,7 +92,7 @@ def test_compaction_reads_before_it_writes(few: list[dict[str, Any]]) -> None:
 
 
 def test_other_requests_and_layers_compile_nothing(few: list[dict[str, Any]]) -> None:
-    """Else requests would wait for a compiler, in the middle of serving."""
+    """Otherwise requests would wait for a compiler in the middle of serving."""
     again = [kernel for kernel in few if kernel["variant"].startswith("again")]
     assert not [(kernel["kernel"], kernel["variant"]) for kernel in again]
 

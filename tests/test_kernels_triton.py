@@ -39,7 +39,7 @@ def test_a_few_cases_are_of_every_kernel() -> None:
 
 
 def test_a_gpu_runs_these_cases_and_more() -> None:
-    """They are listed, not run: that needs a GPU."""
+    """The cases are listed, not run: running them needs a GPU."""
     native = {(case.kernel, case.variant) for case in all_cases("cuda")}
     assert native > {(case.kernel, case.variant) for case in CASES}
 
@@ -49,7 +49,7 @@ def test_a_gpu_runs_these_cases_and_more() -> None:
 def test_scores_of_small_blocks(
     kind: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: many rows of blocks, and keys in splits."""
+    """As on a GPU, there are many blocks of rows, and keys are split."""
     monkeypatch.setattr(score_triton, "_sizes", lambda *_: sizes[:2])
     monkeypatch.setattr(score_triton, "_split", lambda *_: sizes[2])
     requests = [scored(held, 19) for held in (1, 33, 90)]

@@ -1,4 +1,4 @@
-"""An engine that dies says so: an error to every client, an answer to none."""
+"""When an engine dies, every client gets an error and none gets an answer."""
 
 import contextlib
 import os
@@ -117,7 +117,7 @@ def long_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @dataclass(frozen=True)
 class Death:
-    """What a server's clients and operator see of its end."""
+    """What a server's clients and its operator see of its end."""
 
     error: type[OpenAIError]
     message: str
@@ -125,7 +125,7 @@ class Death:
 
 
 def kill_core(server: Server) -> Death:
-    """Kill the engine core behind the third token of a request."""
+    """Kill the engine core after the third token of a request."""
     core, processes = server.engine_core(), server.processes()
     tokens = server.stream(random_prompts([300])[0], LONG)
     for _ in range(3):
@@ -194,7 +194,8 @@ def add_fault(folder: Path, call: int) -> dict[str, str]:
 def test_an_exception_in_a_layer_ends_all_requests_and_the_server(
     long_llama: str, tmp_path: Path
 ) -> None:
-    """The layers' calls are those of prompts: the second prompt fails half-way."""
+    """The calls that count are those of prompts, so the second prompt fails half-
+    way."""
     fault = add_fault(tmp_path, NUM_LAYERS + NUM_LAYERS // 2)
     running, failing, later = random_prompts([300, 200, 100])
     with starting(long_llama, tmp_path / "log", POLICY, fault) as server:
@@ -251,7 +252,7 @@ FAULTS = {
 def test_a_fault_in_a_layer_raises_from_the_step(
     llm: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No request gets an output from the step, the one in its prompt or another."""
+    """No request gets an output from the step, whether it is in its prompt or not."""
     error, message = FAULTS[how]
     first, second = random_prompts([200, 180])
     add_request(llm, "first", first)
@@ -270,7 +271,7 @@ def test_a_fault_in_a_layer_raises_from_the_step(
 def test_no_step_runs_after_a_failed_one(
     llm: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lengths and pages are in doubt from then on, also where the fault is gone."""
+    """Lengths and pages are in doubt from then on, even if the fault is gone."""
     first, second, third = random_prompts([200, 180, 150])
     add_request(llm, "first", first)
     llm.llm_engine.step()

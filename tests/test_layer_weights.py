@@ -1,4 +1,4 @@
-"""Layers by need: weights in place of depth, their tiers, and models' profiles."""
+"""Weights of layers in place of depth, their tiers, and models' profiles."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -94,7 +94,7 @@ def test_tiers_are_cut_by_falling_weight(rule: LengthRule) -> None:
 @settings(max_examples=300)
 @given(rule=rules(), past=st.integers(0, 40_000))
 def test_the_mean_over_layers_meets_the_retention(rule: LengthRule, past: int) -> None:
-    """Within a token, whatever the weights; the floor alone lifts it."""
+    """The mean is within a token, whatever the weights; only the floor raises it."""
     budget: Any = rule.budget
     length = budget.onset + past
     layers = by_layer(rule, length)
@@ -139,7 +139,7 @@ def test_shares_are_in_proportion_until_a_layer_keeps_all() -> None:
 
 
 def test_what_a_user_asks_for_goes_before_a_profile() -> None:
-    """A shape replaces the preset's weights; where prompts are pruned, tiers have to
+    """A shape replaces the preset's weights. Where prompts are pruned, tiers have to
     follow depth."""
     for change in ({"steepness": 0.5}, {"shape": "linear"}):
         policy = resolve_policy("pyramid", change)
@@ -187,8 +187,8 @@ def test_weights_of_another_model_are_refused(num_layers: int) -> None:
 
 @pytest.mark.parametrize("prune_from", [0, 2, 3])
 def test_pruning_keeps_tiers_by_depth(prune_from: int) -> None:
-    """Rows that a layer drops are gone for all behind it: weights may not rise there,
-    before the first pruned layer they may."""
+    """Later layers lack the rows that a layer drops, so weights may not rise there.
+    They may rise before the first pruned layer."""
     falling = {"tiers": 3, "prune_from": prune_from, "retention": 0.4}
     rule = rule_of(layer_weights=[4, 4, 3, 2, 2, 1], **falling)
     assert rule.layout.layers == ((0, 1), (2, 3), (4, 5))
@@ -256,7 +256,7 @@ def test_auto_is_nothing_to_budgets_by_depth(budget: str) -> None:
 
 
 def test_requests_know_the_models_weights() -> None:
-    """A preset with ``auto`` is served by weight, where the engine's tiers are."""
+    """A preset with ``auto`` is served by weight, in the engine's tiers."""
     pyramid = resolve_policy("pyramid")
     assert pyramid is not None
     assert pyramid.layer_weights == "auto"
@@ -318,7 +318,7 @@ def test_a_profile_is_of_models_like_its_own(
 
 @pytest.fixture(scope="module")
 def llm(model: str, profile_of_model: Any) -> Iterator[Any]:
-    """One whose policy takes the weights from the model's profile."""
+    """An engine whose policy takes the weights from the model's profile."""
     config = {
         "layer_weights": "auto",
         "retention": 0.4,

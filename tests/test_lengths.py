@@ -64,7 +64,8 @@ def mean_over_layers(rule: LengthRule, counts: tuple[int, ...]) -> Fraction:
 @settings(max_examples=400, deadline=None)
 @given(rule=any_rule, length=st.integers(0, 40_000))
 def test_counts_are_integers_within_their_bounds(rule: LengthRule, length: int) -> None:
-    """Never above the length, never below sinks and recent window, deeper is fewer."""
+    """A count is at most the length and at least sinks and recent window; deeper tiers
+    keep no more."""
     counts = rule.cache_lengths(length)
     always = min(length, rule.config.sinks + rule.num_recent(length))
     assert len(counts) == rule.layout.num_tiers
@@ -76,7 +77,7 @@ def test_counts_are_integers_within_their_bounds(rule: LengthRule, length: int) 
 @settings(max_examples=400, deadline=None)
 @given(rule=any_rule, length=st.integers(0, 40_000))
 def test_counts_grow_by_at_most_one_a_token(rule: LengthRule, length: int) -> None:
-    """So what a later length keeps is always still there."""
+    """So a shorter prompt's cache still holds what a longer one keeps."""
     now, later = rule.cache_lengths(length), rule.cache_lengths(length + 1)
     assert all(0 <= b - a <= 1 for a, b in zip(now, later, strict=True))
 
@@ -86,7 +87,7 @@ def test_counts_grow_by_at_most_one_a_token(rule: LengthRule, length: int) -> No
 def test_the_mean_over_layers_meets_the_retention(
     rule: LengthRule, length: int
 ) -> None:
-    """Within one token a layer, wherever the floor leaves room for it."""
+    """It is within one token a layer, wherever the floor leaves room for it."""
     mean = mean_over_layers(rule, rule.cache_lengths(length))
     target = Fraction(rule.config.retention) * length
     if length >= retention_budget(rule).onset:
@@ -132,8 +133,9 @@ def test_the_peak_bounds_every_step(
 def test_rows_are_what_a_tier_still_needs(
     rule: LengthRule, before: int, chunk: int
 ) -> None:
-    """Fewer in deeper tiers, never fewer than the recent window or than the count
-    grows by, and exactly the count where the chunk is the whole prompt."""
+    """Deeper tiers compute fewer rows. Rows are never fewer than the recent window or
+    than the growth of the count, and exactly the count where the chunk is the whole
+    prompt."""
     after = before + chunk
     rows, first = rule.num_rows(before, after), rule.first_pruned_tier
     assert rows[:first] == (chunk,) * first
@@ -151,7 +153,8 @@ def test_rows_are_what_a_tier_still_needs(
 def test_generated_tokens_leave_in_groups(
     rule: LengthRule, prompt: int, output: int
 ) -> None:
-    """A step adds its token, and at most one group goes; the window always stays."""
+    """A step adds its token, and generated tokens are compressed at most once in it;
+    the window always stays."""
     now = rule.held_lengths(prompt, prompt + output)
     later = rule.held_lengths(prompt, prompt + output + 1)
     group = rule.config.exceed_length_to_compress
@@ -310,7 +313,7 @@ def test_memory_counts_whole_pages_of_every_tier() -> None:
 
 
 def test_queries_are_a_share_of_the_prompt() -> None:
-    """Never fewer than the recent window has, nor more than the setting says."""
+    """They are at least the recent window and at most what the setting says."""
     settings = {"recent": 64, "queries": 256, "query_ratio": 0.125}
     config = PolicyConfig(name="x", **settings)
     rule = LengthRule(config, tier_layout(config, 4))

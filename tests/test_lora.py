@@ -1,4 +1,4 @@
-"""Adapters beside the policy."""
+"""LoRA adapters with a policy."""
 
 import json
 from collections.abc import Iterator
@@ -97,7 +97,8 @@ def serve(
 def test_adapters_in_one_batch_are_as_alone(
     llm: Any, adapters: list[LoRARequest]
 ) -> None:
-    """Each request has its own keys, scores and evictions, in chunks beside others."""
+    """Each request has its own keys, scores and evictions, in chunks, while others
+    run."""
     (long, short) = random_prompts([300, 129], seed=5)
     prompts = [long, short] * 3
     chosen = [None, None, adapters[0], adapters[0], adapters[1], adapters[1]]
@@ -118,7 +119,7 @@ def test_adapters_in_one_batch_are_as_alone(
 def test_keeping_everything_is_stock(
     tiny_llama: str, adapters: list[LoRARequest]
 ) -> None:
-    """With retention 1.0, token for token, with an adapter and without."""
+    """With retention 1.0 each token is stock's, with an adapter and without."""
     prompts, outputs = random_prompts([300, 129], seed=5), []
     for policy in (None, {"retention": 1.0, "tiers": 3}):
         engine = make_llm(

@@ -1,4 +1,4 @@
-"""Metrics, the log line and spans tell what the scheduler and the workers did."""
+"""Metrics, the log line and spans report what the scheduler and the workers did."""
 
 import logging
 import pickle
@@ -157,7 +157,7 @@ def test_counters_are_the_workers_own(served: Any) -> None:
 def test_pages_freed_are_those_that_the_block_pool_got(
     served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in vLLM's own pool, while a request that evicts is served."""
+    """They are counted in vLLM's own pool, while a request that evicts is served."""
     from vllm import SamplingParams
 
     scheduler = scheduler_of(served)
@@ -178,7 +178,7 @@ def test_pages_freed_are_those_that_the_block_pool_got(
     monkeypatch.setattr(pool, "free_blocks", count_blocks)
     monkeypatch.setattr(scheduler, "_free_evicted", evict)
     before = sum(counts(served, "pages_freed", "tier").values())
-    # Every row is computed for it, and evicted behind: nothing is pruned before.
+    # Every row is computed for it and evicted afterwards; nothing is pruned before.
     sampling = SamplingParams(max_tokens=2, prompt_logprobs=0, detokenize=False)
     (prompt,) = random_prompts([500])
     served.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)

@@ -51,7 +51,8 @@ def mixed_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_sliding_window_layers_keep_theirs(mixed_model: str) -> None:
-    """Full-attention layers are tiered, the others untouched, the batch as alone."""
+    """Full-attention layers are tiered and others untouched; requests in a batch get
+    their tokens as alone."""
     stock = make_llm(mixed_model)
     expected = [g.tokens for g in generate(stock, PROMPTS, 24)]
     close(stock)
@@ -98,8 +99,8 @@ if __name__ == "__main__":
 @pytest.mark.slow  # tests/test_ray.py shows the same on two nodes
 @pytest.mark.timeout(300)
 def test_two_ranks_choose_what_one_does(tiny_llama: str, tmp_path: Path) -> None:
-    """Each rank has one of the two KV heads; scores are those of both. Rows that are
-    pruned have to be the same, for ranks add theirs up."""
+    """Each rank has one of the two KV heads and scores with both. Pruned rows have to
+    be the same on both ranks, which add theirs up."""
     policy = POLICY | {"recent": 8, "prune_from": 0, "exceed_length_to_compress": 4}
     llm = make_llm(tiny_llama, kv_policy="pyramid-by-depth", kv_policy_config=policy)
     expected = [g.tokens for g in generate(llm, PROMPTS, 24)]

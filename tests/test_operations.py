@@ -1,4 +1,4 @@
-"""What docs/operations.md lists is what there is."""
+"""docs/operations.md lists what exists."""
 
 import re
 
@@ -30,7 +30,7 @@ def test_the_table_of_alerts_is_whole() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """In every document; the web is not asked."""
+    """Links of every document are checked, except those to the web."""
     documents = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("scripts/*/*.md")]
     assert len(documents) > 8
     for document in documents:

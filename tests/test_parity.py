@@ -71,7 +71,7 @@ def test_a_stock_engine_after_ours_is_still_stock(
 
 
 def test_eviction_changes_outputs(tiny_llama: str, stock: tuple[Any, Any]) -> None:
-    """The comparison above can fail: with less retention it does."""
+    """The comparison above can fail: with less retention it fails."""
     settings, expected = stock
     llm = make_llm(
         tiny_llama,

@@ -1,4 +1,4 @@
-"""``patches/``: each applies, compiles, does what it says, and is explained."""
+"""Each of ``patches/`` applies, compiles, does what its text says, and is explained."""
 
 import os
 import re
@@ -9,9 +9,6 @@ from compileall import compile_file
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "vllm_api"))
-
 from vllm_names import DIGESTS
 from vllm_source import ROOT, download, installed
 
@@ -87,7 +84,8 @@ def run_hooks(place: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Of the tests of all patches: with the installed vLLM, and with a patched copy."""
+    """Outcomes of all patches' tests, with the installed vLLM and with a patched
+    copy."""
     tree = tmp_path_factory.mktemp("patches") / "tree"
     patched_copy(installed(), tree, "0.32.0")
     return [run_hooks(installed()), run_hooks(tree)]
@@ -96,7 +94,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_patch_does_what_it_says(outcomes: list[dict[str, str]], name: str) -> None:
-    """Its own test fails without the patches and passes with them."""
+    """The patch's own test fails without the patches and passes with them."""
     assert [outcome[name] for outcome in outcomes] == ["FAILED", "PASSED"]
 
 

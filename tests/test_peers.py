@@ -107,7 +107,7 @@ def one_pass_nll(folder: str, kept: list[int]) -> list[float]:
 def test_loss_is_that_of_one_pass_without_the_evicted(
     peer: Any, tiny_llama: str, press: Keep | None, kept: list[int]
 ) -> None:
-    """So what follows stands where it stood in the uncompressed text."""
+    """So later tokens have the positions that they have in the uncompressed text."""
     runner = peer.Runner(load(tiny_llama), press)
     nll, top1, held = runner.score(peer.Window(PROMPT, TARGET))
     assert held == len(kept)
@@ -206,7 +206,7 @@ def test_a_report_is_continued(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is there stays; of another input's report nothing does."""
+    """Finished parts of a report stay; a report of another input is not used."""
     monkeypatch.setattr(peer, "version", lambda package: f"{package}'s")
     monkeypatch.setattr(peer, "load_model", lambda task: load(task.model))
     monkeypatch.setattr(peer, "make_press", lambda name, share: Keep(KEPT))

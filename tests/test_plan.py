@@ -185,7 +185,7 @@ def test_plan_reads_the_local_hub_cache(tmp_path: Path) -> None:
 
 
 def test_the_check_sees_an_import(tmp_path: Path) -> None:
-    """A file that transformers has to complete imports it."""
+    """A file that transformers has to complete imports transformers."""
     assert imported_by_plan(write(tmp_path, INCOMPLETE["qwen3-head"])) != ""
 
 

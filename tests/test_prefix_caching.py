@@ -1,5 +1,7 @@
-"""Prefix caching beside compaction, with ``hit_split: ignore``: pages are shared until a
-prompt is compacted, then live on for others; what is hit changes no token."""
+"""Prefix caching with compaction, under ``hit_split: ignore``.
+
+Pages are shared until a prompt is compacted, then stay for others; hits change no token.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,7 +80,7 @@ def num_hits(llm: Any) -> int:
     [
         ("pyramid-by-depth", POLICY),
         ("pyramid-by-depth", POLICY | {"selection": "head", "tiers": "layers"}),
-        # Tiers of one and of two layers: of several cache groups each.
+        # Tiers of one and of two layers: each has several KV cache groups.
         ("pyramid-by-depth", POLICY | {"tiers": 4}),
         ("streaming", POLICY),
         ("snapkv", {"tiers": 2, "hit_split": "ignore"}),
@@ -89,7 +91,8 @@ def num_hits(llm: Any) -> int:
 def test_hits_change_no_token(
     engine: Engine, policy: str, config: dict[str, Any]
 ) -> None:
-    """Against an engine without a prefix cache; cold, warm, and short of memory."""
+    """The engine is compared with one without a prefix cache: cold, warm, and short of
+    memory."""
     llm = engine(config, policy, enable_prefix_caching=False)
     expected = [g.tokens for g in generate(llm, PROMPTS, 40)]
     for memory in (16 * MIB, 3 * MIB):
@@ -166,7 +169,7 @@ def test_pages_of_a_compacted_prompt_stay_in_the_cache(tiny_llama: str) -> None:
 
 
 def test_what_scores_is_computed_whatever_could_be_hit(tiny_llama: str) -> None:
-    """The same prompt again: 16 queries score, so that a hit ends before them."""
+    """The same prompt comes again: 16 queries score, so a hit ends before them."""
     scheduler = make_scheduler(tiny_llama, 300, SMALL, enable_prefix_caching=True)
     driver = Driver(scheduler)
     for name, computed in (("a", 200), ("b", 200 - 160)):
@@ -177,7 +180,7 @@ def test_what_scores_is_computed_whatever_could_be_hit(tiny_llama: str) -> None:
 
 
 def test_a_request_alone_compacts_in_its_own_pages(tiny_llama: str) -> None:
-    """Without a free page: hashed ones are given up, the compaction never."""
+    """No page is free: the compaction gives up hashed pages instead of waiting."""
     scheduler = make_scheduler(
         tiny_llama, 7 * 3 + 1, SMALL, enable_prefix_caching=True, max_model_len=224
     )
@@ -196,7 +199,7 @@ def test_a_request_alone_compacts_in_its_own_pages(tiny_llama: str) -> None:
 
 
 def test_sharers_short_of_pages_still_compact(tiny_llama: str) -> None:
-    """Pages to gather into are part of what a last chunk needs."""
+    """A last chunk also needs the pages into which it gathers."""
     scheduler = make_scheduler(
         tiny_llama,
         40,
@@ -221,7 +224,7 @@ def test_sharers_short_of_pages_still_compact(tiny_llama: str) -> None:
 def test_where_prompts_are_not_computed_whole_it_is_off(
     tiny_llama: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one line that says why, whether it was asked for or merely the default."""
+    """One line says why, whether it was asked for or is the default."""
     from pyramid_vllm import engine_args
 
     for asked, level in ((None, "info"), (True, "warning")):

@@ -60,7 +60,7 @@ def page_sum(counts: Any) -> int:
 
 
 def test_a_pruned_token_never_gets_a_page(tiny_llama: str) -> None:
-    """The most pages that a prompt holds are those of its tiers' counts."""
+    """A prompt never holds more pages than its tiers' counts need."""
     scheduler = make_scheduler(
         tiny_llama,
         200,
@@ -88,7 +88,7 @@ def test_a_pruned_token_never_gets_a_page(tiny_llama: str) -> None:
 
 
 def test_a_prompt_longer_than_the_uncompressed_memory_runs(tmp_path: Path) -> None:
-    """Where stock vLLM refuses to start; and with the same result as in more memory."""
+    """Stock vLLM refuses to start there; the result is the same as in more memory."""
     model = save_tiny(tmp_path, "llama", 6)
     dense = DenseModel(model)
     settings = {"max_model_len": 1300, "max_num_batched_tokens": 1300}
@@ -118,7 +118,8 @@ def test_a_prompt_longer_than_the_uncompressed_memory_runs(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("policy", ["pyramidinfer", "pyramid"])
 def test_a_long_output_holds_what_the_policy_says(tiny_llama: str, policy: str) -> None:
-    """1,024 tokens behind a prompt of 64, in every tier; and pages in use with them."""
+    """1,024 tokens follow a prompt of 64; every tier's counts and the pages in use are
+    checked."""
     config = STEEP if policy == "pyramidinfer" else PRUNED
     llm = make_llm(
         tiny_llama, kv_policy=policy, kv_policy_config=config, max_model_len=2048
@@ -176,7 +177,7 @@ def test_the_buffer_of_queries_is_taken_from_the_kv_memory(tiny_llama: str) -> N
             # layers, sequences, queries, heads, size of a head, float32
             size = queries.buffer.numel() * 4
             assert size == 6 * 16 * config["gen_queries"] * 4 * 32 * 4
-            page = 2 * 16384  # two layers a group
+            page = 2 * 16384  # two layers for each KV cache group
             assert blocks == (16 * MIB - size) // page
         close(llm)
         return blocks
@@ -194,7 +195,8 @@ def test_the_buffer_of_queries_is_taken_from_the_kv_memory(tiny_llama: str) -> N
 
 
 def test_prompt_logprobs_are_served_unpruned(tiny_llama: str) -> None:
-    """They are stock vLLM's, beside requests that are pruned; the counter says so."""
+    """They are stock vLLM's, while other requests are pruned; the counter reports
+    it."""
     from vllm import SamplingParams
 
     prompts = random_prompts([300, 300])
@@ -251,7 +253,7 @@ def test_an_unpruned_prompt_is_cut_to_what_the_memory_holds(tiny_llama: str) -> 
 def test_preempted_requests_get_their_tokens_again(
     tiny_llama: str, policy: dict[str, Any]
 ) -> None:
-    """Groups of generated tokens are compressed at the same places in a replay."""
+    """A replay compresses generated tokens at the same places."""
     prompts = random_prompts([90, 60, 75, 81, 40])
     llm = make_llm(tiny_llama, kv_policy=policy, max_num_seqs=8)
     together = generate(llm, prompts, 120)
@@ -306,7 +308,8 @@ def save_family(folder: Path, family: str, **settings: Any) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_with_the_common_loop_are_pruned(tmp_path: Path, family: str) -> None:
-    """The batch is as each request alone, and deeper layers compute fewer rows."""
+    """Requests in a batch get their tokens as alone, and deeper layers compute fewer
+    rows."""
     model = save_family(tmp_path, family, **FAMILIES[family])
     llm = make_llm(model, kv_policy="pyramid-by-depth", kv_policy_config=PRUNED)
     counters = worker_of(llm).tier_state.counters

@@ -24,7 +24,7 @@ LENGTHS = [300, 61, 450]
 
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
-    """Forced ones of several lengths, and a free one between them."""
+    """Forced requests of several lengths, and a free one between them."""
     prompts, targets = random_prompts(LENGTHS), random_prompts([NUM_FORCED] * 3, seed=1)
     forced = [
         Request(prompt, NUM_FORCED, forced=target)
@@ -51,7 +51,7 @@ def engine_of(model: str, policy: dict[str, Any] | None) -> Any:
 def results(
     tiny_llama: str, requests: list[Request], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Any, Any]:
-    """Of stock vLLM, then of a policy at several retentions on one engine."""
+    """Results of stock vLLM, then of a policy at several retentions on one engine."""
     rows = str(tmp_path_factory.mktemp("rows"))
     found: dict[Any, Any] = {"rows": Path(rows)}
     engine = engine_of(tiny_llama, None)

@@ -36,7 +36,7 @@ def make_tasks() -> list[Task]:
 
 
 class FakeEngine:
-    """Evicts as it is told to; the less it keeps, the higher the loss."""
+    """Evicts as the task asks; the less it keeps, the higher the loss."""
 
     def __init__(self, fail_after: int | None = None, evicts: bool = True) -> None:
         self.jobs: list[tuple[str | None, float | None]] = []

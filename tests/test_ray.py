@@ -50,7 +50,7 @@ LOAD: dict[str, Any] = {"lengths": [300, 97], "wishes": WISHES, "max_tokens": 32
 def test_two_nodes_answer_as_one_process(
     tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks on two nodes, each with one of the two KV heads: tokens and counts are
+    """Two ranks on two nodes have one of the two KV heads each. Tokens and counts are
     those of one rank without Ray, whatever the request's policy."""
     monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -80,7 +80,8 @@ def test_two_nodes_answer_as_one_process(
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_ray_starts_two_engines_that_both_evict(tiny_llama: str) -> None:
-    """Data parallelism on CPUs, by the platform that the nodes' variable asks for."""
+    """Data parallelism on CPUs works with the platform that the nodes' variable asks
+    for."""
     lengths = [300, 290, 280, 270]
     llm = make_llm(tiny_llama, kv_policy="pyramid")
     expected = [g.tokens for g in generate(llm, random_prompts(lengths), 16)]
@@ -143,7 +144,7 @@ class PastTheWorker(UniProcExecutor):
 
 
 def test_steps_past_the_worker_are_an_error(tiny_llama: str) -> None:
-    """No token of a step that was not run by its plan."""
+    """No token of a step is given out if the step did not run by its plan."""
     prompts = random_prompts([200])
     llm = make_llm(tiny_llama, distributed_executor_backend=PastTheWorker)
     assert len(generate(llm, prompts, 4)[0].tokens) == 4, "the executor itself works"
@@ -196,7 +197,8 @@ def make_executor(world_size: int) -> executor.CPURayExecutor:
 def test_a_cluster_with_too_few_places_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At once, with what to do: vLLM would wait for half an hour."""
+    """The refusal comes at once and says what to do; vLLM would wait for half an
+    hour."""
     monkeypatch.setattr(executor.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(executor.ray, "cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(executor.ray.util, "get_current_placement_group", lambda: None)

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import engine_kwargs, find_device
+from rows import Answers, bundled_rows, read_rows
 
 from tests.engines import texts_of_policy_and_stock
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.ray_processes import kill_with_children, pid_of, wait_for
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "ray"))
-
-from engines import engine_kwargs, find_device
-from rows import Answers, bundled_rows, read_rows
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "ray"
 POLICY = {"recent": 16, "min_context": 32}
@@ -87,7 +84,8 @@ def finish(process: subprocess.Popen[bytes], output: Path) -> tuple[int, str]:
 def alone(
     model: str, rows: list[dict[str, Any]]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The same rows through an engine of this process: its policy's, and stock's."""
+    """The same rows through an engine of this process: with its policy, and with
+    stock."""
     ours, stock = texts_of_policy_and_stock(
         model,
         [row["prompt"] for row in rows],
@@ -130,7 +128,7 @@ SLOWLY = {"max_num_seqs": 2}
 
 
 def wait_for_rows(output: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until some rows are there, and more are not."""
+    """Wait until some rows are there and others are not."""
     wait_for(
         lambda: process.poll() is not None or len(output.read_bytes().splitlines()) > 3,
         JOB_S,

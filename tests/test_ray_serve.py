@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from engines import engine_kwargs, find_device
+from serve import make_config
 
 from tests.engines import MIB, texts_of_policy_and_stock
 from tests.models import TINY_LLAMA, save_tiny_llama
 from tests.one_engine import save_tokenizer
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.ray_processes import kill_with_children, pid_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "ray"))
-
-from engines import engine_kwargs, find_device
-from serve import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = ROOT / "configs" / "ray" / "serve.yaml"
@@ -53,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_engine_of_the_file_is_one_that_vllm_makes(model: str) -> None:
-    """Ray's own checks, then vLLM's and the policy's, up to the engine itself."""
+    """Ray's own checks, then vLLM's and the policy's pass, up to the engine itself."""
     from ray.serve.llm import LLMConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -70,7 +67,8 @@ def test_every_engine_of_the_file_is_one_that_vllm_makes(model: str) -> None:
 
 
 def test_the_script_asks_for_what_a_device_has(model: str) -> None:
-    """A bundle for each tensor-parallel worker, on the policy."""
+    """The script asks for a bundle for each tensor-parallel worker, with the policy
+    on."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     for name, bundle in (("cpu", {"CPU": 1}), ("gpu", {"CPU": 1, "GPU": 1})):
@@ -190,7 +188,7 @@ def alone(model: str) -> tuple[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_chat_is_answered_on_the_policy(served: Served, model: str) -> None:
-    """The workers themselves say that they evicted; the answer is the policy's."""
+    """The workers themselves report that they evicted; the answer is the policy's."""
     result = served.ask()
     (stats,) = result["stats"]
     assert stats["num_plans"] > 0
@@ -204,7 +202,7 @@ def test_a_chat_is_answered_on_the_policy(served: Served, model: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_replica_is_replaced(served: Served) -> None:
-    """The next request is answered by another one, on the policy as well."""
+    """Another replica answers the next request, with the policy on as well."""
     before = served.ask()["answer"]
     killed = pid_of(served.cluster, REPLICA)
     kill_with_children(killed)

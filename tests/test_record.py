@@ -1,4 +1,4 @@
-"""What a worker says that it kept, against the keys that lie in its cache."""
+"""What a worker records as kept, against the keys that lie in its cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def blind_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Llama whose attention adds nothing to its rows.
 
     Its keys depend on token and position alone, in every layer and whatever was
-    evicted, so that a key in the cache tells which position it is of.
+    evicted, so that a key in the cache shows which position it is of.
     """
     folder = tmp_path_factory.mktemp("blind-llama")
     save_tiny_llama(folder, TINY_LLAMA)
@@ -121,7 +121,8 @@ def num_held(record: Any, req_id: str) -> list[int]:
 def test_the_record_is_what_the_cache_holds(
     case: str, blind_llama: str, stock: Any
 ) -> None:
-    """Of requests in one batch, generating, and once more after a preemption."""
+    """This holds for requests in one batch, while they generate, and after a
+    preemption."""
     config, settings = CASES[case]
     policy = {"kv_policy": "pyramid-by-depth", "kv_policy_config": config}
     with engine(blind_llama, **policy, **settings) as llm:
@@ -141,7 +142,7 @@ def test_the_record_is_what_the_cache_holds(
 
 
 def test_a_request_is_followed_once_it_starts_afresh(blind_llama: str) -> None:
-    """What was evicted before the record began nobody knows."""
+    """Nobody knows what was evicted before the record began."""
     policy = {"kv_policy": "pyramid-by-depth", "kv_policy_config": POLICY}
     with engine(blind_llama, **policy) as llm:
         req_ids = start(llm, PROMPTS[:2], 4)

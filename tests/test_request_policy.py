@@ -1,4 +1,4 @@
-"""Policies that single requests ask for, beside others in one batch."""
+"""Policies that single requests ask for, in a batch with others."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,7 +73,7 @@ def tokens(generations: list[Generation]) -> list[list[int]]:
 
 
 def test_requests_of_several_policies_are_as_alone(engine: Engine) -> None:
-    """Every prompt under every wish, all in one batch, against each by itself."""
+    """Every prompt runs under every wish, all in one batch, and alone."""
     llm = engine(enable_prefix_caching=True)
     prompts = [prompt for prompt in PROMPTS for _ in WISHES]
     together = ask(llm, prompts, WISHES * len(PROMPTS))
@@ -102,7 +102,8 @@ def test_requests_of_several_policies_are_as_alone(engine: Engine) -> None:
 def test_a_wish_is_the_engine_of_that_policy(
     engine: Engine, wish: Any, policy: str, config: Any
 ) -> None:
-    """On an engine that has the policy for all its requests."""
+    """The wish gives the tokens of an engine that has the policy for all its
+    requests."""
     other = engine(policy, config)
     expected = tokens(generate(other, PROMPTS, 24))
     assert scheduler_of(other).kv_counters.num_compactions > 0
@@ -119,7 +120,7 @@ def test_none_is_stock_vllm(engine: Engine) -> None:
 
 
 def test_one_server_prunes_and_compresses_some(engine: Engine) -> None:
-    """Rows that one request drops are another's, in the same batch."""
+    """One request drops rows that another one keeps, in the same batch."""
     config = POLICY | {"prune_from": 0, "recent": 8, "exceed_length_to_compress": 4}
     # One chunk a prompt: what is pruned depends on the cut.
     llm = engine(config=config, max_num_batched_tokens=16384)
@@ -163,7 +164,8 @@ def test_an_engine_without_a_policy_says_so(engine: Engine) -> None:
 
 
 def test_a_prompt_that_never_fits_is_refused_at_once(engine: Engine) -> None:
-    """The engine's own policy holds it; the one asked for would need more than all."""
+    """It fits under the engine's own policy; under the wish it would need more than all
+    pages."""
     llm = engine(
         config=POLICY | {"evict": "chunk"},
         kv_cache_memory_bytes=int(2.5 * MIB),

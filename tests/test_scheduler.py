@@ -39,7 +39,7 @@ def rule_pages(
 def test_after_a_prompt_the_pool_holds_exactly_the_kept_pages(
     tiny_llama: str, evict: str, tiers: int | str, chunk: int
 ) -> None:
-    """And after every later token; at the end all pages are free."""
+    """This also holds after every later token; at the end all pages are free."""
     policy = SMALL | {"evict": evict, "tiers": tiers}
     scheduler = make_scheduler(tiny_llama, 200, policy, max_num_batched_tokens=chunk)
     driver, total = Driver(scheduler), free_pages(scheduler)
@@ -132,7 +132,8 @@ def test_a_replay_ends_a_chunk_at_the_prompts_end(tiny_llama: str) -> None:
 def test_a_replay_cuts_a_prompt_as_at_first(
     tiny_llama: str, change: dict[str, Any]
 ) -> None:
-    """Where what is kept depends on the cut, which other requests had a part in."""
+    """What is kept depends on the cut here, and other requests had a part in the
+    cut."""
     scheduler = make_scheduler(
         tiny_llama, 300, SMALL | change, max_num_batched_tokens=100
     )
@@ -278,7 +279,7 @@ def test_integrity_check_finds_a_page_held_twice(tiny_llama: str) -> None:
 
 
 def test_memory_for_four_stock_sequences_runs_seven(tiny_llama: str) -> None:
-    """At retention 0.5, by the pages that are really held."""
+    """They run at retention 0.5, by the pages that are really held."""
     prompt, output, layers = 448, 32, 6
     stock_pages = -(-(prompt + output) // BLOCK_SIZE)
     scheduler = make_scheduler(
@@ -307,7 +308,7 @@ def test_streamed_prompts_end_with_an_error_and_alone(tiny_llama: str) -> None:
 
 
 def test_the_report_counts_like_the_pool(tiny_llama: str) -> None:
-    """What the start-up log says a request needs is what the scheduler gives it."""
+    """The scheduler gives a request what the start-up log says that it needs."""
     scheduler = make_scheduler(tiny_llama, 60, SMALL)
     report = scheduler.kv_report
     scheduler.add_request(make_request("a", 256, 10))

@@ -1,4 +1,5 @@
-"""Scorers from elsewhere: found by name, checked, refused where nothing runs them."""
+"""Scorers of other modules are found by name, checked, and refused where nothing runs
+them."""
 
 import subprocess
 import sys

@@ -26,7 +26,7 @@ START_UP_S = 240
 
 
 def environment() -> dict[str, str]:
-    """As a user's shell: the engine core in a process of its own."""
+    """The environment of a user's shell: the engine core has a process of its own."""
     inherited = dict(os.environ)
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         inherited.pop(name, None)
@@ -200,7 +200,7 @@ def test_a_request_may_ask_for_a_policy(client: OpenAI) -> None:
 
 
 def test_hits_are_in_vllms_own_metrics(client: OpenAI, server: Server) -> None:
-    """A prompt that was compacted before is hit."""
+    """A prompt that was compacted before gives hits."""
 
     def hits() -> float:
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
@@ -241,7 +241,7 @@ def check_metrics(server: Server, engine: str) -> None:
 
 
 def test_metrics_are_what_the_worker_counts(client: OpenAI, server: Server) -> None:
-    """In another process, and where prompts leave pages that are shared."""
+    """This holds in another process, and where prompts leave pages that are shared."""
     for name in ("first", "second"):
         client.completions.create(
             model="smollm2", prompt=f"{name}: {QUESTION}", max_tokens=2

@@ -1,6 +1,5 @@
-"""Pages of the prefix cache stay whole and shared; what a request computes is evicted."""
+"""Pages of the prefix cache stay whole and shared; the rest is evicted."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,9 +34,9 @@ NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, DenseModel]]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DenseModel]:
     path = save_tiny(tmp_path_factory.mktemp("llama"), "llama", 6)
-    yield path, DenseModel(path)
+    return path, DenseModel(path)
 
 
 def assert_equals_oracle(ours: Any, oracle: Oracle, prompt: list[int]) -> bool:
@@ -195,11 +194,8 @@ def test_a_page_that_is_hit_in_the_step_of_its_compaction_is_replaced(
         scheduler.add_request(make_request(name, 400, 8))
     plan = Driver(scheduler).step()
     (window,) = [window for window in plan.windows if window.num_kept]
-    read = {
-        block.block_id
-        for m in scheduler.tier_managers
-        for block in m.req_to_blocks["b"]
-    }
+    tables = [manager.req_to_blocks["b"] for manager in scheduler.tier_managers]
+    read = {block.block_id for table in tables for block in table}
     assert window.pages is not None
     written = {page for pages in window.pages for page in pages or ()}
     assert written
@@ -208,7 +204,13 @@ def test_a_page_that_is_hit_in_the_step_of_its_compaction_is_replaced(
 
 def test_a_replay_repeats_the_split(tiny_llama: str) -> None:
     """Whatever it hits then: nothing, or more than at first."""
-    scheduler = make_scheduler(tiny_llama, 300, SMALL, enable_prefix_caching=True)
+    scheduler = make_scheduler(
+        tiny_llama,
+        300,
+        SMALL,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=1024,
+    )
     run(scheduler, make_request("first", 200, 1))
     for reset in (False, True):
         request = make_request(f"a{reset}", 400, 30, shared=200)

@@ -1,4 +1,4 @@
-"""What vLLM offers beside the policy keeps working with it.
+"""Other features of vLLM keep working with the policy.
 
 Every test runs with the policy at work, which its fixture checks, and compares with
 the same requests alone, unchunked or undisturbed, or with stock vLLM.
@@ -61,7 +61,7 @@ def engines(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module", params=POLICIES)
 def name(request: pytest.FixtureRequest) -> str:
-    """Of a policy; all tests of one run before the next."""
+    """A policy's name; all tests of one policy run before the next policy's."""
     chosen: str = request.param
     return chosen
 
@@ -142,7 +142,8 @@ def test_parallel_samples_are_seeded_requests(llm: Any) -> None:
 
 
 def test_stop_tokens_end_the_output(llm: Any, alone: Tokens) -> None:
-    """At the first of them behind ``min_tokens``; the others of the batch go on."""
+    """The output ends at the first of them after ``min_tokens``; other requests go
+    on."""
     index, position = next(
         (index, position)
         for index, tokens in enumerate(alone)
@@ -167,7 +168,8 @@ def test_stop_tokens_end_the_output(llm: Any, alone: Tokens) -> None:
 
 
 def test_stop_strings_end_the_output(llm: Any, alone: Tokens) -> None:
-    """Found behind the engine, which then gives the pages of a running request back."""
+    """The front end finds them after the engine's step; the engine then frees the pages
+    of a running request."""
     texts = [output.outputs[0].text for output in serve(llm, PROMPTS, ask())]
     found = [re.search("[a-z]{4}", text[20:]) for text in texts]
     stops = [match.group() for match in found if match is not None]
@@ -206,8 +208,8 @@ def test_logprobs_are_those_alone(llm: Any, alone: Tokens) -> None:
 def test_prompt_logprobs_are_those_of_stock(
     engines: OneEngine, llm: Any, name: str, alone: Tokens
 ) -> None:
-    """Every row is computed for them, beside requests whose rows are pruned; the
-    eviction at the prompt's end comes behind them."""
+    """Every row is computed for them, while rows of other requests are pruned. The
+    eviction at the prompt's end follows."""
     counted = scheduler_of(llm).kv_counters.unpruned
     before = counted.get(PROMPT_LOGPROBS, 0)
     asking = (0, 3)
@@ -242,7 +244,8 @@ SCHEMA = {
 
 
 def test_structured_outputs_conform(llm: Any, alone: Tokens) -> None:
-    """Masks of grammars meet their own rows; the output is the same alone."""
+    """Grammars' masks are applied to their own rows, so outputs are those of each
+    request alone."""
     grammars = [
         StructuredOutputsParams(regex="[a-z]{20,30}@[0-9]{3}"),
         StructuredOutputsParams(choice=["left", "right"]),
@@ -272,7 +275,7 @@ def test_structured_outputs_conform(llm: Any, alone: Tokens) -> None:
 
 
 def test_a_reset_prefix_cache_changes_no_token(llm: Any, alone: Tokens) -> None:
-    """With requests running, all of them are replayed."""
+    """All running requests are replayed."""
     assert llm.reset_prefix_cache()
     submit(llm, 0, PROMPTS)
     steps(llm, 20)
@@ -316,8 +319,8 @@ def test_a_pause_that_aborts_gives_everything_back(llm: Any, alone: Tokens) -> N
 
 
 def test_a_pause_that_waits_ends_running_requests(llm: Any, alone: Tokens) -> None:
-    """In this process, where nothing can wait, by its two steps: what runs goes on,
-    what comes later waits."""
+    """Nothing can wait in this process, so the test makes the pause's two steps: what
+    runs goes on, and what comes later waits."""
     core = llm.llm_engine.engine_core.engine_core
     with pytest.raises(ValueError, match="can't be used in inproc-engine mode"):
         core.pause_scheduler("wait")
@@ -337,8 +340,9 @@ def test_a_pause_that_waits_ends_running_requests(llm: Any, alone: Tokens) -> No
 
 
 def test_two_plans_ahead_of_the_worker(llm: Any, alone: Tokens) -> None:
-    """Where vLLM turns asynchronous scheduling off, this drives it by hand: a group is
-    planned and a prompt pruned before the tokens in front of them are known."""
+    """vLLM turns asynchronous scheduling off here, so the test drives it by hand: it
+    plans a compression and prunes a prompt before the tokens in front of them are
+    known."""
     assert not llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     submit(llm, 0, PROMPTS)
     assert run_two_ahead(llm) == alone
@@ -385,7 +389,7 @@ def test_chunks_beside_decodes_change_no_token(
 def test_urgent_requests_preempt_others(
     engines: OneEngine, name: str, alone: Tokens
 ) -> None:
-    """The least urgent that runs is replayed, with the same tokens."""
+    """The least urgent running request is replayed and gets the same tokens."""
     llm = engines.get(
         kv_policy=POLICIES[name] | {"growth_reserve": 0},
         scheduling_policy="priority",
@@ -422,7 +426,7 @@ def test_seeded_samples_survive_a_replay(engines: OneEngine) -> None:
 
 
 def test_kv_events_tell_of_pages(engines: OneEngine) -> None:
-    """Cached pages are announced, and their end: when others need them, or when the
+    """Events report cached pages and their end: when others need them, or when the
     cache is reset, which changes no token."""
     llm = engines.get(
         kv_policy=PLAIN,

@@ -82,7 +82,7 @@ def test_json_goes_with_once_alone() -> None:
 
 
 def test_figures_are_those_of_the_interval() -> None:
-    """Counters count by what they grew since the first reading, gauges as they are."""
+    """Counters count their growth since the first reading; gauges are as they are."""
     metrics = FakeMetrics()
     work(metrics)
     server = server_figures(after_work(metrics, interval=4.0))
@@ -115,7 +115,7 @@ def test_figures_are_those_of_the_interval() -> None:
         ([0.0005] * 19 + [0.05], 0.001),
         # All in one bucket, from 1 to 10 ms: 95% of the way through it.
         ([0.005] * 4, 0.001 + 0.95 * 0.009),
-        # Behind the last bound nothing more is known.
+        # After the last bound nothing more is known.
         ([5.0] * 3, 0.1),
     ],
 )
@@ -142,7 +142,8 @@ def test_an_idle_interval_has_no_times() -> None:
 
 
 def test_counters_of_a_new_server_begin_at_zero() -> None:
-    """Also those that have already passed what the old server had counted."""
+    """This also holds for those that have already passed what the old server had
+    counted."""
     old, new = FakeMetrics(), FakeMetrics()
     work(old)
     work(old)
@@ -186,7 +187,7 @@ def test_engines_add_up() -> None:
 
 
 def test_front_ends_that_report_one_engine_count_once() -> None:
-    """Their gauges are of one thing; their counters are of different requests."""
+    """Their gauges report one thing; their counters report different requests."""
     metrics = FakeMetrics(extra_labels=("pid",))
     before = parse(metrics.text(), 0)
     for pid, running in (("7", 3), ("8", 5)):
@@ -350,7 +351,7 @@ def test_a_live_view_needs_a_terminal(busy: tuple[FakeMetrics, str]) -> None:
 
 
 def test_a_counter_that_is_gone_is_no_rate() -> None:
-    """As of engines that a server no longer has."""
+    """Such counters belong to engines that a server no longer has."""
     metrics = FakeMetrics()
     span = after_work(metrics)
     series = {k: v for k, v in span.after.series.items() if "prompt_tokens" not in k}

@@ -9,16 +9,11 @@ import hashlib
 import importlib
 import inspect
 import json
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "vllm_api"))
-
 from check_vllm_api import (
     Finding,
     app,
@@ -30,6 +25,7 @@ from check_vllm_api import (
     version_of,
     wrap_problem,
 )
+from typer.testing import CliRunner
 from vllm_names import DIGESTS
 from vllm_source import ROOT, Sources, digest, download, installed, unpack
 

@@ -1,4 +1,4 @@
-"""Achieved bandwidth of the kernels, and their share of a prefill step."""
+"""Achieved bandwidth of the kernels, and the policy's share of a prefill step."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from gpu_check.workload import Sizes, Step
 
 COMPACT_GOAL, SCORE_GOAL, SHARE_GOAL = 0.6, 0.5, 0.03
-#: Layers that are compacted together: a tier, and all.
+#: Layers that are compacted together: those of a tier, and all.
 _TIERS = (6, 32)
 _QUERIES = (16, 64, 256)
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Only on a GPU: interpreted kernels say nothing about time."""
+    """This runs on a GPU alone: interpreted kernels say nothing about time."""
     need_gpu()
     if is_interpreted():
         raise Skip("TRITON_INTERPRET=1: interpreted kernels say nothing about time")
@@ -54,7 +54,7 @@ def run(options: Options) -> Iterator[Check]:
 
 
 def _lacks(num_bytes: float) -> str:
-    """Why so much memory cannot be had; empty: it can."""
+    """The reason why so much memory cannot be had; empty if it can."""
     import torch
 
     torch.cuda.empty_cache()
@@ -66,7 +66,7 @@ def _lacks(num_bytes: float) -> str:
 def _requests(
     sizes: Sizes, timer: Timer, peaks: dict[str, float], options: Options
 ) -> Iterator[Check]:
-    """All that is measured of as many requests; their memory goes with the step."""
+    """All measurements of so many requests; their memory is freed with the step."""
     from gpu_check.workload import Step
 
     label = f"{sizes.num_requests} x {sizes.num_tokens}, {sizes.layout}"
@@ -120,7 +120,7 @@ def _time_only(name: str, step: Step, part: str, timer: Timer) -> Check:
 
 
 def regime(sizes: Sizes, layers: int, peaks: dict[str, float]) -> tuple[str, float]:
-    """What bounds scoring from below, and the seconds that it takes at least."""
+    """The lower bound of scoring's time: its kind and its seconds."""
     seconds = {
         "memory": sizes.key_bytes(layers) / peaks["copy_bytes_per_s"],
         "arithmetic": sizes.score_flop(layers) / peaks["matmul_flop_per_s"],
@@ -129,7 +129,7 @@ def regime(sizes: Sizes, layers: int, peaks: dict[str, float]) -> tuple[str, flo
 
 
 def _score(name: str, step: Step, timer: Timer, peaks: dict[str, float]) -> Check:
-    """Layer by layer; keys count once, though two passes read them."""
+    """Score layer by layer. Keys count once, though two passes read them."""
     sizes, layers = step.sizes, step.sizes.num_layers
     timed = timer.time(step.score_layers)
     seconds, copied = timed.best / 1e3, peaks["copy_bytes_per_s"]
@@ -157,7 +157,7 @@ def _score(name: str, step: Step, timer: Timer, peaks: dict[str, float]) -> Chec
 
 
 def _share(name: str, timer: Timer, options: Options) -> Check:
-    """Of one prompt: scoring, selection and compaction of all layers."""
+    """Scoring, selection and compaction of all layers for one prompt."""
     from gpu_check.workload import PrefillLayer, Sizes, Step
 
     sizes = Sizes()

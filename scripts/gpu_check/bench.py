@@ -20,11 +20,11 @@ _FIGURES = ("total_tokens_per_s", "max_num_running", "kv_bytes_per_request")
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and what is asked of it."""
+    """A model and its benchmark."""
 
     name: str
     changes: dict[str, Any]
-    """Of Llama-3-8B's configuration."""
+    """Changes to Llama-3-8B's configuration."""
     least_gib: float
     """GPU memory below which it is not tried."""
     dtype: str = "bfloat16"
@@ -32,7 +32,7 @@ class Shape:
     prompt_tokens: int = 4096
     output_tokens: int = 128
     kv_memory: tuple[str, str] = ("6x", "26x")
-    """What binds, and what does not; in stock sequences."""
+    """Memory that binds and memory that does not, in stock sequences."""
     repeats: int = 3
 
     def write_config(self, folder: Path) -> None:
@@ -97,7 +97,7 @@ def _shape_that_fits() -> Shape:
 
 
 def settings(shape: Shape, folder: Path, options: Options) -> BenchSettings:
-    """The benchmark of a model whose configuration is in a folder, as are results."""
+    """The benchmark of a model; its configuration and the results lie in one folder."""
     from pyramid_vllm.tools.bench.settings import BenchSettings
 
     longest = shape.prompt_tokens + shape.output_tokens
@@ -117,7 +117,7 @@ def settings(shape: Shape, folder: Path, options: Options) -> BenchSettings:
 
 
 def _check(shape: Shape, point: dict[str, Any], results: dict[str, Any]) -> Check:
-    """One amount of memory."""
+    """The figures for one amount of memory."""
     sides = point["sides"]
     (policy,) = [name for name in sides if name != "none"]
     parts = []

@@ -1,4 +1,4 @@
-"""Engines with the policy beside stock ones, on a tiny random model."""
+"""Engines with the policy are compared with stock ones, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from gpu_check.loading import need, need_gpu
 from gpu_check.pieces import FAILED, MEASURED, OK, SKIPPED, Check, Options
 
-#: Attention backends and what their engines compute in: the most exact they have.
+#: Attention backends and their most exact dtypes.
 BACKENDS = {"TRITON_ATTN": "float32", "FLASH_ATTN": "float16", "FLASHINFER": "float16"}
-#: Differences of log probabilities that are rounding.
+#: Differences of log probabilities that rounding explains.
 _ROUNDING = {"float32": 2e-3, "float16": 5e-2}
-#: Of the oracle, which computes in float64.
+#: The same for differences from the oracle, which computes in float64.
 _ORACLE_ROUNDING = 1e-3
-#: As large as all backends have their heads.
+#: A head size that all backends have.
 _HEAD_SIZE = 64
 _POLICY = {
     "tiers": 3,
@@ -28,22 +28,22 @@ _POLICY = {
 }
 _ON = {"kv_policy": "pyramid", "kv_policy_config": _POLICY}
 SIDES: dict[str, dict[str, Any]] = {
-    # First: on the CPU, graphs stay once they are on.
+    # This side runs first: on the CPU, graphs stay on once they are on.
     "eager": _ON | {"enforce_eager": True},
-    # Not compiled, so that prompts are computed, and tokens chosen, as eagerly.
+    # This side is not compiled, so it computes prompts and chooses tokens as eagerly.
     "graphs": _ON
     | {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     "stock": {},
     "retention 1": _ON
     | {"kv_policy_config": _POLICY | {"retention": 1.0, "min_context": 0}},
-    # As people run it: compiled, and with vLLM's own choice of graphs.
+    # Users run this side: compiled, and with vLLM's own choice of graphs.
     "default": _ON,
 }
 _SIDE_TIMEOUT = 900.0
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Backend by backend; each engine has a process of its own on a GPU."""
+    """Run backend by backend. On a GPU each engine has a process of its own."""
     need("torch", "vllm", "transformers")
     if not options.on_cpu:
         need_gpu()
@@ -74,7 +74,7 @@ def _task(backend: str, folder: str, options: Options) -> dict[str, Any]:
 
 
 def _results(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of every side; one that fails says so."""
+    """Results of every side; a side that fails has its error."""
     from pyramid_vllm.tools.engine_process import run_child
 
     sides = task["sides"]
@@ -97,7 +97,7 @@ def _results(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _backend(backend: str, folder: str, options: Options) -> Iterator[Check]:
-    """All that is compared of one backend."""
+    """All comparisons of one backend."""
     task = _task(backend, folder, options)
     results = _results(task)
     stock = results["stock"]
@@ -139,7 +139,7 @@ def _comparisons(
 
 
 def identical(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Check:
-    """Every token; the policy is on, but evicts nothing."""
+    """Every token is the same, although the policy is on; it evicts nothing."""
     pairs = zip(ours["tokens"], theirs["tokens"], strict=True)
     same = [a == b for a, b in pairs]
     counters = ours["counters"]
@@ -153,7 +153,7 @@ def identical(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Check:
 
 
 def acted(name: str, ours: dict[str, Any], stock: dict[str, Any]) -> Check:
-    """Counters say so, and so do the probabilities of tokens."""
+    """The policy acted, by its counters and by the probabilities of tokens."""
     engine = ours["engine"]
     if not engine["attention"].startswith("Pyramid") or engine["graphs"] == "NONE":
         detail = f"attention {engine['attention']}, graphs {engine['graphs']}"
@@ -171,7 +171,7 @@ def acted(name: str, ours: dict[str, Any], stock: dict[str, Any]) -> Check:
 def alike(
     name: str, ours: dict[str, Any], theirs: dict[str, Any], rounding: float
 ) -> Check:
-    """The same tokens, until two of them are as likely but for rounding.
+    """Tokens are the same until two tokens are as likely but for rounding.
 
     Graphs pad batches of generated tokens, which then round differently.
     """
@@ -193,7 +193,8 @@ def alike(
 
 
 def beside_oracle(name: str, found: list[dict[str, Any]]) -> Check:
-    """Requests whose selection hangs on rounding are left out; few may be."""
+    """Compare with the oracle. Requests whose selection depends on rounding are left
+    out; they have to be few."""
     decided = [request for request in found if request["decided"]]
     figures = {"requests": found, "limit": _ORACLE_ROUNDING}
     if len(decided) < max(1, len(found) - 4):

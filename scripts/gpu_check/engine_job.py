@@ -15,9 +15,9 @@ from pyramid_vllm.tools.engine_process import leave, read_task, tell
 
 
 def _set_up(task: dict[str, Any]) -> None:
-    """Before vLLM is imported."""
+    """Set the process up; this has to be done before vLLM is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Attention's products in float32, where the oracle's are in float64.
+    # Attention multiplies in float32; the oracle multiplies in float64.
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     if not task["on_cpu"]:
         return
@@ -28,7 +28,7 @@ def _set_up(task: dict[str, Any]) -> None:
 
 
 def _make_model(task: dict[str, Any]) -> None:
-    """The same one for all processes: the first of them writes it."""
+    """Write the model, which is the same for all processes, if no other one has."""
     from tests.models import TINY_LLAMA, save_tiny_llama
 
     folder = Path(task["folder"])
@@ -38,7 +38,7 @@ def _make_model(task: dict[str, Any]) -> None:
 
 
 def _settings(task: dict[str, Any], side: dict[str, Any]) -> dict[str, Any]:
-    """Of an engine; a side's name its own."""
+    """Settings of an engine, with those of its side."""
     settings = {
         "dtype": task["dtype"],
         "enforce_eager": False,
@@ -52,7 +52,7 @@ def _settings(task: dict[str, Any], side: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
-    """One engine's outputs, and what it reports of itself."""
+    """The outputs of one engine, and what it reports of itself."""
     from tests.engines import (
         close,
         generate,
@@ -63,7 +63,7 @@ def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
         worker_of,
     )
 
-    # Modules stay: engines that collect garbage need not look through them.
+    # Modules stay loaded, so the garbage collector need not look through them.
     gc.freeze()
     settings = _settings(task, task["sides"][name])
     if task["on_cpu"]:
@@ -87,13 +87,13 @@ def _run(task: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _counts(counters: Any) -> dict[str, int]:
-    """What was counted, over all tiers."""
+    """Counts over all tiers."""
     names = ("num_compactions", "num_groups", "num_evicted_tokens", "num_pages_freed")
     return {name: getattr(counters, name) for name in names}
 
 
 def _choose_graphs(settings: dict[str, Any]) -> None:
-    """On the CPU, graphs that are like a GPU's come with a change of vLLM's classes."""
+    """Choose graphs on the CPU, where those like a GPU's change vLLM's classes."""
     import torch
 
     from tests import gpu_on_cpu_graphs
@@ -107,7 +107,7 @@ def _choose_graphs(settings: dict[str, Any]) -> None:
 
 
 def _describe(llm: Any) -> dict[str, str]:
-    """Proof of what ran."""
+    """Names of the classes that ran."""
     from tests.engines import worker_of
 
     runner = worker_of(llm).model_runner
@@ -129,7 +129,7 @@ def _oracle(
     steps: list[list[int]],
     outputs: list[Any],
 ) -> list[dict[str, Any]]:
-    """Each request beside the oracle, which is forced to its tokens."""
+    """Compare each request with the oracle, which is forced to its tokens."""
     from tests.oracle import DenseModel, Oracle
 
     oracle, found = Oracle(DenseModel(task["folder"]), policy), []

@@ -1,10 +1,7 @@
-"""What machine this is, and what is installed."""
+"""The machine, and what is installed on it."""
 
 import contextlib
-import platform
-import subprocess
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from importlib import metadata
 
 from checkout import commit
@@ -12,7 +9,7 @@ from checkout import commit
 from gpu_check.loading import load_package, need, need_gpu
 from gpu_check.pieces import MEASURED, OK, SKIPPED, Check, Options, guarded
 
-#: Packages, each with the other distributions that it comes in.
+#: Packages, each with other distributions that contain it.
 _PACKAGES = (
     ("torch",),
     ("triton", "pytorch-triton"),
@@ -23,17 +20,11 @@ _PACKAGES = (
 
 
 def run(options: Options) -> Iterator[Check]:
-    """Every line is independent of the others."""
-    yield Check("python", OK, platform.python_version())
+    """Each line is independent of the others."""
     for names in _PACKAGES:
         yield _version(*names)
-    for part in (_kernels, _gpu, _driver, _commit):
+    for part in (_kernels, _gpu, _machine, _commit):
         yield guarded(part.__name__.strip("_"), part)
-    yield Check("date", MEASURED, datetime.now(UTC).isoformat(timespec="seconds"))
-    yield Check("argv", MEASURED, " ".join(options.argv), {"argv": options.argv})
-    yield Check("seed", MEASURED, str(options.seed), {"seed": options.seed})
-    machine = f"{platform.machine()}, {platform.system()} {platform.release()}"
-    yield Check("machine", MEASURED, machine)
 
 
 def _version(*names: str) -> Check:
@@ -45,7 +36,7 @@ def _version(*names: str) -> Check:
 
 
 def _kernels() -> Check:
-    """Loaded as the next pieces load them."""
+    """Load the kernels as the next pieces load them."""
     need("torch", "triton")
     is_whole = load_package()
     import pyramid_vllm.kernels  # noqa: F401
@@ -68,23 +59,21 @@ def _gpu() -> Check:
         "cuda": torch.version.cuda,
         "num_gpus": torch.cuda.device_count(),
     }
-    detail = (
-        f"{found.name}, sm_{found.major}{found.minor}, "
-        f"{found.total_memory / 2**30:.1f} GiB, {found.multi_processor_count} SMs, "
-        f"CUDA {torch.version.cuda}"
-    )
+    detail = f"{found.name}, sm_{found.major}{found.minor}"
+    detail += f", {found.total_memory / 2**30:.1f} GiB"
     return Check("gpu", OK, detail, figures)
 
 
-def _driver() -> Check:
-    query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    command = ["nvidia-smi", query, "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return Check("driver", SKIPPED, f"nvidia-smi does not run: {error}")
-    text = done.stdout.strip()
-    return Check("driver", OK, text.splitlines()[0], {"nvidia_smi": text})
+def _machine() -> Check:
+    """System, driver, compilers and libraries, as torch reports them."""
+    need("torch")
+    from torch.utils.collect_env import get_env_info
+
+    found = get_env_info()._asdict()
+    python = found["python_version"].partition(" ")[0]
+    driver = found["nvidia_driver_version"]
+    detail = f"{found['os']}, Python {python}, NVIDIA driver {driver}"
+    return Check("machine", MEASURED, detail, found)
 
 
 def _commit() -> Check:

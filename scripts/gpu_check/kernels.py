@@ -1,10 +1,11 @@
-"""Every kernel beside its reference, and what launches must not do."""
+"""Every kernel is compared with its reference; launches must not wait or allocate."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpu_check.loading import has_gpu, is_interpreted, load_package, need
@@ -64,7 +65,7 @@ def run(options: Options) -> Iterator[Check]:
 
 
 def _outcome(case: Case) -> dict[str, Any]:
-    """A case, as JSON holds it; an exception fails it alone."""
+    """Run a case for JSON; an exception fails this case alone."""
     try:
         return {"variant": case.variant} | asdict(case.run())
     except Exception:
@@ -73,7 +74,7 @@ def _outcome(case: Case) -> dict[str, Any]:
 
 
 def _check(kernel: str, outcomes: list[dict[str, Any]]) -> Check:
-    """A kernel over all of its variants."""
+    """The outcomes of all variants of a kernel."""
     wrong = [outcome for outcome in outcomes if not outcome["is_same"]]
     ran = [outcome for outcome in outcomes if "max_error" in outcome]
     figures: dict[str, Any] = {"variants": outcomes, "num_failed": len(wrong)}
@@ -92,8 +93,6 @@ def _check(kernel: str, outcomes: list[dict[str, Any]]) -> Check:
 
 def _steady_checks(options: Options) -> Iterator[Check]:
     """Once all is compiled, launches neither wait for the GPU nor allocate."""
-    import torch
-
     from gpu_check.workload import Sizes, Step
 
     sizes = Sizes(num_requests=2, num_tokens=2048, num_layers=4, num_tiers=1)
@@ -106,39 +105,29 @@ def _steady_checks(options: Options) -> Iterator[Check]:
         "compact_pages": lambda: step.compact(every),
     }
     for name, launch in launches.items():
-        for _ in range(_WARM_UP):
-            launch()
-        torch.cuda.synchronize()
-        for what, check in (("waits for", _waits), ("allocates", _allocates)):
-            title = f"{name} {what} nothing"
-            yield guarded(title, lambda t=title, c=check, run=launch: c(t, run))
+        title = f"{name} neither waits nor allocates"
+        yield guarded(title, partial(_steady, title, launch))
 
 
-def _waits(title: str, launch: Callable[[], None]) -> Check:
-    """torch raises where a call of its own waits for the GPU."""
+def _steady(title: str, launch: Callable[[], None]) -> Check:
+    """torch raises an error if one of its own calls waits for the GPU."""
     import torch
 
+    def num_allocations() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    for _ in range(_WARM_UP):
+        launch()
+    torch.cuda.synchronize()
+    before = num_allocations()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(_LAUNCHES):
             launch()
-    except RuntimeError as error:
-        return Check(title, FAILED, str(error).splitlines()[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
-    return Check(title, OK, f"{_LAUNCHES} launches")
-
-
-def _allocates(title: str, launch: Callable[[], None]) -> Check:
-    import torch
-
-    def count() -> int:
-        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
-
-    before = count()
-    for _ in range(_LAUNCHES):
-        launch()
-    each = (count() - before) / _LAUNCHES
+    each = (num_allocations() - before) / _LAUNCHES
+    detail = f"{_LAUNCHES} launches, {each:g} allocations each; goal: 0"
     figures = {"allocations_per_launch": each, "goal": 0}
-    return Check(title, MISSED if each else MET, f"{each:g} a launch; goal: 0", figures)
+    return Check(title, MISSED if each else MET, detail, figures)

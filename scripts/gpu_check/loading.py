@@ -1,4 +1,4 @@
-"""The package without what it imports: kernels need torch and Triton alone."""
+"""Load the package without its imports: kernels need torch and Triton alone."""
 
 import importlib
 import importlib.util
@@ -8,13 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Variable by which pieces know whether there is a GPU: to import torch takes seconds.
+#: Pieces read from this variable whether there is a GPU: importing torch takes seconds.
 KNOWN = "GPU_CHECK_HAS_GPU"
 _PACKAGE = "pyramid_vllm"
 
 
 class Skip(Exception):
-    """Something cannot run here; the message says why."""
+    """Something cannot run here; the message gives the reason."""
 
 
 def load_package() -> bool:
@@ -42,7 +42,8 @@ def need(*packages: str) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether torch finds an NVIDIA GPU; pieces get the parent's answer."""
+    """Whether torch finds an NVIDIA GPU. Pieces get the answer of their parent
+    process."""
     if KNOWN in os.environ:
         return os.environ[KNOWN] == "1"
     if importlib.util.find_spec("torch") is None:

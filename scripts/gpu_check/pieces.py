@@ -1,11 +1,12 @@
-"""Pieces of the check: what they find, and how each runs in a process of its own.
+"""The pieces of the check. Each runs in a process of its own.
 
-A kernel that fails may leave a GPU's context unusable, or end its process: the next
-piece has another one.
+A kernel that fails may leave a GPU's context unusable, or end its process. The next
+piece therefore gets another process.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 from gpu_check.loading import Skip, load_package
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
-#: Figures: of a goal that is met or missed, or of none.
+#: Statuses of figures: their goal is met or missed, or they have none.
 MET, MISSED, MEASURED = "met", "missed", "measured"
 
 
@@ -29,9 +30,7 @@ class Options:
     on_cpu: bool = False
     """Whether engines run on the CPU as on a GPU: to test the pieces themselves."""
     kernels: list[str] = field(default_factory=list)
-    """Those that are compared; none: all."""
-    argv: list[str] = field(default_factory=list)
-    """The command."""
+    """Kernels that are compared; an empty list means all."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,14 @@ class Piece:
     name: str
     status: str = OK
     why: str = ""
-    """Of a piece that was skipped or that ended early."""
+    """The reason why the piece was skipped or ended early."""
     traceback: str = ""
     seconds: float = 0.0
     checks: list[Check] = field(default_factory=list)
 
 
 def guarded(name: str, run: Callable[[], Check]) -> Check:
-    """One check; an exception fails it alone."""
+    """Run one check; an exception fails this check alone."""
     try:
         return run()
     except Skip as skip:
@@ -71,7 +70,7 @@ def guarded(name: str, run: Callable[[], Check]) -> Check:
 def run_piece(
     name: str, options: Options, timeout: float, environment: dict[str, str]
 ) -> Piece:
-    """Run a piece in a process of its own; what it found before it failed is kept."""
+    """Run a piece in a process of its own; its checks before a failure are kept."""
     load_package()
     from pyramid_vllm.tools.engine_process import run_child
 
@@ -86,7 +85,7 @@ def run_piece(
     task = {"name": name, "options": asdict(options)}
     variables = os.environ | environment
     try:
-        run_child("gpu_check.child", task, hear, variables, timeout=timeout)
+        run_child("gpu_check.pieces", task, hear, variables, timeout=timeout)
     except RuntimeError as error:
         piece.status = FAILED
         piece.why, _, piece.traceback = str(error).partition("\n")
@@ -94,3 +93,26 @@ def run_piece(
         piece.status = FAILED
     piece.seconds = round(time.perf_counter() - start, 1)
     return piece
+
+
+def main() -> None:
+    """The process of a piece."""
+    load_package()
+    from pyramid_vllm.tools.engine_process import leave, read_task, tell
+
+    task = read_task()
+
+    def run() -> Check:
+        # Imported here, so that a module that cannot be imported is a failed piece.
+        module = importlib.import_module(f"gpu_check.{task['name']}")
+        for check in module.run(Options(**task["options"])):
+            tell("check", asdict(check))
+        return Check(task["name"], OK)
+
+    ended = guarded(task["name"], run)
+    tell("result", {"status": ended.status, "why": ended.detail} | ended.figures)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Times on the GPU: Triton's medians, with nothing of the last run in its cache."""
+"""Times on the GPU: Triton's medians, with a cache that is emptied before each run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Timed:
     """Milliseconds of the same work."""
 
     launched: float
-    """Launched from Python, one by one."""
+    """Time of kernels that Python launches one by one."""
     replayed: float | None
-    """As a graph: the GPU's share of it; None: it could not be captured."""
+    """Time as a graph, the GPU's share; None: the work could not be captured."""
 
     @property
     def best(self) -> float:
-        """What the GPU needs, as far as it is known."""
+        """The GPU's time, as far as it is known."""
         return self.launched if self.replayed is None else self.replayed
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Timer:
         return float(do_bench(run, rep=self.repeat_ms, return_mode="median"))
 
     def time(self, run: Callable[[], object]) -> Timed:
-        """Launched, and replayed where that works."""
+        """Time the work launched, and replayed if it can be captured."""
         launched, graph = self.median_ms(run), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""What the policy does in a prefill step, with buffers that stay: to time it.
+"""The policy's work in a prefill step, with buffers that stay, to be timed.
 
 Imported after ``load_package``.
 """
@@ -111,7 +111,7 @@ class Step:
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
 
     def _set_queries(self) -> None:
-        """As a layer's: the step's queries lie in one tensor."""
+        """Draw the step's queries, which lie in one tensor, as a layer's do."""
         sizes = self.sizes
         rows = sizes.num_requests * sizes.num_queries
         query = self.pages.randn(1, rows, sizes.num_heads, sizes.head_size)
@@ -132,7 +132,7 @@ class Step:
         return pages._replace(addresses=pages.addresses[layers])
 
     def score(self, layer: int) -> None:
-        """One layer, as it is done after its attention."""
+        """Score one layer, as after its attention."""
         sizes, own = self.sizes, slice(layer, layer + 1)
         score(
             self.query,
@@ -151,29 +151,30 @@ class Step:
         )
 
     def score_layers(self) -> None:
-        """Every layer, one after the other."""
+        """Score every layer, one after the other."""
         for layer in range(self.sizes.num_layers):
             self.score(layer)
 
     def pool(self, layers: slice) -> None:
-        """Some layers together."""
+        """Pool the scores of some layers together."""
         scores, pooled, spans = self.scores[layers], self.pooled[layers], self.spans
         kernel, longest = self.sizes.pool_kernel, self.sizes.num_tokens
         pool_scores(scores, pooled, spans, "max", kernel, max_tokens=longest)
 
     def select(self, layers: slice) -> None:
-        """Some layers together."""
+        """Select the tokens of some layers together."""
         longest = self.sizes.num_tokens
         select(self.pooled[layers], self.kept[layers], self.spans, max_tokens=longest)
 
     def compact(self, layers: slice) -> None:
-        """Some layers together; what is moved again are tokens moved before."""
+        """Compact some layers together. Later calls move tokens that were moved
+        before."""
         keys, values = self._of(self.keys, layers), self._of(self.values, layers)
         table = self.pages.table
         compact_pages(keys, values, table, self.spans, self.kept[layers])
 
     def prefill(self) -> None:
-        """All of a step: tiers are selected and compacted after their last layer."""
+        """Do all of a step. Tiers are selected and compacted after their last layer."""
         size = self.sizes.num_layers // self.sizes.num_tiers
         for layer in range(self.sizes.num_layers):
             self.score(layer)

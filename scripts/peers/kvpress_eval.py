@@ -54,7 +54,7 @@ class Runner:
         """Logits after one more token."""
         import torch
 
-        # Left out, the position would be the compressed length.
+        # Without this, the position would be the compressed length.
         return self._model(
             input_ids=torch.tensor([[token]]),
             past_key_values=cache,
@@ -62,7 +62,7 @@ class Runner:
         ).logits[0, -1]
 
     def score(self, window: Window) -> tuple[list[float], list[int], float]:
-        """Nats of every target token, the likeliest tokens, mean tokens held."""
+        """Nats of every target token, the most likely tokens, and mean tokens held."""
         cache, held, logits = self._prefill(window.prompt)
         nll, top1 = [], []
         for i, token in enumerate(window.target):
@@ -84,7 +84,7 @@ class Runner:
 
 
 def evaluate(runner: Runner, task: Task, name: str) -> dict[str, Any]:
-    """All that one press is asked for."""
+    """Run all windows and samples with one press."""
     total = len(task.windows) + len(task.samples)
     scored, answered = [], []
     for window in task.windows:
@@ -106,7 +106,7 @@ def evaluate(runner: Runner, task: Task, name: str) -> dict[str, Any]:
 
 
 def make_press(name: str, share: float) -> Any:
-    """A press with kvpress's defaults, but how much it keeps."""
+    """A press with kvpress's defaults, except for how much it keeps."""
     import kvpress
 
     return getattr(kvpress, PRESSES[name])(compression_ratio=1 - share)
@@ -126,7 +126,7 @@ def load_model(task: Task) -> Any:
 
 
 def load_report(file: Path, digest: str, seed: int) -> dict[str, Any]:
-    """What an earlier run of the same input has left, or a new report."""
+    """The report of an earlier run with the same input, or a new report."""
     packages = ("kvpress", "transformers", "torch")
     versions = {package: version(package) for package in packages}
     if file.exists():
@@ -144,14 +144,14 @@ def load_report(file: Path, digest: str, seed: int) -> dict[str, Any]:
 
 
 def save(report: dict[str, Any], file: Path) -> None:
-    """Write all of it or nothing."""
+    """Write the whole report or nothing."""
     scratch = file.with_name(f"{file.name}.part")
     scratch.write_text(json.dumps(report) + "\n", encoding="utf-8")
     scratch.replace(file)
 
 
 def run(task: Task, report: dict[str, Any], file: Path) -> None:
-    """Fill in what the report lacks, saved press by press."""
+    """Add to the report what it lacks, and save it after each press."""
     import torch
 
     model = load_model(task)

@@ -1,4 +1,4 @@
-"""What a peer is asked to run: token ids in, so that no tokenizer can differ."""
+"""The input of a peer: it holds token ids, so that no tokenizer can differ."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-#: kvpress's classes by the names that the input knows them by.
+#: kvpress's classes by their names in the input.
 PRESSES = {
     "snapkv": "SnapKVPress",
     "pyramidkv": "PyramidKVPress",

@@ -7,61 +7,65 @@ the rows that its output lacks.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import engines
 import typer
-from engines import (
-    AddressOption,
-    Device,
-    DeviceOption,
-    EngineOption,
-    PolicyConfigOption,
-    PolicyOption,
-    engine_kwargs,
-    find_device,
-    start_ray,
-)
+from engines import engine_kwargs, find_device, start_ray
 from rich.console import Console
 from rows import Answers, Row, bundled_rows, kind_of, read_rows
 
+from pyramid_vllm.tools import options
 from pyramid_vllm.tools.cli.model import make_model
-from pyramid_vllm.tools.options import or_fail
+from pyramid_vllm.tools.options import argument, command, option
 
-#: GPUs by this one line, or by ``--device gpu``.
+#: Change this line for GPUs, or pass ``--device gpu``.
 DEVICE = "cpu"
-#: Of the stages beside the engines: with Ray's default of one each, a machine of two
-#: cores has none left for the engine, and the job waits for ever.
+#: CPUs of each other stage. Ray's default is one, which leaves none for the engine on a
+#: machine of two cores, so the job would wait for ever.
 STAGE_CPUS = 0.25
 _ERROR = "__inference_error__"
 _PROGRESS_S = 2.0
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every row of a job has in common."""
+class Settings:
+    """Answer prompts; exit status 1 if rows are missing at the end."""
 
-    model: str
-    device: Device
-    engine_kwargs: dict[str, Any]
-    sampling: dict[str, Any]
-    num_engines: int
-    batch_size: int
-    max_restarts: int
-    address: str | None
+    output: Path = argument("File of JSON lines; it is added to.")
+    prompts: Path | None = option(
+        None,
+        "JSON lines, each with an 'id' and either 'messages' or a 'prompt'. Default: "
+        "bundled ones.",
+        "--input",
+    )
+    model: str | None = option(None, options.MODEL_NAME)
+    kv_policy: str = option("pyramid", engines.POLICY)
+    kv_policy_config: str | None = option(None, options.POLICY_OVERRIDES)
+    device: str = option(DEVICE, engines.DEVICE)
+    num_engines: int = option(1, "Engines at once.", "--engines", min=1)
+    engine_args: str | None = option(None, engines.ENGINE_ARGS)
+    max_tokens: int = option(64, min=1)
+    temperature: float = option(0.0, min=0.0)
+    batch_size: int = option(8, "Rows that are done again if an engine dies.", min=1)
+    max_restarts: int = option(3, "Times that an engine which died is replaced.", min=0)
+    address: str | None = option(None, engines.ADDRESS, envvar="RAY_ADDRESS")
 
 
-def make_processor(job: Job, kind: str) -> Any:
-    """Ray Data's stages for rows of one kind."""
+def make_processor(job: Settings, kwargs: dict[str, Any], kind: str) -> Any:
+    """Ray Data's stages for rows of one kind; ``kwargs`` are vLLM's engine's."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    sampling, stage = job.sampling, {"num_cpus": STAGE_CPUS}
+    stage = {"num_cpus": STAGE_CPUS}
+    sampling = {"max_tokens": job.max_tokens, "temperature": job.temperature}
+    bundle = find_device(job.device).bundle
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=job.model,
-            engine_kwargs=job.engine_kwargs,
-            placement_group_config={"bundle_per_worker": job.device.bundle},
+            engine_kwargs=kwargs,
+            placement_group_config={"bundle_per_worker": bundle},
             concurrency=(job.num_engines, job.num_engines),
             batch_size=job.batch_size,
             chat_template_stage=stage | {"enabled": kind == "messages"},
@@ -81,7 +85,7 @@ def make_processor(job: Job, kind: str) -> Any:
         preprocess_map_kwargs=stage,
         postprocess_map_kwargs=stage,
     )
-    # Ray Data's default is without end: a prompt that kills its engine would kill
+    # Ray Data's default has no bound: a prompt that kills its engine would kill
     # engines for ever.
     processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
         max_restarts=job.max_restarts, max_task_retries=job.max_restarts
@@ -89,7 +93,7 @@ def make_processor(job: Job, kind: str) -> Any:
     return processor
 
 
-def answers(job: Job, rows: list[Row]) -> Iterator[Row]:
+def answers(job: Settings, kwargs: dict[str, Any], rows: list[Row]) -> Iterator[Row]:
     """Rows with an ``answer`` or an ``error``, as batches of them are ready.
 
     Raises:
@@ -103,7 +107,8 @@ def answers(job: Job, rows: list[Row]) -> Iterator[Row]:
         # A block is what an engine is given, and given again if it dies.
         num_blocks = math.ceil(len(rows) / job.batch_size)
         dataset = ray.data.from_items(rows, override_num_blocks=num_blocks)
-        for row in make_processor(job, kind_of(rows[0]))(dataset).iter_rows():
+        processor = make_processor(job, kwargs, kind_of(rows[0]))
+        for row in processor(dataset).iter_rows():
             error = row.pop(_ERROR)
             yield {"id": row["id"], "error": error} if error else row
     except ray.exceptions.RayError as error:
@@ -113,18 +118,20 @@ def answers(job: Job, rows: list[Row]) -> Iterator[Row]:
         ray.shutdown()
 
 
-def run(job: Job, rows: list[Row], output: Path, console: Console) -> int:
-    """Do the rows that the output lacks.
+def do_missing(
+    job: Settings, kwargs: dict[str, Any], rows: list[Row], console: Console
+) -> int:
+    """Answer the rows that the output lacks.
 
     Returns:
         How many are still missing.
     """
-    with Answers(output) as done:
+    with Answers(job.output) as done:
         missing = [row for row in rows if row["id"] not in done.ids]
         num_done = len(rows) - len(missing)
         console.print(f"{num_done} of {len(rows)} rows are there")
         next_line = 0.0
-        for row in answers(job, missing) if missing else ():
+        for row in answers(job, kwargs, missing) if missing else ():
             if "error" in row:
                 console.print(f"row {row['id']!r}: {row['error']}", markup=False)
             else:
@@ -135,56 +142,18 @@ def run(job: Job, rows: list[Row], output: Path, console: Console) -> int:
         return len(rows) - num_done
 
 
-def main(
-    output: Annotated[Path, typer.Argument(help="File of JSON lines; it is added to.")],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--input",
-            help="JSON lines, each with an 'id' and either 'messages' or a 'prompt'. "
-            "Default: bundled ones.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A model; default: the bundled small one.")
-    ] = None,
-    kv_policy: PolicyOption = "pyramid",
-    kv_policy_config: PolicyConfigOption = None,
-    device: DeviceOption = DEVICE,
-    engines: Annotated[int, typer.Option(min=1, help="Engines at once.")] = 1,
-    engine_args: EngineOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows that are done again if an engine dies.")
-    ] = 8,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="Times that an engine which died is replaced.")
-    ] = 3,
-    address: AddressOption = None,
-) -> None:
-    """Answer prompts; exit status 1 if rows are missing at the end."""
-    kind = or_fail(lambda: find_device(device))
-    rows = or_fail(lambda: bundled_rows() if prompts is None else read_rows(prompts))
-    settings = or_fail(
-        lambda: engine_kwargs(kind, kv_policy, kv_policy_config, engine_args)
-    )
-    job = Job(
-        model=model or or_fail(lambda: str(make_model())),
-        device=kind,
-        engine_kwargs=settings,
-        sampling={"max_tokens": max_tokens, "temperature": temperature},
-        num_engines=engines,
-        batch_size=batch_size,
-        max_restarts=max_restarts,
-        address=address,
-    )
+def run(job: Settings) -> None:
+    """Check the job, then do it."""
+    device = find_device(job.device)
+    rows = bundled_rows() if job.prompts is None else read_rows(job.prompts)
+    policy = job.kv_policy, job.kv_policy_config
+    kwargs = engine_kwargs(device, *policy, job.engine_args)
+    job = replace(job, model=job.model or str(make_model()))
     console = Console(highlight=False)
-    num_missing = or_fail(lambda: run(job, rows, output, console))
-    if num_missing:
+    if num_missing := do_missing(job, kwargs, rows, console):
         console.print(f"{num_missing} rows are missing: start the same command again")
         raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(command(Settings, run))

@@ -1,33 +1,19 @@
-"""What `batch.py` and `serve.py` give vLLM's engines, on CPUs and on GPUs."""
+"""Settings that `batch.py` and `serve.py` give vLLM's engines, on CPUs and GPUs."""
 
 import signal
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from pyramid_vllm.policy import resolve_policy
+from pyramid_vllm.tools import options
 from pyramid_vllm.tools.json_settings import json_object
 from pyramid_vllm.tools.sizes import parse_bytes
 
-PolicyOption = Annotated[
-    str,
-    typer.Option(help="A preset, a YAML file or inline JSON; none: stock vLLM."),
-]
-PolicyConfigOption = Annotated[
-    str | None, typer.Option(help="Settings that replace the policy's, as JSON.")
-]
-DeviceOption = Annotated[str, typer.Option(help="What engines run on: cpu or gpu.")]
-EngineOption = Annotated[
-    str | None, typer.Option(help="Further settings of vLLM's engine, as JSON.")
-]
-
-AddressOption = Annotated[
-    str | None,
-    typer.Option(
-        envvar="RAY_ADDRESS", help="A Ray cluster; default: one of this machine."
-    ),
-]
+#: Help of options that both scripts have.
+POLICY = f"{options.POLICY} none: stock vLLM."
+DEVICE = "What engines run on: cpu or gpu."
+ENGINE_ARGS = "Further settings of vLLM's engine, as JSON."
+ADDRESS = "A Ray cluster; default: one of this machine."
 
 
 @dataclass(frozen=True)
@@ -93,5 +79,5 @@ def start_ray(address: str | None) -> None:
         ray.init(address=address)
     else:
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
-    # Like Ctrl-C, so that what was started is ended; else Ray's handler aborts.
+    # SIGTERM acts like Ctrl-C, so that engines are ended. Ray's own handler aborts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

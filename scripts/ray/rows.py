@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
-from types import TracebackType
 from typing import Any, Self
 
 Row = dict[str, Any]
 _KINDS = ("messages", "prompt")
-#: Of the bundled rows: about 750 tokens each.
+#: Number and length of the bundled rows, which have about 750 tokens each.
 _NUM_BUNDLED, _BUNDLED_CHARACTERS = 16, 3000
 
 
@@ -19,18 +18,11 @@ def bundled_rows() -> list[Row]:
     """Chat prompts over pages of the text that every Python carries."""
     pages = [name for name in sorted(topics) if len(topics[name]) > _BUNDLED_CHARACTERS]
     question = "Explain the page below to a colleague, in a few sentences.\n\n"
-    return [
-        {
-            "id": name,
-            "messages": [
-                {
-                    "role": "user",
-                    "content": question + topics[name][:_BUNDLED_CHARACTERS],
-                }
-            ],
-        }
-        for name in pages[:_NUM_BUNDLED]
-    ]
+    rows = []
+    for name in pages[:_NUM_BUNDLED]:
+        text = question + topics[name][:_BUNDLED_CHARACTERS]
+        rows.append({"id": name, "messages": [{"role": "user", "content": text}]})
+    return rows
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -102,7 +94,7 @@ class Answers:
             raise ValueError(f"{path}: another job is writing to it") from None
         self._cut_torn_line()
         self.ids: set[Any] = {row["id"] for row, _ in _lines(path)}
-        """Of the rows that are there."""
+        """Ids of the rows in the file."""
 
     def _cut_torn_line(self) -> None:
         """A job that was killed may have written half of its last row."""
@@ -125,12 +117,7 @@ class Answers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -1,26 +1,35 @@
 """An OpenAI-compatible server: vLLM engines with a KV policy, run by Ray Serve."""
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
+import engines
 import typer
-from engines import (
-    AddressOption,
-    Device,
-    DeviceOption,
-    EngineOption,
-    PolicyConfigOption,
-    PolicyOption,
-    engine_kwargs,
-    find_device,
-    start_ray,
-)
+from engines import Device, engine_kwargs, find_device, start_ray
 
+from pyramid_vllm.tools import options
 from pyramid_vllm.tools.cli.model import make_model
-from pyramid_vllm.tools.options import or_fail
+from pyramid_vllm.tools.options import command, option
 
-#: GPUs by this one line, or by ``--device gpu``.
+#: Change this line for GPUs, or pass ``--device gpu``.
 DEVICE = "cpu"
 APPLICATION = "llm"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Serve a model until interrupted."""
+
+    model: str | None = option(None, options.MODEL_NAME)
+    model_id: str = option("default", "Its name in requests.")
+    kv_policy: str = option("pyramid", engines.POLICY)
+    kv_policy_config: str | None = option(None, options.POLICY_OVERRIDES)
+    device: str = option(DEVICE, engines.DEVICE)
+    replicas: int = option(1, "Engines.", min=1)
+    engine_args: str | None = option(None, engines.ENGINE_ARGS)
+    host: str = option("127.0.0.1", "Where requests are taken; other hosts: 0.0.0.0.")
+    port: int = option(8000, min=1, max=65535)
+    address: str | None = option(None, engines.ADDRESS, envvar="RAY_ADDRESS")
 
 
 def make_config(
@@ -42,7 +51,7 @@ def make_config(
 
 
 def make_app(config: Any) -> Any:
-    """The application: one engine a replica behind one ingress."""
+    """The application: one engine in each replica, and one ingress in front of them."""
     from ray.serve.llm import build_openai_app
 
     ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.25}}
@@ -51,34 +60,18 @@ def make_app(config: Any) -> Any:
     )
 
 
-def main(
-    model: Annotated[
-        str | None, typer.Option(help="A model; default: the bundled small one.")
-    ] = None,
-    model_id: Annotated[str, typer.Option(help="Its name in requests.")] = "default",
-    kv_policy: PolicyOption = "pyramid",
-    kv_policy_config: PolicyConfigOption = None,
-    device: DeviceOption = DEVICE,
-    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
-    engine_args: EngineOption = None,
-    host: Annotated[
-        str, typer.Option(help="Where requests are taken; other hosts: 0.0.0.0.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    address: AddressOption = None,
-) -> None:
-    """Serve a model until interrupted."""
-    kind = or_fail(lambda: find_device(device))
-    settings = or_fail(
-        lambda: engine_kwargs(kind, kv_policy, kv_policy_config, engine_args)
-    )
-    source = model or or_fail(lambda: str(make_model()))
-    config = make_config(model_id, source, kind, settings, replicas)
-    start_ray(address)
+def run(settings: Settings) -> None:
+    """Serve the model."""
+    device = find_device(settings.device)
+    policy = settings.kv_policy, settings.kv_policy_config
+    kwargs = engine_kwargs(device, *policy, settings.engine_args)
+    model = settings.model or str(make_model())
+    config = make_config(settings.model_id, model, device, kwargs, settings.replicas)
+    start_ray(settings.address)
 
     from ray import serve
 
-    serve.start(http_options={"host": host, "port": port})
+    serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
         serve.run(make_app(config), name=APPLICATION, blocking=True)
     finally:
@@ -86,4 +79,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(command(Settings, run))

@@ -28,7 +28,7 @@ from vllm_source import (
 
 from pyramid_vllm.tools.provenance import write_report
 
-#: What does not work, then what somebody has to read; the rest is fine.
+#: Statuses that break the package, and those that somebody has to read.
 ERRORS = ("gone", "differs")
 TO_READ = ("unlisted", "changed")
 Parameter = inspect.Parameter
@@ -38,7 +38,7 @@ _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one name."""
+    """The result for one name."""
 
     kind: str
     """source, wrapped, called, read, import or override."""
@@ -74,7 +74,7 @@ def override_problem(theirs: inspect.Signature, ours: inspect.Signature) -> str:
     num_positional = sum(kind <= Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
     if Parameter.VAR_POSITIONAL in kinds:
         num_positional = len(fixed)
-    # What theirs passes on is not known.
+    # With *args or **kwargs of theirs, not all arguments are known.
     bind = ours.bind if len(fixed) == len(theirs.parameters) else ours.bind_partial
     for passed in (fixed, [p for p in fixed if p.default is p.empty]):
         positional = [p.name for p in passed if p.kind is not p.KEYWORD_ONLY]
@@ -116,7 +116,8 @@ def _shown(parameters: inspect.Signature) -> str:
 def check_digests(
     tree: Sources, version: str, digests: dict[str, dict[str, str]]
 ) -> Iterator[Finding]:
-    """Names whose sources we have read, against their digests in the first version."""
+    """Compare names whose sources we have read with their digests in the first
+    version."""
     first = next(iter(digests))
     for name, expected in digests[first].items():
         path = name if tree.find(name) else MOVED.get(name, name)
@@ -131,7 +132,7 @@ def check_digests(
 
 
 def check_tables(tree: Sources) -> Iterator[Finding]:
-    """What is wrapped, and what is called or read on objects that vLLM passes to us."""
+    """Check what is wrapped, and what is called or read on objects that vLLM passes."""
     tables = (("wrapped", WRAPPED, wrap_problem), ("called", CALLED, call_problem))
     for kind, functions, problem_of in tables:
         for name, parameters in functions.items():
@@ -169,7 +170,7 @@ def imports(tree: Sources, ours: Path) -> Iterator[tuple[str, str]]:
 
 
 def _imported(node: Any) -> Iterator[tuple[str, str]]:
-    """What an import binds of vLLM: names of ours and of vLLM."""
+    """What an import binds of vLLM: our name and vLLM's name."""
     if isinstance(node, ast.ImportFrom | ast.Import):
         module = getattr(node, "module", None)
         for alias in node.names:
@@ -235,7 +236,7 @@ def _kind(member: Any) -> str:
 def check_uses(
     tree: Sources, base: Sources, ours: Path, digests: dict[str, str]
 ) -> Iterator[Finding]:
-    """What the package's own source shows.
+    """Check the uses that the package's own source shows.
 
     Args:
         tree: the version in question and the package.

@@ -29,7 +29,7 @@ class LayerCounts:
         self.tier = [by_rank[rank] for rank in self._ranks()]
 
     def _ranks(self) -> list[int]:
-        """Place of each layer among all, heaviest first; by depth without weights."""
+        """Place of each layer among all, heaviest first; without weights, by depth."""
         weights = self.config.layer_weights
         if weights is None or self.config.prune_from is not None:
             return list(range(self.num_layers))
@@ -175,7 +175,8 @@ class LayerCounts:
         ]
 
     def groups(self, n: int, generated: int) -> int:
-        """Groups of generated tokens that have left the recent window."""
+        """Compressions of generated tokens so far: each comes when enough tokens have
+        left the recent window."""
         length = self.config.exceed_length_to_compress
         if length is None:
             return 0
@@ -183,7 +184,8 @@ class LayerCounts:
         return outside // length if outside > 0 else 0
 
     def group_kept(self) -> list[int]:
-        """Tokens that each layer keeps of a group."""
+        """Tokens that each layer keeps of the generated tokens that are compressed at
+        once."""
         c = self.config
         ratios = [
             (1 - c.gen_decay_ratio)

@@ -293,7 +293,7 @@ class _Run:
         self.result.logprobs.extend(self.model.logprobs(x))
 
     def _compress(self, n: int, generated: int) -> None:
-        """Compress the group that has just left the recent window."""
+        """Compress the generated tokens that have just left the recent window."""
         config = self.config
         group, number = (
             config.exceed_length_to_compress,

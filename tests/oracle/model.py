@@ -74,7 +74,7 @@ class DenseModel:
     def finish_layer(
         self, layer: int, x: torch.Tensor, attended: torch.Tensor
     ) -> torch.Tensor:
-        """The rows behind a layer, given its attention's output."""
+        """A layer's rows after its attention, given the attention's output."""
         name = f"model.layers.{layer}"
         x = x + self._linear(f"{name}.self_attn.o_proj", attended.reshape(len(x), -1))
         y = self._norm(f"{name}.post_attention_layernorm", x)

@@ -167,7 +167,7 @@ def _selected(native: bool) -> Iterator[tuple[list[Request], int, int]]:
     # In one block, and in several.
     for held, levels in product((4095, 4096, 4097, 8192), (0, 1, 3)):
         yield [Request(held, held // 3, 4, 64), Request(100, 50, 4, 10)], levels, 1
-    # Scores of groups begin at the first token that has one.
+    # Scores of generated tokens begin at the first token that has one.
     groups = [
         Request(60, 51, 20, 30, column=20, num_columns=10),
         Request(33, 28, 11, 12, column=11, num_columns=10),

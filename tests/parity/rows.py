@@ -55,7 +55,7 @@ class _Batch:
         ]
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengths by tier, and slots by group."""
+        """Lengths by tier, and slots by KV cache group."""
         lens = torch.full((3, _MAX_REQUESTS), -5, dtype=torch.int32)
         slots = torch.full((len(_TIER_OF_GROUP), _MAX_TOKENS), -9)
         for group, tier in enumerate(_TIER_OF_GROUP):
@@ -99,7 +99,8 @@ class _Batch:
 def compare_lengths(
     num_requests: int, prunes: bool, block_size: int, device: str, seed: int
 ) -> Compared:
-    """Tiers of no group, groups of no tier and slots of no row stay; twice is once."""
+    """Tiers without a KV cache group, groups without a tier and slots without a row
+    stay. A second run changes nothing."""
     batch, parts = _Batch(num_requests, prunes, block_size, seed), []
     expected = batch.expected()
     lens = torch.full_like(expected[0], -5).to(device)

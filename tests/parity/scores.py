@@ -38,7 +38,7 @@ KINDS = ("attention", "accumulated", "votes")
 #: Sums are rounded differently; GPUs multiply float32 in three parts of TF32.
 _RELATIVE = {"cpu": 2e-4, "cuda": 5e-4}
 _HALF, _E4M3 = torch.bfloat16, FP8[0]
-#: Groups of generated tokens whose queries lie in rings of 8.
+#: Generated tokens that are compressed at once; their queries lie in rings of 8.
 RINGS = [
     Request(40, num_queries=8, ring_start=3, column=11, num_columns=7),
     Request(23, num_queries=1, ring_start=7, column=5, num_columns=7),

@@ -105,7 +105,8 @@ def test_spec_by_layer_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_manager_truncate() -> None:
-    """The pool has the blocks, workers hear of it once, nothing is cached any more."""
+    """The pool has the blocks, workers get the news once, and nothing is cached any
+    more."""
     pool = BlockPool(num_gpu_blocks=9, enable_caching=True, hash_block_size=16)
     spec = FullAttentionSpec(**SHAPE)
     manager = FullAttentionManager(spec, pool, True, 0, scheduler_block_size=16)
@@ -170,7 +171,7 @@ def test_scheduler_output_plugin_metadata() -> None:
 
 
 class OneLess:
-    """Metadata by which the second group has one token less."""
+    """Metadata in which the second KV cache group has one token less."""
 
     def customize_common_attn_metadata(self, group_id: int, common: Any) -> Any:
         common = copy(common)
@@ -184,7 +185,7 @@ class OneLess:
 
 
 def attention_group(name: str) -> Any:
-    """A group whose metadata is the lengths that its builder gets."""
+    """An attention group whose metadata is the lengths that its builder gets."""
     builder = SimpleNamespace(supports_update_block_table=False)
     return SimpleNamespace(
         layer_names=[name],
@@ -195,7 +196,7 @@ def attention_group(name: str) -> Any:
 
 
 def test_metadata_by_group() -> None:
-    """Builders of both runners get the lengths of their own group."""
+    """Builders of both runners get the lengths of their own KV cache group."""
     groups = [[attention_group("first")], [attention_group("second")]]
     starts, lengths = torch.tensor([0, 1, 2]), torch.tensor([5, 9])
     config, tables = MagicMock(), [torch.zeros(2, 4)] * 2
@@ -253,7 +254,7 @@ def test_model_state_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requires_eager_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ATTENTION keeps full graphs out, MODEL all of them, on both runners."""
+    """ATTENTION excludes full graphs and MODEL excludes all graphs, on both runners."""
     from vllm.v1.core.sched.output import EagerScope
 
     asked: list[Any] = []
