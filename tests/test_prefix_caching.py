@@ -1,6 +1,7 @@
 """Prefix caching with compaction, under ``hit_split: ignore``.
 
-Pages are shared until a prompt is compacted, then stay for others; hits change no token.
+Pages are shared until a prompt is compacted, then stay for others. Hits change no
+token.
 """
 
 from collections.abc import Callable, Iterator

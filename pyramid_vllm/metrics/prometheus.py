@@ -38,8 +38,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests_unpruned": (
         "Requests with no pruned or no evicted prompt token, by reason: "
         "'prompt_logprobs' needs every row, 'short_prompt' has at most min_context "
-        "tokens, 'keeps_all' keeps every token by policy, 'cached_prefix' found most of "
-        "its prompt in the prefix cache.",
+        "tokens, 'keeps_all' keeps every token by policy, 'cached_prefix' found most "
+        "of its prompt in the prefix cache.",
         ("reason",),
     ),
     "requests_refused": ("Requests refused because they can never fit.", ()),
