@@ -35,6 +35,9 @@ class PromptWindow:
     pages: tuple[tuple[int, ...] | None, ...] | None = None
     """For each KV cache group the pages of the kept tokens after the first
     ``num_shared``, in order; None: they are the request's first pages after those."""
+    is_ordered: bool = True
+    """Whether tokens can be moved one after the other, oldest first: no page of
+    ``pages`` holds tokens that are read after it is written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ def pooling(kind: str) -> None:
     cache = Cache(Shape(), _REQUESTS)
     scores = torch.zeros(2, 2, cache.num_scores)
     score_triton.pool_scores(
-        scores, torch.zeros_like(scores), cache.spans(), kind, 7, max_tokens=96
+        scores, torch.zeros_like(scores), cache.spans(), kind, 7, max_columns=96
     )
 
 

@@ -225,6 +225,12 @@ class PageWorker:
             assert shared % block_size == 0
             pages = np.concatenate((table[: shared // block_size], pages))
         to = table if pages is None else pages
+        if not window.is_ordered:
+            indices = indices.copy()
+            tokens = self._memory[table[indices // block_size], indices % block_size]
+            places = np.arange(shared, shared + len(indices))
+            self._memory[to[places // block_size], places % block_size] = tokens
+            return
         # One token after the other, as the kernel moves them: what is written must not
         # be read later.
         for place, index in enumerate(indices.tolist(), shared):

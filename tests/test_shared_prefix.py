@@ -283,3 +283,30 @@ def test_the_reserve_counts_a_shared_page_once(tiny_llama: str) -> None:
     assert all(request.num_output_tokens == 90 for request in requests)
     assert scheduler.kv_counters.max_num_running > 1
     assert all(request.num_preemptions == 0 for request in requests)
+
+
+@pytest.mark.parametrize("is_hit", [False, True])
+def test_a_page_that_was_hit_does_not_go_to_save_another(
+    tiny_llama: str, is_hit: bool
+) -> None:
+    """Without a page that holds nothing, a prompt gives its own last pages up."""
+    num_pages = 24
+    scheduler = make_scheduler(
+        tiny_llama,
+        num_pages * 3 + 1,
+        SMALL,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=1024,
+    )
+    run(scheduler, make_request("system", 290, 1))
+    if is_hit:
+        run(scheduler, make_request("user", 291, 1, shared=290))
+    assert num_found(scheduler, 290) == 288
+    pool = scheduler.kv_cache_manager.block_pool
+    plain = [b for b in pool.blocks if b.block_hash is None and b.ref_cnt == 0]
+    # All but what the next prompt needs until its end.
+    pool.get_new_blocks(len(plain) - 12 * 3)
+    driver = run(scheduler, make_request("long", 12 * BLOCK_SIZE, 1, shared=0))
+    windows = [window for plan in driver.plans for window in plan.windows]
+    assert [window.is_ordered for window in windows] == [not is_hit]
+    assert num_found(scheduler, 290) == (288 if is_hit else 0)

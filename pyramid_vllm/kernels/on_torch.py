@@ -216,8 +216,11 @@ def compact(
     spans: Spans,
     kept: torch.Tensor,
     targets: torch.Tensor | None = None,
+    *,
+    scratch: Any = None,
 ) -> None:
-    """Move what stays: arguments as of ``compact_triton.compact_pages``."""
+    """Move what stays: arguments as of ``compact_triton.compact_pages``. A layer's
+    tokens are all read before the first is written, so that no order matters."""
     compact_requests(keys, values, block_table, spans, kept, targets)
 
 

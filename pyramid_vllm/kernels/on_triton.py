@@ -149,6 +149,8 @@ def compact(
     spans: Spans,
     kept: torch.Tensor,
     targets: torch.Tensor | None = None,
+    *,
+    scratch: Scratch | None = None,
 ) -> None:
-    """Move what stays in all layers, in one launch."""
-    compact_pages(keys, values, block_table, spans, kept, targets)
+    """Move what stays in all layers, in one launch where the order allows it."""
+    compact_pages(keys, values, block_table, spans, kept, targets, scratch=scratch)

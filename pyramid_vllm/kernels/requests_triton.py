@@ -31,8 +31,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OF_A_STEP = [
     "table", "row", "query_start", "ring_start", "num_queries", "num_held",
     "num_kept", "num_first", "num_recent", "column", "num_columns", "offset",
-    "kept", "targets", "targets_stride", "out", "scores", "normalizer", "start",
-    "first", "missing", "target",
+    "kept", "targets", "targets_stride", "moved_scratch", "out", "scores", "normalizer",
+    "start", "first", "missing", "target",
     "positions", "seq_lens", "query_starts", "evicted", "num_rows", "row_starts",
     "starts", "next_starts", "window_of", "index", "num_requests", "num_slots",
     "max_requests", "ring", "table_stride", "kept_layer", "kept_group",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import (
@@ -28,10 +28,22 @@ class _Compaction:
     """Pages for a prompt's kept tokens, secured when its last chunk is scheduled."""
 
     first: int
-    """Place in the block table of the first page that is written."""
-    targets: list[KVCacheBlock | None]
-    """From there on: new pages, or None where the request writes its own page, which no
-    other request reads. New pages replace such pages as late as after the step."""
+    """Place in the block table of the first page that is replaced."""
+    in_place: list[int]
+    """Places of pages that only this request reads, ascending; the last ones, because
+    the first are the likeliest to be hit. New pages may replace them until the end of
+    ``schedule()``."""
+    new: list[KVCacheBlock]
+    """Pages that the request takes in addition."""
+
+
+class Gathered(NamedTuple):
+    """Where a prompt's kept tokens are gathered."""
+
+    pages: tuple[int, ...]
+    """Their ids, in order."""
+    is_ordered: bool
+    """Whether none of them holds tokens of the request that are read later."""
 
 
 class TierBlockManager(FullAttentionManager):
@@ -54,9 +66,9 @@ class TierBlockManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._compactions: dict[str, _Compaction] = {}
         self._written: dict[int, tuple[str, int]] = {}
-        """Ids of own pages that compactions write: request and place among targets."""
-        self._lost: list[tuple[str, int]] = []
-        """Such pages that were hit in this step, until they are replaced."""
+        """Ids of own pages that compactions write: request and place in its table."""
+        self._lost: list[str] = []
+        """Whose compactions have lost a page to a hit, until it is replaced."""
 
     @property
     def _tier(self) -> int:
@@ -95,27 +107,29 @@ class TierBlockManager(FullAttentionManager):
         if not self.enable_caching:
             return num_blocks
         num_blocks += sum(b.block_id in self._written for b in new_computed_blocks)
-        place = self._written_pages(request_id, num_tokens_main_model)
-        if place is not None:
+        target = self._target(request_id, num_tokens_main_model)
+        if target is not None:
             held = self.req_to_blocks.get(request_id)
             # The request adds a reference to the pages that it hits now.
             num_others, blocks = (1, held) if held else (0, new_computed_blocks)
-            num_blocks += sum(block.ref_cnt > num_others for block in blocks[place])
+            first, num_target = target
+            num_shared = sum(block.ref_cnt > num_others for block in blocks[first:])
+            num_own = cdiv(num_slots, self.block_size) - first - num_shared
+            num_blocks += max(0, num_target - num_own)
         return num_blocks
 
-    def _written_pages(self, request_id: str, num_tokens: int) -> slice | None:
-        """Places in the block table that a step up to ``num_tokens`` gathers a prompt's
-        kept tokens into; None: it gathers nothing that others may read."""
+    def _target(self, request_id: str, num_tokens: int) -> tuple[int, int] | None:
+        """The first place in the block table that a step up to ``num_tokens`` gathers
+        a prompt's kept tokens into, and the number of pages; None: it gathers nothing
+        that others may read."""
         if not self.enable_caching:
             return None
         kept = self.lengths.kept_of_prompt(request_id, num_tokens)
-        if kept is None:
-            return None
         request = self.lengths.request(request_id)
-        if kept[self._tier] == request.num_prompt_tokens:
+        if kept is None or kept[self._tier] == request.num_prompt_tokens:
             return None
         first = self.lengths.shared(request) // self.block_size
-        return slice(first, cdiv(kept[self._tier], self.block_size))
+        return first, cdiv(kept[self._tier], self.block_size) - first
 
     def add_local_computed_blocks(
         self,
@@ -126,9 +140,12 @@ class TierBlockManager(FullAttentionManager):
     ) -> None:
         """Share cached pages; those that another request would write are lost to it."""
         for block in new_computed_blocks:
+            self.lengths.hits[block.block_id] = block.block_hash
             lost = self._written.pop(block.block_id, None)
             if lost is not None:
-                self._lost.append(lost)
+                req_id, place = lost
+                self._compactions[req_id].in_place.remove(place)
+                self._lost.append(req_id)
         super().add_local_computed_blocks(
             request_id, new_computed_blocks, *args, **kwargs
         )
@@ -138,27 +155,25 @@ class TierBlockManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         """Pages for ``num_tokens`` positions, less the evicted and pruned ones."""
         # Not earlier: all tiers must hold the pages that they hit before one is taken.
-        for req_id, i in self._lost:
-            (page,) = self.block_pool.get_new_blocks(1)
-            self._compactions[req_id].targets[i] = page
+        for req_id in self._lost:
+            self._compactions[req_id].new += self.block_pool.get_new_blocks(1)
         self._lost.clear()
         num_slots = self.lengths.slots(request_id, num_tokens, self._tier)
         new = super().allocate_new_blocks(request_id, num_slots, num_tokens_main_model)
-        place = self._written_pages(request_id, num_tokens_main_model)
-        if place is not None:
-            self._secure(request_id, place)
+        target = self._target(request_id, num_tokens_main_model)
+        if target is not None:
+            self._secure(request_id, *target)
         return new
 
-    def _secure(self, request_id: str, place: slice) -> None:
+    def _secure(self, request_id: str, first: int, num_target: int) -> None:
         """Choose pages that a compaction can write in any case."""
-        written = self.req_to_blocks[request_id][place]
-        shared = [block.ref_cnt > 1 for block in written]
-        new = iter(self.block_pool.get_new_blocks(sum(shared)))
-        targets = [next(new) if is_shared else None for is_shared in shared]
-        for i, (block, target) in enumerate(zip(written, targets, strict=True)):
-            if target is None:
-                self._written[block.block_id] = request_id, i
-        self._compactions[request_id] = _Compaction(place.start, targets)
+        blocks = self.req_to_blocks[request_id]
+        own = [i for i in range(first, len(blocks)) if blocks[i].ref_cnt == 1]
+        in_place = own[max(0, len(own) - num_target) :]
+        for i in in_place:
+            self._written[blocks[i].block_id] = request_id, i
+        new = self.block_pool.get_new_blocks(num_target - len(in_place))
+        self._compactions[request_id] = _Compaction(first, in_place, new)
 
     def cache_blocks(
         self, request: Request, num_tokens: int, *args: Any, **kwargs: Any
@@ -177,48 +192,55 @@ class TierBlockManager(FullAttentionManager):
             return blocks
         for block in blocks:
             self._written.pop(block.block_id, None)
-        return blocks + [page for page in compaction.targets if page is not None]
+        return blocks + compaction.new
 
-    def gather_pages(self, request: Request) -> tuple[int, ...] | None:
+    def gather_pages(self, request: Request) -> Gathered | None:
         """Settle into which pages a prompt's kept tokens are gathered; ``truncate``
         makes them its block table.
 
         Call it after ``schedule()`` has returned, when every request of the step has
-        its pages. Free pages that hold nothing then replace pages of the prefix cache;
-        no cached page goes to save another.
+        its pages. Free pages then replace pages that would leave the prefix cache, but
+        no page goes that a request has hit.
 
         Returns:
-            The ids of the pages from the first written one on; None: they are those of
-            the block table.
+            None: kept tokens lie in the request's first own pages, which no other
+            request reads.
         """
         compaction = self._compactions.get(request.request_id)
         if compaction is None:
             return None
-        blocks = self.req_to_blocks[request.request_id][compaction.first :]
+        blocks, first = self.req_to_blocks[request.request_id], compaction.first
+        written = []
         # The first pages first: a page can only be hit if all before it are.
-        for i, own in enumerate(blocks[: len(compaction.targets)]):
-            if compaction.targets[i] is not None:
-                continue
-            del self._written[own.block_id]
-            if own.block_hash is None:
-                continue
-            compaction.targets[i] = page = self._plain_page()
+        for i in compaction.in_place:
+            del self._written[blocks[i].block_id]
+            page = None
+            if blocks[i].block_hash is not None:
+                page = self._expendable_page()
+                if page is None:
+                    self.block_pool.evict_blocks({blocks[i].block_id})
             if page is None:
-                self.block_pool.evict_blocks({own.block_id})
-        if not any(compaction.targets):
+                written.append(i)
+            else:
+                compaction.new.append(page)
+        compaction.in_place = written
+        in_order = written == list(range(first, first + len(written)))
+        if in_order and not compaction.new:
             del self._compactions[request.request_id]
             return None
-        pairs = zip(compaction.targets, blocks, strict=False)
-        return tuple((target or own).block_id for target, own in pairs)
+        pages = [blocks[i] for i in written] + compaction.new
+        return Gathered(tuple(page.block_id for page in pages), in_order)
 
-    def _plain_page(self) -> KVCacheBlock | None:
-        """A free page that holds nothing of the prefix cache, if there is one."""
+    def _expendable_page(self) -> KVCacheBlock | None:
+        """The free page that vLLM would use next, unless it holds what was hit."""
         pool = self.block_pool
         if not pool.get_num_free_blocks():
             return None
-        # The queue begins with the page that is used next: cached ones come last.
-        head = pool.free_block_queue.fake_free_list_head.next_free_block
-        return None if head.block_hash is not None else pool.get_new_blocks(1)[0]
+        page = pool.free_block_queue.fake_free_list_head.next_free_block
+        was_hit = page.block_hash and self.lengths.hits.get(page.block_id)
+        if was_hit and was_hit == page.block_hash:
+            return None
+        return pool.get_new_blocks(1)[0]
 
     def truncate(self, request_id: str, num_held: int) -> list[KVCacheBlock]:
         """Take a request's pages away that its first ``num_held`` cached tokens do not
@@ -235,8 +257,8 @@ class TierBlockManager(FullAttentionManager):
         kept = held[: cdiv(num_held, self.block_size)]
         compaction = self._compactions.pop(request_id, None)
         if compaction is not None:
-            for i, target in enumerate(compaction.targets, compaction.first):
-                kept[i] = target or kept[i]
+            written = [held[i] for i in compaction.in_place]
+            kept = held[: compaction.first] + written + compaction.new
         self.req_to_blocks[request_id] = kept
         stays = {block.block_id for block in kept}
         return [block for block in held if block.block_id not in stays]

@@ -61,6 +61,8 @@ class TierLengths:
         """By tier: evicted tokens of all requests that hold pages."""
         self.num_ever_evicted = list(self._none)
         """By tier: tokens evicted since start-up."""
+        self.hits: dict[int, Any] = {}
+        """By page, of all tiers: the hash that it had when it was hit last."""
         self._last_slots: tuple[tuple[str, int, int], Counts] | None = None
         self._last_peak: tuple[tuple[str, int, int], Counts] | None = None
         self._last_end: tuple[tuple[str, int], Counts | None] | None = None

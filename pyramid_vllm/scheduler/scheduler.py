@@ -16,7 +16,11 @@ from pyramid_vllm.metrics.config import reaches_plugins
 from pyramid_vllm.plan import PromptWindow, StepPlan, attach_plan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
-from pyramid_vllm.scheduler.block_manager import TierBlockManager, register_spec
+from pyramid_vllm.scheduler.block_manager import (
+    Gathered,
+    TierBlockManager,
+    register_spec,
+)
 from pyramid_vllm.scheduler.chunks import ChunkEnds
 from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.kv_manager import TierKVCacheManager
@@ -274,12 +278,18 @@ class PyramidScheduler(AsyncScheduler):
             return window
         request = self.requests[window.req_id]
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        pages: list[tuple[int, ...] | None] = [None] * len(managers)
+        found: list[Gathered | None] = [None] * len(managers)
         for manager in self.tier_managers:
-            pages[manager.kv_cache_group_id] = manager.gather_pages(request)
-        if all(of_group is None for of_group in pages):
+            found[manager.kv_cache_group_id] = manager.gather_pages(request)
+        if all(gathered is None for gathered in found):
             return window
-        return replace(window, pages=tuple(pages))
+        return replace(
+            window,
+            pages=tuple(gathered and gathered.pages for gathered in found),
+            is_ordered=all(
+                gathered is None or gathered.is_ordered for gathered in found
+            ),
+        )
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any

@@ -151,6 +151,7 @@ class CacheGroup:
             spans,
             kept,
             None if targets is None else targets[self.group_id],
+            scratch=None if batch.is_ordered else step.scratch,
         )
         if state.record is not None:
             req_ids = [window.req_id for window in batch.windows]

@@ -86,6 +86,8 @@ def _choose(
     kept = torch.zeros(chosen.shape, dtype=torch.int32, device=scores.device)
     for tokens in _TOKENS:
         kernels.select(chosen, kept, spans, max_tokens=tokens)
-    for targets in (None, table):
-        kernels.compact(group.keys, group.values, table, spans, kept, targets)
-    return config.pools + len(_TOKENS) + 2
+    for targets, scratch in ((None, None), (table, None), (table, step.scratch)):
+        kernels.compact(
+            group.keys, group.values, table, spans, kept, targets, scratch=scratch
+        )
+    return config.pools + len(_TOKENS) + 4

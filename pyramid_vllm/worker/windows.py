@@ -106,6 +106,7 @@ class WindowBatch:
     ) -> None:
         self.config, self.columns, self.packed = config, columns, packed
         self.windows = columns.windows
+        self.is_ordered = all(window.is_ordered for window in self.windows)
         held = columns.num_held
         self.offsets: Ints = first[:, None] + held.cumsum(1, dtype=np.int32) - held
         """``[num_tiers, num_windows]``: place of each one's scores."""

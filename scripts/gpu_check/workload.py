@@ -159,7 +159,7 @@ class Step:
         """Pool the scores of some layers together."""
         scores, pooled, spans = self.scores[layers], self.pooled[layers], self.spans
         kernel, longest = self.sizes.pool_kernel, self.sizes.num_tokens
-        pool_scores(scores, pooled, spans, "max", kernel, max_tokens=longest)
+        pool_scores(scores, pooled, spans, "max", kernel, max_columns=longest)
 
     def select(self, layers: slice) -> None:
         """Select the tokens of some layers together."""

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from pyramid_vllm.kernels import compact, select_tokens, select_triton
-from pyramid_vllm.kernels.compact import compact_requests
 from pyramid_vllm.kernels.compact_triton import compact_pages
-from pyramid_vllm.kernels.spans import Spans
+from pyramid_vllm.kernels.scratch import Scratch
 from tests.parity.compared import Case, Compared, all_of, exactly
 from tests.parity.paging import (
     FP8,
@@ -123,25 +122,35 @@ def compare_compaction(
     return all_of([exactly(*pair) for pair in zip(pages, expected, strict=True)])
 
 
-def compare_gathering(dtype: torch.dtype, device: str, seed: int) -> Compared:
-    """Gather into other pages; those that are read stay as they are."""
+def compare_gathering(
+    dtype: torch.dtype, is_ordered: bool, device: str, seed: int
+) -> Compared:
+    """Gather after a shared page: into another request's pages, or into the request's
+    own last ones, which hold tokens that are still to be read."""
     shape = Shape(dtype=dtype, layout="NHD")
-    cache = Cache(shape, [Request(40, 20), Request(40)], seed, device)
-    sides = ("keys", "values")
-    before = [in_bytes(cache.tokens(0, 0, of)).clone() for of in sides]
-    spans = torch.stack(cache.spans()).cpu().numpy()[:, :1]
-    start = int(spans[Spans._fields.index("offset"), 0])
-    kept = torch.zeros(2, 1, cache.num_scores, dtype=torch.int32, device=device)
-    kept[..., start : start + 20] = torch.arange(0, 40, 2)
-    targets = cache.block_ids(1)[None]
-    keys, values = cache.paged(), cache.paged("values")
-    compact_requests(keys, values, cache.table, spans, kept, targets)
-    parts = []
-    for of, tokens in zip(sides, before, strict=True):
-        moved = in_bytes(cache.tokens(0, 1, of))[:20]
-        stayed = in_bytes(cache.tokens(0, 0, of))
-        parts += [exactly(moved, tokens[::2]), exactly(stayed, tokens)]
-    return all_of(parts)
+    requests = [Request(90, 40, 16, column=16, num_columns=74), Request(60)]
+    cache = Cache(shape, requests, seed, device)
+    cache.randomize()
+    kept = torch.zeros(2, 1, cache.num_scores, dtype=torch.int32)
+    begin = cache.offsets[0]
+    chosen = torch.cat((torch.arange(16), torch.arange(18, 90, 3)))
+    kept[..., begin : begin + 40] = chosen
+    own, other = cache.block_ids(0), cache.block_ids(1)
+    pages = other[:2] if is_ordered else own[-2:]
+    targets = torch.full((2, 6), -1, dtype=torch.int32, device=device)
+    targets[0, 1:3] = pages
+    everything = [in_bytes(part) for part in (*cache.keys, *cache.values)]
+    expected = [part.clone() for part in everything]
+    to = torch.cat((own[:1], pages))
+    for layer in range(2):
+        value = expected[2 + layer]
+        compact(expected[layer], value, own, to, chosen[None].to(device))
+    keys, values, spans = cache.paged(), cache.paged("values"), cache.spans()
+    scratch = None if is_ordered else Scratch(torch.device(device))
+    compact_pages(
+        keys, values, cache.table, spans, kept.to(device), targets, scratch=scratch
+    )
+    return all_of([exactly(*pair) for pair in zip(everything, expected, strict=True)])
 
 
 def _selections(lengths: list[int]) -> list[Request]:
@@ -214,5 +223,7 @@ def cases(device: str, seed: int) -> Iterator[Case]:
         yield case(
             "compact_pages", variant, compare_compaction, shape, groups, requests
         )
-    for dtype in (_HALF, FP8[0]):
-        yield case("compact_requests", str(dtype), compare_gathering, dtype)
+    for dtype, is_ordered in product((_HALF, FP8[0]), (True, False)):
+        how = "elsewhere" if is_ordered else "into pages that are still read"
+        variant = f"{dtype}, {how}"
+        yield case("compact_pages", variant, compare_gathering, dtype, is_ordered)

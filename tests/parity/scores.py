@@ -186,6 +186,7 @@ def compare_key_norms(
     score_triton.score_key_norms(pages, cache.table, spans, out, max_tokens=longest)
     for layer, i in product(range(shape.num_layers), range(len(requests))):
         norms = key_norm_scores(cache.tokens(layer, i).float())
+        norms = norms[:, requests[i].column :]
         begin = cache.offsets[i]
         expected[layer, :, begin : begin + norms.shape[1]] = norms
     return within(out, expected, 1e-5, 1e-6)
@@ -199,12 +200,12 @@ def compare_pooling(
     scores = cache.randn(2, 2, cache.num_scores)
     out = torch.full_like(scores, UNTOUCHED)
     expected = out.clone()
-    longest = max(request.num_held for request in requests)
+    longest = max(request.columns for request in requests)
     score_triton.pool_scores(
-        scores, out, cache.spans(), kind, kernel, max_tokens=longest
+        scores, out, cache.spans(), kind, kernel, max_columns=longest
     )
     for request, begin in zip(requests, cache.offsets, strict=True):
-        place = slice(begin, begin + request.num_held)
+        place = slice(begin, begin + request.columns)
         for layer in range(2):
             part = pooled(scores[layer, :, place], request.num_recent, kind, kernel)
             expected[layer, :, place] = part
