@@ -173,7 +173,8 @@ class PolicyConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _window_fits_retention(self) -> Self:
+    def window_fits_retention(self) -> Self:
+        """Check ``retention``: no other setting has to agree with it."""
         if self.fixes_decay or self.capacity is not None:
             return self
         if self.recent_ratio >= self.retention:
