@@ -14,10 +14,9 @@ from pyramid_vllm.attention.tiered import TieredBuilder
 from pyramid_vllm.kernels import on_torch
 from pyramid_vllm.kernels.spans import Spans
 from pyramid_vllm.plan import PromptWindow, StepPlan, plan_of
-from pyramid_vllm.policy import KVPolicyError, RequestPolicies, resolve_policy
+from pyramid_vllm.policy import KVPolicyError, RequestPolicies, requests, resolve_policy
+from pyramid_vllm.policy.budgets import pyramidinfer, retention
 from pyramid_vllm.policy.config import PolicyConfig
-from pyramid_vllm.policy.lengths import LengthRule
-from pyramid_vllm.policy.requests import RETENTIONS
 from pyramid_vllm.spec import TierAttentionSpec
 from pyramid_vllm.stats import TIMES_ATTRIBUTE
 from pyramid_vllm.tools.simulate.engine import sampled
@@ -51,32 +50,44 @@ COMPRESSED: dict[str, Any] = {
 # Retentions of requests.
 
 
-@pytest.mark.parametrize("name", ["pyramid-by-depth", "pyramidinfer"])
-def test_a_thousand_retentions_cost_a_thousand_rules_and_no_validation(
-    monkeypatch: pytest.MonkeyPatch, name: str
+def _count(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """The calls of a function from now on."""
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments)
+
+    patch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("policy", "solver", "times"),
+    [
+        ("pyramid-by-depth", (retention, "growths"), 0),
+        ({"layer_weights": [*range(1, 33)]}, (retention, "growths"), 1),
+        ({"base": "pyramidinfer", "recent_ratio": 0.0}, (pyramidinfer, "_fall"), 32),
+    ],
+)
+def test_ever_new_retentions_make_few_rules_and_those_cheaply(
+    policy: Any, solver: Any, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many a client asks for, and however often."""
-    server = resolve_policy(name, {"recent_ratio": 0.0})
+    """A thousand at most, without validating all settings again, and without solving
+    anew for the shares of layers; a second round makes none."""
+    server = resolve_policy(policy)
     assert server is not None
     policies = RequestPolicies(server, 32)
-    rules: list[Any] = []
-    validations: list[Any] = []
-    monkeypatch.setattr(
-        "pyramid_vllm.policy.requests.LengthRule",
-        lambda *arguments: rules.append(arguments) or LengthRule(*arguments),
-    )
-    validate = PolicyConfig.model_validate
-    monkeypatch.setattr(
-        PolicyConfig,
-        "model_validate",
-        lambda settings: validations.append(settings) or validate(settings),
-    )
-    wishes = [0.5 + i / 20_000 for i in range(10_000)]
+    rules = _count(monkeypatch, requests, "LengthRule")
+    validations = _count(monkeypatch, PolicyConfig, "model_validate")
+    passes = _count(monkeypatch, *solver)
     for _ in range(2):
-        found = {id(policies.rule_for({"kv_retention": wish})) for wish in wishes}
+        for i in range(10_000):
+            policies.rule_for({"kv_retention": 0.5 + i / 20_000})
     assert not validations
-    assert 400 < len(rules) <= RETENTIONS
-    assert len(found) == len(rules)
+    assert 400 < len(rules) <= requests.RETENTIONS
+    assert len(passes) <= times * len(rules) + 64  # once for the weights' bounds
 
 
 def test_a_rounded_retention_is_one_that_can_be_asked_for() -> None:

@@ -25,15 +25,16 @@ class PyramidFlashInferMetadataBuilder(TieredBuilder, FlashInferMetadataBuilder)
     _plans: torch.Tensor | None = None
     """Where the wrappers of captured graphs have their plans, on the device."""
 
-    def _get_decode_wrapper(self, batch_size: int, use_cudagraph: bool = False) -> Any:
+    def _get_decode_wrapper(self, *args: Any, **kwargs: Any) -> Any:
         """The stock wrapper. Those of captured graphs share one workspace for plans.
 
         Stock vLLM has a wrapper for each graph size, and each takes 8 MiB for its plan;
         tiers would multiply them. One size runs at a time, and its plan is written
         before, on the stream on which it runs.
         """
-        wrapper = super()._get_decode_wrapper(batch_size, use_cudagraph)
-        if not (use_cudagraph and isinstance(self.kv_cache_spec, TierAttentionSpec)):
+        wrapper = super()._get_decode_wrapper(*args, **kwargs)
+        in_tier = isinstance(self.kv_cache_spec, TierAttentionSpec)
+        if not (in_tier and wrapper.is_cuda_graph_enabled):
             return wrapper
         if self._plans is None:
             self._plans = wrapper._int_workspace_buffer

@@ -81,10 +81,12 @@ def with_retention(policy: PolicyConfig, retention: float) -> PolicyConfig:
         KVPolicyError: the recent window is larger than the retention.
     """
     changes = {"retention": retention, "prefill_decay_ratio": None}
+    changed = policy.model_copy(update=changes)
     try:
-        return policy.model_copy(update=changes).window_fits_retention()
+        changed.check_retention()
     except ValueError as error:
         raise KVPolicyError(f"KV policy '{policy.name}': {error}") from None
+    return changed
 
 
 def _settings(policy: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
