@@ -8,6 +8,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from pyramid_vllm.attention.tiered import TieredBuilder
@@ -18,7 +19,7 @@ from pyramid_vllm.policy import KVPolicyError, RequestPolicies, requests, resolv
 from pyramid_vllm.policy.budgets import pyramidinfer, retention
 from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.spec import TierAttentionSpec
-from pyramid_vllm.stats import TIMES_ATTRIBUTE
+from pyramid_vllm.stats import TIMES_ATTRIBUTE, PolicyStats
 from pyramid_vllm.tools.simulate.engine import sampled
 from pyramid_vllm.worker import prune
 from pyramid_vllm.worker.generated import GeneratedQueries, QueryShape
@@ -158,6 +159,8 @@ def test_times_of_compactions_do_not_pile_up(tiny_llama: str, is_asked: bool) ->
     """Neither without statistics nor with them."""
     scheduler = make_scheduler(tiny_llama, 200, POLICY)
     scheduler.log_stats = scheduler._tells_stats = is_asked
+    scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    scheduler.kv_cache_manager.log_stats = is_asked
     scheduler.add_request(make_request("a", prompt=400, output=50))
     told: list[float] = []
     while scheduler.has_requests():
@@ -169,7 +172,7 @@ def test_times_of_compactions_do_not_pile_up(tiny_llama: str, is_asked: bool) ->
         for of_client in outputs.values():
             if of_client.scheduler_stats is not None:
                 stats = of_client.scheduler_stats.kv_connector_stats
-                told += stats["compaction_times"] if stats else ()
+                told += PolicyStats.of(stats).compaction_times
     assert bool(told) == is_asked
 
 
