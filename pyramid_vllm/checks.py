@@ -170,7 +170,6 @@ def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     if is_cuda and policy.scorer not in SCORERS:
         valid = ", ".join(repr(name) for name in SCORERS)
         raise _refuse("scorer", policy.scorer, f"valid on 'cuda' are {valid}")
-    _check_scheduler(vllm_config)
     _check_speculation(vllm_config, policy)
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
@@ -182,6 +181,7 @@ def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     if cache.kv_sharing_fast_prefill:
         raise _refuse("kv_sharing_fast_prefill", True, "valid is False")
     _check_cache_dtype(cache.cache_dtype, vllm_config.use_v2_model_runner)
+    _check_scheduler(vllm_config)
     if vllm_config.attention_config.hisparse_config is not None:
         raise _refuse("hisparse_config", "set", "valid is none")
 
