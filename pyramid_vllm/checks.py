@@ -27,12 +27,8 @@ def check_engine(vllm_config: VllmConfig) -> PolicyConfig:
     _check_device(vllm_config)
     _check_parallel(vllm_config)
     _check_features(vllm_config, policy)
-    if policy.prune_from is not None and vllm_config.lora_config is not None:
-        raise _refuse(
-            "enable_lora with prune_from",
-            policy.prune_from,
-            "adapters are chosen by row; valid is prune_from none or enable_lora False",
-        )
+    if policy.prune_from is not None:
+        _check_pruning(vllm_config, policy.prune_from)
     _check_model(vllm_config.model_config, policy)
     return policy
 
@@ -106,6 +102,49 @@ def _check_executor(vllm_config: VllmConfig) -> None:
     )
 
 
+def _check_pruning(vllm_config: VllmConfig, prune_from: int) -> None:
+    """Refuse what counts the rows of a step in another place than the model."""
+    if vllm_config.lora_config is not None:
+        raise _refuse(
+            "enable_lora with prune_from",
+            prune_from,
+            "adapters are chosen by row; valid is prune_from none or enable_lora False",
+        )
+    if not vllm_config.model_config.is_moe:
+        return
+    # Experts are sent the rows that the step has before it is pruned.
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
+        raise _refuse(
+            "data_parallel_size with prune_from",
+            prune_from,
+            f"data_parallel_size is {parallel.data_parallel_size}, and experts of "
+            "other ranks count rows by step; valid is prune_from none or "
+            "data_parallel_size 1",
+        )
+    if parallel.enable_expert_parallel:
+        raise _refuse(
+            "enable_expert_parallel with prune_from",
+            prune_from,
+            "experts of other ranks count rows by step; valid is prune_from none or "
+            "enable_expert_parallel False",
+        )
+
+
+def _check_scheduler(vllm_config: VllmConfig) -> None:
+    scheduler = vllm_config.scheduler_config
+    if scheduler.disable_hybrid_kv_cache_manager:
+        raise _refuse("disable_hybrid_kv_cache_manager", True, "valid is False")
+    if not scheduler.scheduler_reserve_full_isl:
+        # vLLM then asks for the pages of a first chunk alone.
+        raise _refuse(
+            "scheduler_reserve_full_isl",
+            False,
+            "admission would ignore a prompt's peak and growth_reserve; valid is True, "
+            "and growth_reserve 0 to reserve nothing for generated tokens",
+        )
+
+
 def _check_speculation(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     if vllm_config.speculative_config is None:
         return
@@ -142,8 +181,7 @@ def _check_features(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
     if cache.kv_sharing_fast_prefill:
         raise _refuse("kv_sharing_fast_prefill", True, "valid is False")
     _check_cache_dtype(cache.cache_dtype, vllm_config.use_v2_model_runner)
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        raise _refuse("disable_hybrid_kv_cache_manager", True, "valid is False")
+    _check_scheduler(vllm_config)
     if vllm_config.attention_config.hisparse_config is not None:
         raise _refuse("hisparse_config", "set", "valid is none")
 

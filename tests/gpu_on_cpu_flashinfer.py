@@ -7,7 +7,7 @@ CPU, but not the pages' numbers, which it takes from the GPU.
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,7 +30,13 @@ class PagedWrapper:
         if kv_layout not in ("NHD", "HND"):
             raise ValueError(f"kv_layout is {kv_layout!r}; valid: NHD, HND")
         self._kv_layout = kv_layout
+        self._int_workspace_buffer = SimpleNamespace()  # where it keeps its plan
         self.is_cuda_graph_enabled = use_cuda_graph
+
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: Tensor, int_workspace_buffer: Any
+    ) -> None:
+        self._int_workspace_buffer = int_workspace_buffer
 
     def _keep(
         self,
@@ -53,8 +59,9 @@ class PagedWrapper:
         lengths = get_seq_lens(indptr, last_page_len, page_size)
         assert seq_lens is None or torch.equal(seq_lens, lengths)
         assert len(qo_indptr) == len(indptr) == len(last_page_len) + 1
-        self._starts, self._pages = qo_indptr.tolist(), indptr.tolist()
-        self._lengths, self._indices = lengths.tolist(), indices
+        plan = self._int_workspace_buffer
+        plan.starts, plan.pages = qo_indptr.tolist(), indptr.tolist()
+        plan.lengths, self._indices = lengths.tolist(), indices
         self._num_heads = num_qo_heads, num_kv_heads
         self._page_size, self._causal = page_size, causal
         self._sm_scale, self._window_left = sm_scale, window_left
@@ -82,12 +89,13 @@ class PagedWrapper:
         num_qo_heads, num_kv_heads = self._num_heads
         shape = self._page_size, num_kv_heads
         assert all(cache.shape[1:3] == shape for cache in caches), "not the layout"
-        assert q.shape[:2] == out.shape[:2] == (self._starts[-1], num_qo_heads)
+        plan = self._int_workspace_buffer
+        assert q.shape[:2] == out.shape[:2] == (plan.starts[-1], num_qo_heads)
         window = self._window_left, -1
         form = Form(self._sm_scale, self._causal, window, self._logits_soft_cap, sinks)
-        for index, length in enumerate(self._lengths):
-            rows = slice(self._starts[index], self._starts[index + 1])
-            pages = self._indices[self._pages[index] : self._pages[index + 1]]
+        for index, length in enumerate(plan.lengths):
+            rows = slice(plan.starts[index], plan.starts[index + 1])
+            pages = self._indices[plan.pages[index] : plan.pages[index + 1]]
             key, value = (
                 read(cache, pages, length, scale)
                 for cache, scale in zip(caches, (k_scale, v_scale), strict=True)

@@ -124,6 +124,22 @@ def by_ray(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
     check_engine(config)
 
 
+def by_experts(**values: Any) -> Refuse:
+    """Refused for a mixture of experts whose rows are pruned."""
+
+    def refuse(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        config = engine_config(
+            llama, kv_policy="pyramid", kv_policy_config={"prune_from": 0}
+        )
+        for name, value in values.items():
+            patch.setattr(config.parallel_config, name, value)
+        check_engine(config)
+        patch.setattr(type(config.model_config), "is_moe", True)
+        check_engine(config)
+
+    return refuse
+
+
 def by_hisparse(llama: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
     config = engine_config(llama, kv_policy="pyramid")
     patch.setattr(VllmConfig, "use_v2_model_runner", False)  # it would ask for V2
@@ -165,10 +181,13 @@ REFUSALS: dict[str, Refuse] = {
     "kv_sharing_fast_prefill": by_config("cache_config", kv_sharing_fast_prefill=True),
     "kv_cache_dtype": by_config("cache_config", cache_dtype="fp8"),
     "disable_hybrid_kv_cache_manager": by_setting(disable_hybrid_kv_cache_manager=True),
+    "scheduler_reserve_full_isl": by_setting(scheduler_reserve_full_isl=False),
     "hisparse_config": by_hisparse,
     "enable_lora with prune_from": by_setting(
         enable_lora=True, kv_policy_config={"prune_from": 0}
     ),
+    "data_parallel_size with prune_from": by_experts(data_parallel_size=2),
+    "enable_expert_parallel with prune_from": by_experts(enable_expert_parallel=True),
     "scheduler_cls": by_setting(scheduler_cls="mine.Scheduler"),
     "worker_cls": by_setting(worker_cls="mine.Worker"),
     "additional_config": by_setting(additional_config={"kv_policy": "uniform"}),

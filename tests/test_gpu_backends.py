@@ -173,16 +173,30 @@ def run_graphs(model: str, backend: str) -> dict[str, Any]:
     groups = worker.model_runner.attn_groups
     builders = [g.get_metadata_builder() for part in groups for g in part]
     result["support"] = sorted(
-        {b.get_cudagraph_support(worker.vllm_config, None).name for b in builders}
+        {
+            b.get_cudagraph_support(worker.vllm_config, b.kv_cache_spec).name
+            for b in builders
+        }
         if backend == "TRITON_ATTN"
         else {"not asked"}
     )
+    if backend == "FLASHINFER":
+        result["wrappers"], result["workspaces"] = zip(
+            *map(_wrappers, builders), strict=True
+        )
     if backend == "TRITON_ATTN":
         result["faults"] = [_fault_of_windows(llm)]
         close(llm)
         llm = _engine(model, PYRAMIDINFER)
         result["faults"].append(_fault_of_queries(llm))
     return result
+
+
+def _wrappers(builder: Any) -> tuple[int, int]:
+    """Wrappers for captured graphs, and workspaces for their plans."""
+    wrappers = builder._decode_wrappers_cudagraph.values()
+    workspaces = {id(wrapper._int_workspace_buffer) for wrapper in wrappers}
+    return len(wrappers), len(workspaces)
 
 
 def _fault_of_windows(llm: Any) -> str:
@@ -233,6 +247,10 @@ def test_decode_steps_stay_in_graphs(
     # All but those that compute a prompt, the chunk of one token included.
     assert result["replays"] >= NUM_TOKENS - 2
     assert result["groups"] > 0
+    if backend == "FLASHINFER":
+        # Each takes 8 MiB on a GPU: one a tier, not one a tier and graph size.
+        assert min(result["wrappers"]) > 1
+        assert set(result["workspaces"]) == {1}
     if backend == "TRITON_ATTN":
         assert result["support"] == ["UNIFORM_BATCH"]
         windows, queries = result["faults"]

@@ -139,7 +139,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"kv_policy": "pyramyd"}, ["'pyramyd'", "none, pyramid, snapkv"]),
     ({"kv_policy": "pyramidinfer"}, ["'pyramidinfer'", "valid on this server"]),
     ({"kv_policy": 3}, ["kv_policy is 3"]),
-    ({"kv_retention": 1.5}, ["'retention' is 1.5", "less than or equal to 1"]),
+    ({"kv_retention": 1.5}, ["kv_retention is 1.5", "at most 1"]),
     ({"kv_retention": "half"}, ["kv_retention is 'half'", "above 0"]),
     ({"kv_policy": "none", "kv_retention": 0.5}, ["'none' keeps all"]),
 ]

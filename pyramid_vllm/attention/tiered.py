@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from pyramid_vllm.spec import TierAttentionSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 
 class TierMetadata(Protocol):
@@ -41,8 +47,6 @@ class TieredBuilder:
     Captured graphs need the lengths in the same buffer at capture and replay.
     """
 
-    # Otherwise the next tier would reuse this tier's lengths.
-    supports_update_block_table = False
     tiers: TierMetadata | None = None
     tier = -1
     kv_cache_spec: Any
@@ -85,13 +89,26 @@ class TieredBuilder:
             and getattr(built, "scheduler_metadata", None) is None
         )
 
+    def bind(self, tiers: TierMetadata, tier: int) -> None:
+        """Build the metadata of one tier from now on."""
+        self.tiers, self.tier = tiers, tier
+        # Otherwise the next tier would reuse this tier's lengths.
+        self.supports_update_block_table = False
+
     @classmethod
-    def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-        """At most decode steps: layers cannot score in a replayed prompt."""
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """In tiers at most decode steps: layers cannot score in a replayed prompt.
+
+        Layers of other specs may belong to an engine without a policy.
+        """
         stock: Any = super()
-        support: AttentionCGSupport = stock.get_cudagraph_support(*args, **kwargs)
-        most = AttentionCGSupport.UNIFORM_BATCH
-        return support if support.value < most.value else most
+        support: AttentionCGSupport
+        support = stock.get_cudagraph_support(vllm_config, kv_cache_spec)
+        if not isinstance(kv_cache_spec, TierAttentionSpec):
+            return support
+        return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda one: one.value)
 
 
 class TieredImpl:

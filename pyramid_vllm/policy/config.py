@@ -178,15 +178,23 @@ class PolicyConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _window_fits_retention(self) -> Self:
+    def _retention_agrees(self) -> Self:
+        self.check_retention()
+        return self
+
+    def check_retention(self) -> None:
+        """Check ``retention`` against the one setting that has to agree with it.
+
+        Raises:
+            ValueError: the recent window is larger.
+        """
         if self.fixes_decay or self.capacity is not None:
-            return self
+            return
         if self.recent_ratio >= self.retention:
             raise ValueError(
                 f"recent_ratio={self.recent_ratio} must be below "
                 f"retention={self.retention}: the recent window is always kept"
             )
-        return self
 
     @property
     def given_weights(self) -> tuple[float, ...] | None:

@@ -68,6 +68,27 @@ def resolve_policy(
     return validated(_over(settings, changes), source)
 
 
+def with_retention(policy: PolicyConfig, retention: float) -> PolicyConfig:
+    """The policy with another retention, which replaces a fixed decay.
+
+    The other settings are not validated again: requests ask for this as they arrive.
+
+    Args:
+        policy: a valid one.
+        retention: above 0 and at most 1.
+
+    Raises:
+        KVPolicyError: the recent window is larger than the retention.
+    """
+    changes = {"retention": retention, "prefill_decay_ratio": None}
+    changed = policy.model_copy(update=changes)
+    try:
+        changed.check_retention()
+    except ValueError as error:
+        raise KVPolicyError(f"KV policy '{policy.name}': {error}") from None
+    return changed
+
+
 def _settings(policy: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(policy, Mapping):
         return _inherit(dict(policy)), "given inline"

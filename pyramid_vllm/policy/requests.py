@@ -8,7 +8,12 @@ from pyramid_vllm.policy.config import PolicyConfig
 from pyramid_vllm.policy.errors import KVPolicyError
 from pyramid_vllm.policy.layouts import tier_layout
 from pyramid_vllm.policy.lengths import LengthRule
-from pyramid_vllm.policy.presets import NONE, preset_names, resolve_policy
+from pyramid_vllm.policy.presets import (
+    NONE,
+    preset_names,
+    resolve_policy,
+    with_retention,
+)
 from pyramid_vllm.policy.profiles import Weights, fitted
 from pyramid_vllm.policy.tiers import TierLayout
 
@@ -17,8 +22,11 @@ POLICY_ARG = "kv_policy"
 RETENTION_ARG = "kv_retention"
 #: Prompt lengths at which two policies are compared.
 _SAMPLES = (1, 100, 1000, 4096)
-#: Cached rules; bounded because clients may ask for any retention.
-_MAX_RULES = 256
+#: A request's retention is rounded to one of so many, so that clients who ask for
+#: ever new ones cannot have ever new rules made.
+RETENTIONS = 1000
+#: Cached rules: those of every retention, of the policies that clients use at once.
+_MAX_RULES = 4 * RETENTIONS
 
 #: Keeps every token: the policy of a request that asks for ``none``.
 KEEP_ALL = PolicyConfig(name=NONE, retention=1.0, steepness=0.0, min_context=0)
@@ -70,14 +78,18 @@ class RequestPolicies:
                 f"{POLICY_ARG} is {name!r}: valid on this server are "
                 f"{', '.join(sorted(self.valid))}"
             )
-        if retention is not None and (
-            isinstance(retention, bool) or not isinstance(retention, int | float)
+        if retention is None:
+            return self._rule(name, None)
+        if (
+            isinstance(retention, bool)
+            or not isinstance(retention, int | float)
+            or not 0 < retention <= 1
         ):
             raise KVPolicyError(
                 f"{RETENTION_ARG} is {retention!r}: valid is a number above 0 and "
                 "at most 1"
             )
-        return self._rule(name, retention)
+        return self._rule(name, max(1, round(retention * RETENTIONS)) / RETENTIONS)
 
     def _make_rule(self, name: str, retention: float | None) -> LengthRule:
         config = self.valid[name]
@@ -91,9 +103,7 @@ class RequestPolicies:
                     f"{RETENTION_ARG} is {retention}: {POLICY_ARG} '{name}' keeps "
                     f"capacity={config.capacity} tokens, whatever the prompt's length"
                 )
-            resolved = resolve_policy(config, {"retention": retention})
-            assert resolved is not None
-            config = resolved
+            config = with_retention(config, retention)
         rule = LengthRule(config, self.layout)
         rule.cache_lengths(1)  # not every budget can meet every retention
         return rule

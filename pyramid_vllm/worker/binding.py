@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from pyramid_vllm.kernels.spans import Attention
 from pyramid_vllm.policy import KVPolicyError, LengthRule
 from pyramid_vllm.worker.cache_group import CacheGroup, LayerConstants
 from pyramid_vllm.worker.layer import TieredLayer
+from pyramid_vllm.worker.scales import KeyScales, scale_of
 
 if TYPE_CHECKING:
     from pyramid_vllm.attention.access import KVAccess
@@ -40,7 +42,7 @@ def bind_builders(
     for group_id, tier in tier_of_group.items():
         for builder in builders_of(runner, group_id):
             assert isinstance(builder, TieredBuilder)
-            builder.tiers, builder.tier = step, tier
+            builder.bind(step, tier)
 
 
 class LayerBinder:
@@ -100,11 +102,12 @@ class LayerBinder:
         members.sort(key=extract_layer_index)
         constants = [self._constants(name) for name in members]
         tier = self._rule.layout.tier_of_layer[constants[0].index]
-        cache_group = CacheGroup(group_id, tier, constants, self._attention(members))
+        attention = self._attention(members, state)
+        cache_group = CacheGroup(group_id, tier, constants, attention)
         parts = []
         for place, (name, one) in enumerate(zip(members, constants, strict=True)):
             layer = self._context[name]
-            scale = _scale(layer, "_q_scale").view(1)
+            scale = partial(scale_of, layer, "_q_scale")
             part = TieredLayer(one, cache_group, place, state, scale)
             layer.impl.tier_layer = part
             parts.append(part)
@@ -131,8 +134,8 @@ class LayerBinder:
         )
         return LayerConstants(index, prunes_next, access.views(access.layer.kv_cache))
 
-    def _attention(self, names: Sequence[str]) -> Attention:
-        """What the attention of a group's layers is.
+    def _attention(self, names: Sequence[str], state: WorkerState) -> Attention:
+        """What the attention of a group's layers is; ``state`` keeps it current.
 
         Raises:
             KVPolicyError: they differ in what a launch has one value of.
@@ -151,26 +154,12 @@ class LayerBinder:
         ((scale, soft_cap, _),) = kinds
         sinks = [impl.sinks.detach() for impl in impls if impl.sinks is not None]
         device = layers[0].kv_cache.device
-        pointers = [_scale(layer, "_k_scale").data_ptr() for layer in layers]
+        key_scales = KeyScales(layers, device)
+        state.key_scales.append(key_scales)
         return Attention(
             scale=scale,
             logits_soft_cap=soft_cap,
             sink_logits=sinks or None,
             query_scale=torch.ones(1, dtype=torch.float32, device=device),
-            key_scales=torch.tensor(pointers, dtype=torch.int64, device=device),
+            key_scales=key_scales.addresses,
         )
-
-
-def _scale(layer: Any, name: str) -> torch.Tensor:
-    """A layer's factor of quantized tensors: one float32 on the device.
-
-    Raises:
-        KVPolicyError: it has one for each head.
-    """
-    scale: torch.Tensor = getattr(layer, name)
-    if scale.numel() != 1 or scale.dtype != torch.float32:
-        raise KVPolicyError(
-            f"kv_policy does not support {name} of {scale.numel()} {scale.dtype} "
-            "values: valid is one float32 factor of a layer"
-        )
-    return scale

@@ -168,6 +168,11 @@ class GeneratedQueries(QuerySlots):
     def check(self) -> None:
         """Check that queries were copied, by what the device has reported so far.
 
+        A step that compresses by wrong queries spoils the tokens of the next one. Its
+        own output is there only after its report, and this is called in between: no
+        spoiled token leaves the worker. A rank whose outputs nobody reads finds out
+        when it begins a later step.
+
         Raises:
             RuntimeError: groups were scored with queries of other tokens.
         """
@@ -220,7 +225,7 @@ class GeneratedQueries(QuerySlots):
     def verify(self, layers: torch.Tensor, spans: Spans, first: torch.Tensor) -> None:
         """Check that queries are those of the positions that are to score.
 
-        The result reaches the host while later steps run: ``check`` raises then.
+        The host does not wait for the result: ``check`` raises once it is there.
 
         Args:
             layers: ``[num_layers]``, int64.

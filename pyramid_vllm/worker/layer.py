@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ class TieredLayer:
         group: the layers that share its block table.
         place: its place among them.
         state: what the worker's layers share.
-        query_scale: ``[1]``, float32: factor of quantized queries.
+        query_scale: returns the factor of quantized queries: one float32.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class TieredLayer:
         group: CacheGroup,
         place: int,
         state: WorkerState,
-        query_scale: torch.Tensor,
+        query_scale: Callable[[], torch.Tensor],
     ) -> None:
         self.index, self.tier = constants.index, group.tier
         self.cache = constants.cache
@@ -42,8 +43,9 @@ class TieredLayer:
         self.group, self._place, self._state = group, place, state
         self._keys = group.keys.layer(place)
         self._query_scale = query_scale
-        self._no_scale = torch.ones_like(query_scale)
-        self._only = torch.zeros(1, dtype=torch.int64, device=query_scale.device)
+        device = query_scale().device
+        self._no_scale = torch.ones(1, dtype=torch.float32, device=device)
+        self._only = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def is_active(self) -> bool:
@@ -61,7 +63,9 @@ class TieredLayer:
                 that pad them.
         """
         step, state = self._state.step, self._state
-        scale = self._query_scale if query.dtype.itemsize == 1 else self._no_scale
+        scale = self._no_scale
+        if query.dtype.itemsize == 1:
+            scale = self._query_scale().view(1)
         if step.generated is not None:
             step.generated.write(self.index, self.tier, query, scale)
         if step.plan is None or not step.plan.num_prompt_tokens:

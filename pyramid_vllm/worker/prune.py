@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 
 from pyramid_vllm.policy import KVPolicyError
@@ -116,6 +117,9 @@ class RowPruner:
             step.row_offsets[tier],
             index,
         )
+        # Ranks add their rows up. Sums over ranks need not be the same on each of them
+        # to the last bit, and one rank with other rows would spoil those of all.
+        get_tp_group().broadcast(index)
         self._kept[tier + 1] = index
 
     @contextmanager

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyramid_vllm.policy import PolicyConfig
     from pyramid_vllm.worker.prune import RowPruner
     from pyramid_vllm.worker.record import KeptRecord
+    from pyramid_vllm.worker.scales import KeyScales
     from pyramid_vllm.worker.step import TierStep
 
 
@@ -32,6 +33,8 @@ class WorkerState:
     timer: CompactionTimer
     queries: QueryWindows = field(default_factory=QueryWindows)
     accumulated: AccumulatedScores = field(default_factory=AccumulatedScores)
+    key_scales: list[KeyScales] = field(default_factory=list)
+    """Of every cache group."""
     record: KeptRecord | None = None
     """Which tokens are held; None: not recorded."""
 
@@ -41,6 +44,9 @@ class WorkerState:
         self.accumulated.release(plan.released)
         if self.step.generated is not None:
             self.step.generated.release(plan.released)
+        if plan.windows or plan.generated:
+            for scales in self.key_scales:
+                scales.refresh()
         self.step.begin(plan)
         self.counters.num_scheduled += plan.num_prompt_tokens
 

@@ -274,11 +274,18 @@ class TieredWorker(RemoteCalls):
             )
         state.counters.finish(plan, num_freed)
         state.timer.end_step(has_compacted=bool(plan.compactions))
-        return with_times(output, state.timer)
+        return self._finished(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample; the output carries how long compactions took."""
         stock: Any = super()
-        output = stock.sample_tokens(*args, **kwargs)
+        return self._finished(stock.sample_tokens(*args, **kwargs))
+
+    def _finished(self, output: Any) -> Any:
+        """A step's output, which is checked before its tokens leave."""
         state = self.tier_state
-        return output if state is None else with_times(output, state.timer)
+        if state is None:
+            return output
+        generated = state.step.generated
+        check = None if generated is None else generated.check
+        return with_times(output, state.timer, check)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -99,12 +99,19 @@ class DeviceTimer:
 class _AsyncOutput(AsyncModelRunnerOutput):
     """A step's output that is not there yet, with times that are."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, times: tuple[float, ...]):
-        self._output, self._times = output, times
+    def __init__(
+        self,
+        output: AsyncModelRunnerOutput,
+        times: tuple[float, ...],
+        check: Callable[[], None] | None,
+    ):
+        self._output, self._times, self._check = output, times, check
 
     def get_output(self) -> ModelRunnerOutput:
-        """Wait for the output."""
+        """Wait for the output, and with it for all that the device did before it."""
         output = self._output.get_output()
+        if self._check is not None:
+            self._check()
         setattr(output, TIMES_ATTRIBUTE, self._times)
         return output
 
@@ -114,19 +121,25 @@ class _AsyncOutput(AsyncModelRunnerOutput):
         return output.get_kv_connector_output()
 
 
-def with_times(output: Any, timer: CompactionTimer) -> Any:
+def with_times(
+    output: Any, timer: CompactionTimer, check: Callable[[], None] | None = None
+) -> Any:
     """A step's output with the compaction times that are known by now.
 
     Args:
         output: of the runner; None where a later call returns it.
         timer: keeps its times where there is no output that could carry them.
+        check: raises if the device found the step at fault. Called once the output is
+            there, before its tokens leave the worker.
     """
     if output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
         return output
     times = timer.take()
-    if not times:
+    if not times and check is None:
         return output
     if isinstance(output, AsyncModelRunnerOutput):
-        return _AsyncOutput(output, times)
+        return _AsyncOutput(output, times, check)
+    if check is not None:
+        check()
     setattr(output, TIMES_ATTRIBUTE, times)
     return output

@@ -10,11 +10,15 @@ from pyramid_vllm.policy.errors import KVPolicyError
 _BISECTIONS = 50
 
 
+def _fall(shape: str, layer: int, num_layers: int) -> float:
+    """Fall from 1 in the first layer towards 0 after the last."""
+    depth = layer / num_layers
+    return (math.cos(math.pi * depth) + 1) / 2 if shape == "cosine" else 1 - depth
+
+
 def decay(shape: str, ratio: float, layer: int, num_layers: int) -> float:
     """Fall from 1 in the first layer towards ``ratio`` after the last."""
-    depth = layer / num_layers
-    left = (math.cos(math.pi * depth) + 1) / 2 if shape == "cosine" else 1 - depth
-    return (1 - ratio) * left + ratio
+    return (1 - ratio) * _fall(shape, layer, num_layers) + ratio
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,22 @@ class PyramidInferBudget(Budget):
                 low = middle
         return high
 
-    def _decays(self, ratio: float) -> list[float]:
-        """Fraction of its context that each layer passes to the next."""
+    @cached_property
+    def _falls(self) -> list[float | None]:
+        """The fall at each layer; None: the layer passes its whole context on."""
         num_layers = self.layout.num_layers
         interval = self.config.layerwise_downsample_interval
         return [
-            decay(self.config.shape, ratio, i, num_layers) if i % interval == 0 else 1.0
-            for i in range(num_layers)
+            _fall(self.config.shape, layer, num_layers)
+            if layer % interval == 0
+            else None
+            for layer in range(num_layers)
         ]
+
+    def _decays(self, ratio: float) -> list[float]:
+        """Fraction of its context that each layer passes to the next."""
+        rest = 1 - ratio
+        return [1.0 if fall is None else rest * fall + ratio for fall in self._falls]
 
     def _mean_context(self, ratio: float) -> float:
         """Mean fraction of the context that layers compute."""

@@ -1,19 +1,34 @@
 """One knob: the mean fraction of the prompt that layers keep."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from pyramid_vllm.policy.budgets.base import UNIT, Budget, as_units
 from pyramid_vllm.policy.errors import KVPolicyError
-
-_BISECTIONS = 60
 
 
 def _profile(shape: str, layer: int, num_layers: int) -> float:
     """Fall from almost 1 in the first layer to almost -1 in the last, mean 0."""
     depth = (layer + 0.5) / num_layers
     return math.cos(math.pi * depth) if shape == "cosine" else 1 - 2 * depth
+
+
+def growths(weights: tuple[float, ...], least: float, scale: float) -> list[float]:
+    """Each layer's growth by its weight, from ``least`` to 1 token for each token."""
+    return [min(1.0, max(least, scale * weight)) for weight in weights]
+
+
+@lru_cache(maxsize=16)
+def _totals(
+    weights: tuple[float, ...], least: float
+) -> tuple[list[float], list[float]]:
+    """Scales at which a layer's growth reaches a bound, ascending, and the sum of all
+    growths at each: between two of them it is linear. Requests with retentions of their
+    own differ in the sum alone."""
+    scales = sorted({bound / weight for weight in weights for bound in (least, 1.0)})
+    return scales, [sum(growths(weights, least, scale)) for scale in scales]
 
 
 @dataclass(frozen=True)
@@ -56,16 +71,13 @@ class RetentionBudget(Budget):
     def _weighted(self, weights: tuple[float, ...]) -> list[float]:
         """Growth of each layer by its weight, with mean ``retention``. No layer grows
         faster than the prompt or slower than its recent window."""
-        config, num_layers = self.config, self.layout.num_layers
-        low, high = 0.0, 1 / min(weights)
-        for _ in range(_BISECTIONS):
-            scale = (low + high) / 2
-            layers = [min(1.0, max(config.recent_ratio, scale * w)) for w in weights]
-            if sum(layers) > config.retention * num_layers:
-                high = scale
-            else:
-                low = scale
-        return [min(1.0, max(config.recent_ratio, high * w)) for w in weights]
+        least, wanted = self.config.recent_ratio, self.config.retention * len(weights)
+        scales, totals = _totals(weights, least)
+        place = min(len(scales) - 1, max(1, bisect_left(totals, wanted)))
+        low, high = scales[place - 1 : place + 1]
+        below, above = totals[place - 1 : place + 1]
+        share = (wanted - below) / (above - below) if above > below else 1.0
+        return growths(weights, least, low + (high - low) * share)
 
     def _not_rising(self, growth: tuple[int, ...]) -> tuple[int, ...]:
         """Return ``growth`` if pruning allows it: deeper tiers lack pruned rows.
