@@ -8,8 +8,9 @@ import triton.language as tl
 
 from pyramid_vllm.kernels.requests_triton import Spans, kernel, program_of
 
-#: Tokens that one program looks at together.
-_BLOCK = 4096
+#: Tokens that one program looks at together, of short prompts and of others: few
+#: sizes, because a kernel is compiled for each.
+_BLOCKS = (1024, 4096)
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def select(
         max_tokens: most tokens held of a request.
     """
     layers, groups = scores.shape[:2]
-    block = min(_BLOCK, max(16, triton.next_power_of_2(max_tokens)))
+    block = _BLOCKS[max_tokens > _BLOCKS[0]]
     _select_kernel[(layers * spans.num_requests * groups,)](
         scores, out, spans.num_held, spans.num_kept, spans.num_first, spans.num_recent,
         spans.column, spans.offset, spans.num_requests, *scores.stride()[:2],

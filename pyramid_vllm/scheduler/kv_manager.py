@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.request import Request
 
+    from pyramid_vllm.scheduler.in_flight import PromptsInFlight
     from pyramid_vllm.scheduler.lengths import TierLengths
 
 
@@ -24,10 +25,13 @@ class TierKVCacheManager(KVCacheManager):
     """
 
     lengths: TierLengths
+    in_flight: PromptsInFlight
     _rests_until: dict[str, int]
 
     @classmethod
-    def adopt(cls, manager: KVCacheManager, lengths: TierLengths) -> TierKVCacheManager:
+    def adopt(
+        cls, manager: KVCacheManager, lengths: TierLengths, in_flight: PromptsInFlight
+    ) -> TierKVCacheManager:
         """Make a scheduler's manager one of this class.
 
         vLLM's scheduler builds its manager itself and has no hook for another class.
@@ -35,6 +39,7 @@ class TierKVCacheManager(KVCacheManager):
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager.lengths, manager._rests_until = lengths, {}
+        manager.in_flight = in_flight
         return manager
 
     def allocate_slots(
@@ -52,6 +57,9 @@ class TierKVCacheManager(KVCacheManager):
         end = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
         if end <= self._rests_until.get(req_id, 0):
             return self.empty_kv_cache_blocks
+        end, is_new = end + num_new_computed_tokens, not request.num_computed_tokens
+        if is_new and not self.in_flight.admits(request, end):
+            return None
         allocated = super().allocate_slots(
             request,
             num_new_tokens,
@@ -61,6 +69,8 @@ class TierKVCacheManager(KVCacheManager):
             *args,
             **kwargs,
         )
+        if allocated is not None:
+            self.in_flight.follow(request, end, is_new)
         if (
             allocated is not None
             and request.num_computed_tokens >= request.num_prompt_tokens
@@ -100,10 +110,12 @@ class TierKVCacheManager(KVCacheManager):
 
     def free(self, request: Request) -> None:
         """See the stock method."""
+        self.in_flight.drop(request.request_id)
         self.wake(request.request_id)
         super().free(request)
 
     def pop_blocks_for_free(self, request: Request) -> Any:
         """See the stock method."""
+        self.in_flight.drop(request.request_id)
         self.wake(request.request_id)
         return super().pop_blocks_for_free(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -285,7 +285,8 @@ class CacheGroup:
         assert queries is not None
         queries.verify(self.indices, spans, oldest)
         shape = (num_layers, self.keys.like.shape[1], size)
-        scores = step.scratch.get("scores of generated", shape, torch.float32)
+        # Those of prompts are of no use any more.
+        scores = step.scratch.get(f"scores {self.group_id}", shape, torch.float32)
         step.kernels.score(
             config,
             self.attention,
@@ -315,5 +316,21 @@ def compress_generated(groups: Sequence[CacheGroup], state: WorkerState) -> None
     assert plan is not None
     for name in {window.policy for window in plan.generated}:
         windows = [window for window in plan.generated if window.policy == name]
-        for group in groups:
-            group.compress(windows, state.policies[name], state)
+        for part in _parts(windows, state.max_scores):
+            for group in groups:
+                group.compress(part, state.policies[name], state)
+
+
+def _parts(
+    windows: Sequence[GeneratedWindow], max_tokens: int
+) -> Iterator[list[GeneratedWindow]]:
+    """The windows, cut so that the requests of a part hold at most ``max_tokens``."""
+    part: list[GeneratedWindow] = []
+    num_tokens = 0
+    for window in windows:
+        if part and num_tokens + window.num_tokens > max_tokens:
+            yield part
+            part, num_tokens = [], 0
+        part.append(window)
+        num_tokens += window.num_tokens
+    yield part

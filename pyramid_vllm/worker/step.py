@@ -77,7 +77,7 @@ class TierStep:
         policies: Mapping[str, PolicyConfig],
         kernels: KernelSet,
     ) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         self.batch, self.kernels = adapter, kernels
         self.device: torch.device = runner.device
         self.scratch = Scratch(self.device)
@@ -194,7 +194,7 @@ class TierStep:
             inputs.tables,
             self.tier_lens[:, : inputs.num_padded],
             inputs.slots,
-            block_size=self._block_size,
+            block_size=self.block_size,
             num_rows=num_rows,
             row_starts=self.starts,
         )
