@@ -7,7 +7,7 @@ run nothing; everything else is the worker's own code. It needs a process of its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from pyramid_vllm.attention.layout import KVViews
 from pyramid_vllm.kernels import on_triton
 from pyramid_vllm.kernels.spans import Attention, BlockTables
+from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.spec import model_weights, request_policies, required_policy
 from pyramid_vllm.worker import cache_group, prune
 from pyramid_vllm.worker.cache_group import CacheGroup, LayerConstants
@@ -33,7 +34,6 @@ from pyramid_vllm.worker.runners.batch import Prepare, StepInputs
 from pyramid_vllm.worker.state import WorkerState
 from pyramid_vllm.worker.step import TierStep
 from pyramid_vllm.worker.timing import HostTimer
-from pyramid_vllm.limits import PromptLimits
 from tests.compiled_kernels import _Driver
 from tests.scheduling import scheduler_from
 
@@ -51,7 +51,9 @@ class Launches:
         triton.runtime.driver.set_active(_Driver(80))
         launches = self
 
-        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        def run(
+            kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any
+        ) -> None:
             _, keys, _, _, binder = kernel.device_caches[0]
             _, specialization, rest = binder(*args, **options)
             key = compute_cache_key(keys, specialization, rest)
@@ -265,8 +267,36 @@ def recorded_side(config: Any, num_blocks: int) -> tuple[Any, RecordedWorker]:
     return scheduler, RecordedWorker(config, scheduler)
 
 
-def tensors_held(worker: RecordedWorker) -> Iterator[torch.Tensor]:
-    """Queries, and scores that add up, of prompts in the middle."""
-    for store in (worker.state.queries, worker.state.accumulated):
-        for of_request in store._held.values():
-            yield from of_request.values()
+class Peaks:
+    """The most that a worker's buffers have held, after any step's layers.
+
+    Args:
+        worker: its steps are followed from now on.
+    """
+
+    def __init__(self, worker: RecordedWorker) -> None:
+        self._worker, self._execute = worker, worker.execute_model
+        self.found = dict.fromkeys(("requests", "held", "scores", "normalizers"), 0)
+        worker.execute_model = self._step  # type: ignore[method-assign]
+
+    def _step(self, output: Any) -> Any:
+        result = self._execute(output)
+        self.look()
+        return result
+
+    def look(self) -> None:
+        """Take what is held now."""
+        state = self._worker.state
+        stores = (state.queries._held, state.accumulated._held)
+        tensors = [
+            t for store in stores for held in store.values() for t in held.values()
+        ]
+        buffers = state.step.scratch._buffers.items()
+        norms = sum(part.nbytes for name, part in buffers if "normalizers" in name)
+        self._take("requests", sum(map(len, stores)))
+        self._take("held", sum(t.untyped_storage().nbytes() for t in tensors))
+        self._take("scores", state.step.scratch.num_bytes - norms)
+        self._take("normalizers", norms)
+
+    def _take(self, name: str, value: int) -> None:
+        self.found[name] = max(self.found[name], value)

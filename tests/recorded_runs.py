@@ -1,6 +1,7 @@
 """Runs of ``tests.recorded``, each in a process of its own.
 
-``python -m tests.recorded_runs NAME JSON`` writes what the run found, as JSON.
+``python -m tests.recorded_runs NAME JSON`` runs a function once for each of a list of
+arguments, and writes what it returned, as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from unittest import mock
 
 from pyramid_vllm.policy import KVPolicyError
 from pyramid_vllm.worker import warmup
-from tests.recorded import Launches, RecordedWorker, recorded_side
+from tests.recorded import Launches, Peaks, RecordedWorker, recorded_side
 from tests.scheduling import Driver, make_config, make_request
 
 LENGTHS = (1, 40, 129, 1025, 4097, 16385, 40000)
@@ -99,11 +100,67 @@ def sweep(model: str, policy: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-RUNS: dict[str, Callable[..., dict[str, Any]]] = {"sweep": sweep}
+def memory(
+    model: str,
+    policy: dict[str, Any],
+    settings: dict[str, Any],
+    requests: list[tuple[int, int, int]],
+    num_blocks: int = 60000,
+    cut: int | None = None,
+    fault: str | None = None,
+) -> dict[str, Any]:
+    """Run some requests; what buffers held at most, and what was counted for them.
+
+    Args:
+        model: its folder.
+        policy: of the engine.
+        settings: of the engine.
+        requests: of each its prompt, its output and the tokens that it shares.
+        num_blocks: pages of the pool.
+        cut: tokens of a chunk, as where encoder inputs end it early.
+        fault: what to take out: ``limits`` or ``parts``.
+    """
+    Launches().install()
+    config = make_config(model, policy, **(SETTINGS | settings))
+    scheduler, worker = recorded_side(config, num_blocks)
+    if cut is not None:
+        scheduler._reserve_prefill_lookahead = lambda _, __, num_new: min(cut, num_new)
+    if fault == "limits":
+        scheduler._pages.in_flight.admits = lambda *_: True
+    if fault == "parts":
+        worker.state.max_scores = 1 << 30
+    peaks, driver = Peaks(worker), Driver(scheduler, worker=worker)
+    for i, (prompt, output, shared) in enumerate(requests):
+        request = make_request(str(i), prompt, output, shared=shared)
+        scheduler.add_request(request)
+        if i == 0 and shared:
+            driver.step()  # others find its pages
+    most_scores = 0
+    while scheduler.has_requests():
+        plan = driver.step()
+        peaks.look()
+        tokens = sum(window.num_tokens for window in plan.windows)
+        most_scores = max(most_scores, tokens)
+    counted = worker.worker.prompt_buffers()
+    return {
+        "peaks": peaks.found | {"tokens": most_scores},
+        "counted": {
+            "requests": counted.limits.max_at_once,
+            "held": counted.held(),
+            "scores": counted.scores(),
+            "normalizers": counted.normalizers(),
+            "tokens": counted.limits.max_scores,
+        },
+        "max_cut": counted.limits.max_cut,
+    }
+
+
+RUNS: dict[str, Callable[..., dict[str, Any]]] = {"sweep": sweep, "memory": memory}
 
 
 def main() -> None:
-    print("\n" + json.dumps(RUNS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    found = [RUNS[sys.argv[1]](**arguments) for arguments in json.loads(sys.argv[2])]
+    print("\n" + json.dumps(found))
 
 
 if __name__ == "__main__":

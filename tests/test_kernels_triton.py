@@ -58,9 +58,7 @@ def test_scores_of_small_blocks(
 
 
 @pytest.mark.parametrize("kind", range(3))
-def test_scores_in_several_launches(
-    kind: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_in_several_launches(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where all normalizers of a step are more than fit."""
     monkeypatch.setattr(normalizer_triton, "MAX_NORMALIZERS", 1)
     requests = [scored(held, 19) for held in (1, 33, 90)]

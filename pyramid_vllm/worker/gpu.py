@@ -29,22 +29,27 @@ class PyramidGPUWorker(TieredWorker, Worker):
     def own_buffers(self) -> list[OwnBuffer]:
         """The policy's own buffers: those of prompts too."""
         model, scheduler = self.model_config, self.scheduler_config
-        # Of full attention: what other layers hold is not scored.
-        num_layers = num_full_attention_layers(model.hf_text_config)
-        weights = model_weights(self.vllm_config)
-        prompts = PromptBuffers(
-            policies=request_policies(self.kv_policy, num_layers, weights),
-            limits=PromptLimits.of(self.vllm_config),
-            layers=self.query_shape(1, 1),
-            num_kv_heads=model.get_num_kv_heads(self.parallel_config),
-            max_model_len=model.max_model_len,
-            max_chunk=max_chunk(self.vllm_config),
-            shares=bool(self.vllm_config.cache_config.enable_prefix_caching),
-        )
         threshold = scheduler.long_prefill_token_threshold
-        return super().own_buffers() + prompts.all(
+        return super().own_buffers() + self.prompt_buffers().all(
             f"max_num_seqs={scheduler.max_num_seqs}, "
             f"max_num_batched_tokens={scheduler.max_num_batched_tokens}, "
             f"long_prefill_token_threshold={threshold}, "
             f"max_model_len={model.max_model_len}"
+        )
+
+    def prompt_buffers(self) -> PromptBuffers:
+        """The buffers of prompts, each as large as it may become."""
+        model, config = self.model_config, self.vllm_config
+        # Of full attention: what other layers hold is not scored.
+        num_layers = num_full_attention_layers(model.hf_text_config)
+        return PromptBuffers(
+            policies=request_policies(
+                self.kv_policy, num_layers, model_weights(config)
+            ),
+            limits=PromptLimits.of(config),
+            layers=self.query_shape(1, 1),
+            num_kv_heads=model.get_num_kv_heads(self.parallel_config),
+            max_model_len=model.max_model_len,
+            max_chunk=max_chunk(config),
+            shares=bool(config.cache_config.enable_prefix_caching),
         )
