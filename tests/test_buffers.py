@@ -59,8 +59,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "generated tokens": {
         "policy": GENERATED,
-        "settings": SHORT,
-        "requests": [(130, 60, 0)] * 60,
+        "settings": SHORT | {"max_num_batched_tokens": 1024},
+        "requests": [(20, 80, 0)] * 60,
     },
     "replays": {
         "policy": {"base": "pyramidinfer"},
