@@ -135,10 +135,11 @@ class Requests:
 
 
 class _Layer(nn.Module):
-    def __init__(self, part: TieredLayer, heads: int, model: Any) -> None:
+    def __init__(
+        self, part: TieredLayer, heads: int, size: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.part, self._heads, self._dtype = part, heads, model.dtype
-        self._size = model.get_head_size()
+        self.part, self._heads, self._size, self._dtype = part, heads, size, dtype
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: Any
@@ -168,15 +169,18 @@ class RecordedWorker:
     Args:
         config: vLLM's, from ``tests.scheduling.make_config``.
         scheduler: of the same.
+        is_quantized: whether caches and queries are eight-bit floats.
     """
 
-    def __init__(self, config: Any, scheduler: Any) -> None:
+    def __init__(self, config: Any, scheduler: Any, is_quantized: bool = False) -> None:
         self.worker = worker = PyramidGPUWorker.__new__(PyramidGPUWorker)
         worker.vllm_config, worker.kv_policy = config, required_policy(config)
         worker.model_config = self._model = config.model_config
         worker.parallel_config = config.parallel_config
         worker.scheduler_config = config.scheduler_config
-        worker._attention = [SimpleNamespace(query_quant=None)]
+        quantizer = "any" if is_quantized else None
+        worker._attention = [SimpleNamespace(query_quant=quantizer)]
+        self._dtype = torch.float8_e4m3fn if is_quantized else self._model.dtype
         groups = scheduler.kv_cache_config.kv_cache_groups
         worker._tier_of_group = {
             i: group.kv_cache_spec.tier for i, group in enumerate(groups)
@@ -193,7 +197,8 @@ class RecordedWorker:
             self._bind(group_id, group)
         worker.tier_layers.sort(key=lambda layer: layer.index)
         heads = self._model.get_num_attention_heads(config.parallel_config)
-        layers = [_Layer(part, heads, self._model) for part in worker.tier_layers]
+        size = heads, self._model.get_head_size(), self._dtype
+        layers = [_Layer(part, *size) for part in worker.tier_layers]
         self._forward = _Model(layers)
         if self._rule.prunes:
             tiers = self._rule.layout.tier_of_layer
@@ -231,7 +236,7 @@ class RecordedWorker:
         for name in group.layer_names:
             index = int(name.split(".")[2])
             is_last = index + 1 < len(tiers) and tiers[index + 1] > tiers[index]
-            cache = KVViews(*torch.zeros(2, *shape, dtype=model.dtype))
+            cache = KVViews(*torch.zeros(2, *shape, dtype=self._dtype))
             constants.append(
                 LayerConstants(index, self._rule.prunes and is_last, cache)
             )
@@ -261,10 +266,12 @@ class RecordedWorker:
         return EMPTY_MODEL_RUNNER_OUTPUT
 
 
-def recorded_side(config: Any, num_blocks: int) -> tuple[Any, RecordedWorker]:
+def recorded_side(
+    config: Any, num_blocks: int, is_quantized: bool = False
+) -> tuple[Any, RecordedWorker]:
     """A scheduler, and the worker that runs its plans."""
     scheduler = scheduler_from(config, num_blocks)
-    return scheduler, RecordedWorker(config, scheduler)
+    return scheduler, RecordedWorker(config, scheduler, is_quantized)
 
 
 class Peaks:

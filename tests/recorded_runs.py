@@ -60,7 +60,9 @@ def _without(worker: RecordedWorker) -> dict[str, tuple[Any, str, Any]]:
     }
 
 
-def sweep(model: str, policy: dict[str, Any], dtype: str) -> dict[str, Any]:
+def sweep(
+    model: str, policy: dict[str, Any], dtype: str, is_quantized: bool
+) -> dict[str, Any]:
     """Warm up, then run every length under every policy.
 
     Returns:
@@ -70,7 +72,7 @@ def sweep(model: str, policy: dict[str, Any], dtype: str) -> dict[str, Any]:
     launches = Launches()
     launches.install()
     config = make_config(model, policy, dtype=dtype, **SETTINGS)
-    scheduler, worker = recorded_side(config, 60000)
+    scheduler, worker = recorded_side(config, 60000, is_quantized)
 
     def warm() -> set[tuple[str, str]]:
         kinds = worker.worker._query_kinds()

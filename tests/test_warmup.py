@@ -23,7 +23,7 @@ ENGINES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"base": "pyramidinfer", "prefill_decay_ratio": 0.5},
         _ALL | {"rows", "generated"},
     ),
-    "generation by head": (
+    "generation by head, eight bits": (
         {"base": "pyramid", "exceed_length_to_compress": 16, "recent": 16},
         _ALL | {"generated"},
     ),
@@ -32,11 +32,10 @@ ENGINES: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.fixture(scope="module")
 def swept(tiny_llama: str) -> dict[str, dict[str, Any]]:
+    kinds = (("float32", False), ("bfloat16", False), ("bfloat16", True))
     arguments = [
-        {"model": tiny_llama, "policy": policy, "dtype": dtype}
-        for dtype, (policy, _) in zip(
-            ("float32", "bfloat16", "bfloat16"), ENGINES.values(), strict=True
-        )
+        {"model": tiny_llama, "policy": policy, "dtype": dtype, "is_quantized": eight}
+        for (dtype, eight), (policy, _) in zip(kinds, ENGINES.values(), strict=True)
     ]
     return dict(zip(ENGINES, recorded("sweep", arguments), strict=True))
 

@@ -97,8 +97,7 @@ def _normalizer_kernel(  # type: ignore[no-untyped-def]
         total = total * tl.exp(largest - finite)
         total += tl.sum(tl.exp(logits - finite[:, None]), 1)
         largest = highest
-    result = tl.where(total > 0.0, total, 1.0)
-    result = largest + tl.log(result)
+    result = largest + tl.log(tl.where(total > 0.0, total, 1.0))
     at = out + (layer * num_requests + request) * out_request + head * out_head
     tl.store(at + tl.program_id(2) * out_split + m, result, mask=inside)
 

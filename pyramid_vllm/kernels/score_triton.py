@@ -104,9 +104,7 @@ def score(
     logits_soft_cap: float = 0.0, sink_logits: torch.Tensor | None = None,
     ring: int | None = None, scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
-    """``window_scores``, ``accumulated_scores`` or ``vote_scores``, by ``kind``.
-
-    On paged keys, by an online softmax that stores no attention.
+    """``window_scores``, ``accumulated_scores`` or ``vote_scores``, on paged keys.
 
     Args:
         query: ``[num_query_layers, num_rows, num_heads, head_size]``, any strides,
@@ -122,16 +120,13 @@ def score(
         query_scale: ``[1]``, float32: factor of quantized queries, else 1.
         key_scales: ``[num_layers]``, int64: address of each layer's float32 factor of
             its quantized keys, else of 1.
-        distance_weight: weight of the newest query, see ``window_scores``.
-        kind: which score.
+        distance_weight: weight of the newest query; next: which score.
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
         sink_logits: ``[num_layers, num_heads]``, what else shares in the attention.
         ring: rows of each request's ring of queries; None: its queries lie in order.
         scratch: memory that calls share; None: each allocates its own.
     """
-    scratch = scratch or Scratch(query.device)
-    constants = _constants(query, keys, max_queries)
-    constants["SOFT_CAP"] = bool(logits_soft_cap)
+    constants = _constants(query, keys, max_queries, bool(logits_soft_cap))
     blocks = triton.cdiv(max_columns, constants["BLOCK_N"])
     like, most = as_bytes(keys.like), max_requests(query, keys, max_queries)
     for first in range(0, spans.num_requests, most):
@@ -143,8 +138,9 @@ def score(
             block_table.stride(0),
         )  # fmt: skip
         norms = normalizers(
-            arguments, constants, max_queries, max_tokens, sink_logits, scratch
-        )
+            arguments, constants, max_queries, max_tokens, sink_logits,
+            scratch or Scratch(query.device),
+        )  # fmt: skip
         _score_kernel[(len(norms) * norms.shape[1], blocks)](
             *arguments, part.column, part.num_columns, part.offset, norms,
             *norms.stride()[:2], out, *out.stride()[:2], distance_weight, KIND=kind,
@@ -153,7 +149,7 @@ def score(
 
 
 def _constants(
-    query: torch.Tensor, keys: PagedLayers, max_queries: int
+    query: torch.Tensor, keys: PagedLayers, max_queries: int, has_soft_cap: bool
 ) -> dict[str, Any]:
     """What both kernels are compiled for."""
     heads, page, head_size = keys.like.shape[1:]
@@ -166,6 +162,7 @@ def _constants(
         "BLOCK_M": block_m, "BLOCK_N": block_n, "DTYPE": dtype,
         "Q_KIND": float_kind(query.dtype), "K_KIND": float_kind(keys.like.dtype),
         "ALIGNMENT": keys.alignment, "num_stages": 2, "num_warps": 8 if wide else 4,
+        "SOFT_CAP": has_soft_cap,
     }  # fmt: skip
 
 

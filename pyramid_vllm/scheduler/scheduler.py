@@ -77,11 +77,9 @@ class PyramidScheduler(AsyncScheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, TierBlockManager)
         ]
-        limits = PromptLimits.of(vllm_config)
+        in_flight = PromptsInFlight(PromptLimits.of(vllm_config), self.tier_lengths)
         self._pages = TierKVCacheManager.adopt(
-            self.kv_cache_manager,
-            self.tier_lengths,
-            PromptsInFlight(limits, self.tier_lengths),
+            self.kv_cache_manager, self.tier_lengths, in_flight
         )
         self._reserve = self._make_reserve(policies)
         for manager in self.tier_managers:
