@@ -303,9 +303,15 @@ def test_float8_caches(tiny_llama: str) -> None:
 def test_the_gpu_worker_sets_its_buffers_aside() -> None:
     """For Llama-3-8B's shape these are scores, and queries of a prompt that is cut."""
     worker = PyramidGPUWorker.__new__(PyramidGPUWorker)
-    worker.kv_policy = resolve_policy("pyramid-by-depth", {"queries": 256})
+    worker.kv_policy = resolve_policy("pyramid-by-depth", {"queries": 256, "tiers": 4})
     worker.parallel_config = None
-    worker.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
+    worker.scheduler_config = SimpleNamespace(
+        max_num_seqs=64,
+        max_num_batched_tokens=8192,
+        max_num_scheduled_tokens=None,
+        long_prefill_token_threshold=0,
+        enable_chunked_prefill=True,
+    )
     worker.model_config = SimpleNamespace(
         max_model_len=8192,
         dtype=torch.bfloat16,
@@ -314,6 +320,16 @@ def test_the_gpu_worker_sets_its_buffers_aside() -> None:
         get_num_attention_heads=lambda _: 32,
         get_head_size=lambda: 128,
     )
-    scores = 3 * 4 * 32 * 8 * 16384
-    queries = 2 * 32 * 256 * 32 * 128 * 2
-    assert worker.own_bytes() == scores + queries
+    worker.vllm_config = SimpleNamespace(
+        model_config=worker.model_config,
+        scheduler_config=worker.scheduler_config,
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+    )
+    # A prompt that is cut ends and another one begins, in each layer and in one more
+    # twice.
+    queries = 2 * (32 + 2) * 256 * 32 * 128 * 2
+    # Four groups of eight layers, pooled scores and indices; means and rows.
+    scores = 4 * 16384 * ((4 + 2) * 8 * 8 + 2 * 8 + 1)
+    normalizers = 2 * 4 * (1 << 23)
+    buffers = worker.own_buffers()
+    assert [b.num_bytes for b in buffers] == [queries, scores, 0, normalizers]

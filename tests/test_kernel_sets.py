@@ -156,8 +156,7 @@ def test_compaction_into_other_pages(is_ordered: bool) -> None:
         cache = Cache(Shape(), requests)
         kept = torch.zeros(2, 2, cache.num_scores, dtype=torch.int32)
         start = cache.offsets[0]
-        kept[..., start : start + 16] = torch.arange(16)
-        kept[..., start + 16 : start + 40] = torch.arange(18, 90, 3)
+        kept[..., start : start + 24] = torch.arange(18, 90, 3)
         before = [cache.tokens(layer, 0).clone() for layer in range(2)]
         targets = torch.full((2, 6), -1, dtype=torch.int32)
         pages = cache.block_ids(1)[:2] if is_ordered else cache.block_ids(0)[-2:]

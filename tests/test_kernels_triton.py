@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyramid_vllm.kernels import score_triton, select_triton
+from pyramid_vllm.kernels import normalizer_triton, score_triton, select_triton
 from pyramid_vllm.kernels.compact_triton import compact_pages
 from pyramid_vllm.kernels.requests_triton import INTERPRETED, PagedLayers
 from tests.parity.cases import all_cases, some_of
@@ -51,7 +51,16 @@ def test_scores_of_small_blocks(
 ) -> None:
     """As on a GPU, there are many blocks of rows, and keys are split."""
     monkeypatch.setattr(score_triton, "_sizes", lambda *_: sizes[:2])
-    monkeypatch.setattr(score_triton, "_split", lambda *_: sizes[2])
+    monkeypatch.setattr(normalizer_triton, "_split", lambda *_: sizes[2])
+    requests = [scored(held, 19) for held in (1, 33, 90)]
+    compared = compare_scores(Scoring(Shape(1), 3, kind, distance_weight=1.0), requests)
+    assert compared.is_same, compared
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_scores_in_several_launches(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where all normalizers of a step are more than fit."""
+    monkeypatch.setattr(normalizer_triton, "MAX_NORMALIZERS", 1)
     requests = [scored(held, 19) for held in (1, 33, 90)]
     compared = compare_scores(Scoring(Shape(1), 3, kind, distance_weight=1.0), requests)
     assert compared.is_same, compared
@@ -59,7 +68,7 @@ def test_scores_of_small_blocks(
 
 @pytest.mark.parametrize("block", [16, 64])
 def test_selection_in_small_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_triton, "_BLOCK", block)
+    monkeypatch.setattr(select_triton, "_BLOCKS", (block, block))
     requests = [
         Request(held, kept, kept // 3, kept // 4)
         for held in (16, 33, 65, 100)

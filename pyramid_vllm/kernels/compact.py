@@ -85,5 +85,5 @@ def _moved(spans: Spans) -> tuple[torch.Tensor, ...]:
     request = torch.repeat_interleave(counts)
     begin = (counts.cumsum(0) - counts)[request]
     place = torch.arange(len(request)) - begin + first[request]
-    index = spans.offset.long()[request] + place
+    index = (spans.offset.long() - first)[request] + place
     return spans.row.long()[request], request, place, index

@@ -48,13 +48,14 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
     else:
         pages = layer_pointer(values, layer, like, ALIGNMENT)
     request_table = table + tl.load(row + request).to(tl.int64) * table_stride
-    sources = kept + layer * kept_layer + tl.load(offset + request)
+    skipped = tl.load(column + request)
+    sources = kept + layer * kept_layer + tl.load(offset + request) - skipped
     sources += (head % GROUPS) * kept_group
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     between = (layer * 2 + tl.program_id(1)) * HEADS + head
-    between = between * num_slots + tl.load(offset + request)
+    between = between * num_slots + tl.load(offset + request) - skipped
     # What lies in shared pages stays where it is.
-    for start in range(tl.load(column + request), count, BLOCK_T):
+    for start in range(skipped, count, BLOCK_T):
         target = start + tl.arange(0, BLOCK_T)
         inside = target < count
         mask = inside[:, None] & (dims[None, :] < D)

@@ -205,8 +205,8 @@ def select(
         kept = keep_best(
             middle.flatten(0, 1), span.num_kept, span.num_first, span.num_held
         )
-        to = slice(span.offset, span.offset + span.num_kept)
-        out[..., to] = kept.view(*middle.shape[:-1], -1)
+        to = slice(span.offset, span.offset + span.num_kept - span.column)
+        out[..., to] = kept[:, span.column :].view(*middle.shape[:-1], -1)
 
 
 def compact(

@@ -39,7 +39,9 @@ _OF_A_STEP = [
     "score_layer", "score_group", "out_layer", "out_group", "out_head",
     "out_request", "out_split", "norm_request", "norm_head", "layer_stride",
     "head_stride", "addresses", "keys", "values", "layers", "key_scales",
-    "query_scale", "tags",
+    "query_scale", "tags", "split", "num_splits", "rows", "partial", "sinks",
+    "part_batch", "part_head", "part_split", "out_batch", "tier_of_group", "tables",
+    "table_strides", "tier_lens", "slots", "page", "lens_stride", "slots_stride",
 ]  # fmt: skip
 kernel = partial(triton.jit, do_not_specialize=_OF_A_STEP)
 

@@ -8,7 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from pyramid_vllm.kernels.normalizer_triton import combine
+from pyramid_vllm.kernels.normalizer_triton import (
+    load_queries,
+    logits_of,
+    max_requests,
+    normalizers,
+    scale_of,
+)
 from pyramid_vllm.kernels.norms_triton import score_key_norms
 from pyramid_vllm.kernels.pool_triton import pool_scores
 from pyramid_vllm.kernels.requests_triton import (
@@ -16,7 +22,6 @@ from pyramid_vllm.kernels.requests_triton import (
     PagedLayers,
     Spans,
     as_bytes,
-    as_float,
     float_kind,
     kernel,
     layer_pointer,
@@ -36,86 +41,6 @@ __all__ = [
 
 #: What a token's score is of the attention that it gets.
 ATTENTION, ACCUMULATED, VOTES = range(3)
-
-
-@triton.jit
-def _queries(  # type: ignore[no-untyped-def]
-    query, start, ring_start, ring, places, heads, dims, inside, sr, sh, sd,
-    D: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """``[rows, dims]`` of the queries that are ``places`` newer than the oldest one."""
-    row = start + (ring_start + places) % ring
-    at = query + row.to(tl.int64) * sr + heads * sh
-    mask = inside[:, None] & (dims[None, :] < D)
-    queries = tl.load(at[:, None] + dims[None, :] * sd, mask=mask, other=0)
-    return as_float(queries, KIND)
-
-
-@triton.jit
-def _logits(q, k, scale, soft_cap, DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    logits = tl.dot(q.to(DTYPE), k.to(DTYPE), input_precision="tf32x3") * scale
-    if SOFT_CAP:
-        # tanh, from what Triton has everywhere; beyond 20 it is 1.
-        capped = tl.minimum(logits / soft_cap, 20.0)
-        logits = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * capped) + 1.0))
-    return logits
-
-
-@kernel
-def _normalizer_kernel(  # type: ignore[no-untyped-def]
-    query, addresses, like, table, row, query_start, ring_start, num_queries, num_held,
-    layers, query_scale, key_scales, num_requests, ring, scale, soft_cap,
-    ql, qr, qh, qd, sb, sh, st, sd, table_stride, out, out_request, out_head, out_split,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr,
-    Q_KIND: tl.constexpr, K_KIND: tl.constexpr, ALIGNMENT: tl.constexpr,
-):  # fmt: skip
-    """Log of the sum of exponentials, over the tokens of one split of the keys."""
-    layer, request, head = program_of(num_requests, HEADS)
-    count = tl.load(num_queries + request)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tl.program_id(1) * BLOCK_M >= count * GROUP:
-        return
-    held = tl.load(num_held + request)
-    place, dims = m // GROUP, tl.arange(0, BLOCK_D)
-    inside = place < count
-    pages = layer_pointer(addresses, layer, like, ALIGNMENT)
-    scale = scale * tl.load(query_scale) * _scale_of(key_scales, layer)
-    q = _queries(
-        query + tl.load(layers + layer) * ql, tl.load(query_start + request),
-        tl.load(ring_start + request), ring, place, head * GROUP + m % GROUP, dims,
-        inside, qr, qh, qd, D, Q_KIND,
-    )  # fmt: skip
-    request_table = table + tl.load(row + request).to(tl.int64) * table_stride
-    seen = held - count + place + 1
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    first = tl.program_id(2) * SPLIT
-    for start in range(first, tl.minimum(first + SPLIT, held), BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N)
-        k = load_keys(
-            pages, request_table, tokens, held, head, dims, sb, sh, st, sd, PAGE, D,
-            K_KIND,
-        )  # fmt: skip
-        logits = _logits(q, k, scale, soft_cap, DTYPE, SOFT_CAP)
-        logits = tl.where(tokens[None, :] < seen[:, None], logits, float("-inf"))
-        highest = tl.maximum(largest, tl.max(logits, 1))
-        # Rows that see no token yet must not take infinity from infinity.
-        finite = tl.where(highest == float("-inf"), 0.0, highest)
-        total = total * tl.exp(largest - finite)
-        total += tl.sum(tl.exp(logits - finite[:, None]), 1)
-        largest = highest
-    result = tl.where(total > 0.0, total, 1.0)
-    result = largest + tl.log(result)
-    at = out + (layer * num_requests + request) * out_request + head * out_head
-    tl.store(at + tl.program_id(2) * out_split + m, result, mask=inside)
-
-
-@triton.jit
-def _scale_of(scales, layer):  # type: ignore[no-untyped-def]
-    """A layer's factor of its quantized keys, read from its address."""
-    return tl.load(tl.load(scales + layer).to(tl.pointer_type(tl.float32)))
 
 
 @kernel
@@ -138,7 +63,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     held = tl.load(num_held + request)
     tokens, dims = tl.load(column + request) + n, tl.arange(0, BLOCK_D)
     pages = layer_pointer(addresses, layer, like, ALIGNMENT)
-    scale = scale * tl.load(query_scale) * _scale_of(key_scales, layer)
+    scale = scale * tl.load(query_scale) * scale_of(key_scales, layer)
     request_table = table + tl.load(row + request).to(tl.int64) * table_stride
     k = load_keys(
         pages, request_table, tokens, held, head, dims, sb, sh, st, sd, PAGE, D, K_KIND
@@ -153,12 +78,12 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         m = begin + tl.arange(0, BLOCK_M)
         place = m // GROUP
         inside = place < count
-        q = _queries(
+        q = load_queries(
             query + tl.load(layers + layer) * ql, start, ring_first, ring, place,
             head * GROUP + m % GROUP, dims, inside, qr, qh, qd, D, Q_KIND,
         )  # fmt: skip
         norm = tl.load(norms + head * norm_head + m, mask=inside, other=float("inf"))
-        logits = _logits(q, k, scale, soft_cap, DTYPE, SOFT_CAP)
+        logits = logits_of(q, k, scale, soft_cap, DTYPE, SOFT_CAP)
         seen = held - count + place + 1
         share = tl.exp(logits - norm[:, None])
         share = tl.where(tokens[None, :] < seen[:, None], share, 0.0)
@@ -179,9 +104,7 @@ def score(
     logits_soft_cap: float = 0.0, sink_logits: torch.Tensor | None = None,
     ring: int | None = None, scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
-    """``window_scores``, ``accumulated_scores`` or ``vote_scores``, by ``kind``.
-
-    On paged keys, by an online softmax that stores no attention.
+    """``window_scores``, ``accumulated_scores`` or ``vote_scores``, on paged keys.
 
     Args:
         query: ``[num_query_layers, num_rows, num_heads, head_size]``, any strides,
@@ -197,34 +120,36 @@ def score(
         query_scale: ``[1]``, float32: factor of quantized queries, else 1.
         key_scales: ``[num_layers]``, int64: address of each layer's float32 factor of
             its quantized keys, else of 1.
-        distance_weight: weight of the newest query, see ``window_scores``.
-        kind: which score.
+        distance_weight: weight of the newest query; next: which score.
         logits_soft_cap: ``cap * tanh(logits / cap)`` where it is not 0.
         sink_logits: ``[num_layers, num_heads]``, what else shares in the attention.
         ring: rows of each request's ring of queries; None: its queries lie in order.
         scratch: memory that calls share; None: each allocates its own.
     """
-    like, constants = as_bytes(keys.like), _constants(query, keys, max_queries)
-    arguments = (
-        as_bytes(query), keys.addresses, like, block_table, *spans[:5], query_layers,
-        query_scale, key_scales, spans.num_requests, ring or 1 << 30, scale,
-        logits_soft_cap or 1.0, *query.stride(), *like.stride(), block_table.stride(0),
-    )  # fmt: skip
-    constants["SOFT_CAP"] = bool(logits_soft_cap)
-    norms = _normalizer(
-        arguments, constants, max_queries, max_tokens, sink_logits,
-        scratch or Scratch(query.device),
-    )  # fmt: skip
+    constants = _constants(query, keys, max_queries, bool(logits_soft_cap))
     blocks = triton.cdiv(max_columns, constants["BLOCK_N"])
-    _score_kernel[(len(norms) * norms.shape[1], blocks)](
-        *arguments, spans.column, spans.num_columns, spans.offset, norms,
-        *norms.stride()[:2], out, *out.stride()[:2], distance_weight, KIND=kind,
-        **constants,
-    )  # fmt: skip
+    like, most = as_bytes(keys.like), max_requests(query, keys, max_queries)
+    for first in range(0, spans.num_requests, most):
+        part = Spans(*(column[first : first + most] for column in spans))
+        arguments = (
+            as_bytes(query), keys.addresses, like, block_table, *part[:5], query_layers,
+            query_scale, key_scales, part.num_requests, ring or 1 << 30, scale,
+            logits_soft_cap or 1.0, *query.stride(), *like.stride(),
+            block_table.stride(0),
+        )  # fmt: skip
+        norms = normalizers(
+            arguments, constants, max_queries, max_tokens, sink_logits,
+            scratch or Scratch(query.device),
+        )  # fmt: skip
+        _score_kernel[(len(norms) * norms.shape[1], blocks)](
+            *arguments, part.column, part.num_columns, part.offset, norms,
+            *norms.stride()[:2], out, *out.stride()[:2], distance_weight, KIND=kind,
+            **constants,
+        )  # fmt: skip
 
 
 def _constants(
-    query: torch.Tensor, keys: PagedLayers, max_queries: int
+    query: torch.Tensor, keys: PagedLayers, max_queries: int, has_soft_cap: bool
 ) -> dict[str, Any]:
     """What both kernels are compiled for."""
     heads, page, head_size = keys.like.shape[1:]
@@ -237,35 +162,8 @@ def _constants(
         "BLOCK_M": block_m, "BLOCK_N": block_n, "DTYPE": dtype,
         "Q_KIND": float_kind(query.dtype), "K_KIND": float_kind(keys.like.dtype),
         "ALIGNMENT": keys.alignment, "num_stages": 2, "num_warps": 8 if wide else 4,
+        "SOFT_CAP": has_soft_cap,
     }  # fmt: skip
-
-
-def _normalizer(
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-    max_queries: int,
-    max_tokens: int,
-    sink_logits: torch.Tensor | None,
-    scratch: Scratch,
-) -> torch.Tensor:
-    """Log of the sum of exponentials, of each query.
-
-    Returns:
-        ``[num_layers * num_requests, num_kv_heads, max_queries * group]``
-    """
-    addresses, row = arguments[1], arguments[4]
-    heads, group = constants["HEADS"], constants["GROUP"]
-    batch, rows = len(addresses) * len(row), max_queries * group
-    split = _split(max_tokens, rows)
-    shape = (batch, heads, triton.cdiv(max_tokens, split), rows)
-    partial = scratch.get("parts of normalizers", shape, torch.float32)
-    blocks = triton.cdiv(rows, constants["BLOCK_M"])
-    _normalizer_kernel[(batch * heads, blocks, shape[2])](
-        *arguments, partial, *partial.stride()[:3], SPLIT=split, **constants
-    )
-    out = scratch.get("normalizers", (batch, heads, rows), torch.float32)
-    combine(partial, out, len(row), group, sink_logits)
-    return out
 
 
 def _sizes(head_size: int, wide: bool, rows: int) -> tuple[int, int]:
@@ -275,13 +173,6 @@ def _sizes(head_size: int, wide: bool, rows: int) -> tuple[int, int]:
     most = max(16, min(64, 8192 // (head_size * (2 if wide else 1))))
     most = 1 << most.bit_length() - 1
     return max(16, min(most, triton.next_power_of_2(rows))), most
-
-
-def _split(max_tokens: int, rows: int) -> int:
-    """Tokens of a split: they give few requests enough programs."""
-    if INTERPRETED:
-        return 1 << 30
-    return 512 if max_tokens * rows < 1 << 24 else 4096
 
 
 def _dot_dtype(query: torch.dtype, key: torch.dtype) -> tl.dtype:

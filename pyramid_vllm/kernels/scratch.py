@@ -6,6 +6,17 @@ import math
 
 import torch
 
+#: Most normalizers of attention that a launch computes at once, and most parts of
+#: them, whatever it scores; one request may have more.
+MAX_NORMALIZERS = 1 << 23
+
+
+def room(size: int) -> int:
+    """Elements of the buffer that ``Scratch`` makes for ``size``: up to an eighth more,
+    or every longer prompt would allocate."""
+    step = 1 << max(0, (size - 1).bit_length() - 4)
+    return -(-size // step) * step
+
 
 class Scratch:
     """Buffers by name, as large as the largest use of them so far.
@@ -20,6 +31,11 @@ class Scratch:
         self._device = device
         self._buffers: dict[str, torch.Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
     def get(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
@@ -33,8 +49,9 @@ class Scratch:
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            # Rounded up, or every longer prompt would allocate.
-            room = 1 << max(0, size - 1).bit_length()
-            buffer = torch.zeros(room, dtype=dtype, device=self._device)
+            # The smaller one goes first: both together were not budgeted.
+            buffer = None
+            self._buffers.pop(name, None)
+            buffer = torch.zeros(room(size), dtype=dtype, device=self._device)
             self._buffers[name] = buffer
         return buffer[:size].view(shape)

@@ -8,8 +8,9 @@ import triton.language as tl
 
 from pyramid_vllm.kernels.requests_triton import Spans, kernel, program_of
 
-#: Tokens that one program looks at together.
-_BLOCK = 4096
+#: Tokens that one program looks at together, of short prompts and of others: few
+#: sizes, because a kernel is compiled for each.
+_BLOCKS = (1024, 4096)
 
 
 @triton.jit
@@ -69,7 +70,8 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     wanted = kept - (held - count)
     begin = tl.load(offset + request)
     at = layer * score_layer + group * score_group + begin
-    at += first - tl.load(column + request)
+    skipped = tl.load(column + request)
+    at += first - skipped
     to = out + layer * out_layer + group * out_group + begin
     threshold, better, equal = _threshold(scores, at, count, wanted, SINGLE, BLOCK)
     # Of equal scores the newest stay.
@@ -86,7 +88,8 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         best = (key > threshold) | ((ties == 1) & (rank > dropped))
         stays = tl.where(middle, best, token < held).to(tl.int32)
         slot = num_out + tl.cumsum(stays, 0) - 1
-        tl.store(to + slot, token, mask=stays == 1)
+        # All tokens before the first one that has a score stay: they are not written.
+        tl.store(to + slot - skipped, token, mask=(stays == 1) & (slot >= skipped))
         num_out += tl.sum(stays, 0)
         num_equal += tl.sum(ties, 0)
 
@@ -104,13 +107,14 @@ def select(
         scores: ``[num_layers, num_groups, num_scores]``, float32, last dimension
             contiguous; a group is a layer or a KV head.
         out: ``[num_layers, num_groups, num_scores]``, int32, last dimension
-            contiguous: a request's kept tokens, from its ``offset`` on.
+            contiguous: a request's kept tokens from ``column`` on, from its
+            ``offset`` on; those before ``column`` stay.
         spans: the requests; read are ``num_held``, ``num_kept``, ``num_first``,
             ``num_recent``, ``column`` and ``offset``.
         max_tokens: most tokens held of a request.
     """
     layers, groups = scores.shape[:2]
-    block = min(_BLOCK, max(16, triton.next_power_of_2(max_tokens)))
+    block = _BLOCKS[max_tokens > _BLOCKS[0]]
     _select_kernel[(layers * spans.num_requests * groups,)](
         scores, out, spans.num_held, spans.num_kept, spans.num_first, spans.num_recent,
         spans.column, spans.offset, spans.num_requests, *scores.stride()[:2],

@@ -37,7 +37,8 @@ class Spans(NamedTuple):
     num_columns: torch.Tensor
     """Tokens that have a score."""
     offset: torch.Tensor
-    """Place of its first score, and of its first kept index."""
+    """Place of its first score, and of the first index that is kept from ``column``
+    on: all tokens before that stay."""
 
     @classmethod
     def of(cls, buffer: torch.Tensor) -> Spans:

@@ -59,6 +59,11 @@ class RequestPolicies:
         self._rule: Callable[[Any, Any], LengthRule]
         self._rule = lru_cache(_MAX_RULES)(self._make_rule)
 
+    @property
+    def evicting(self) -> list[PolicyConfig]:
+        """The valid policies that may evict tokens."""
+        return [config for config in self.valid.values() if config is not KEEP_ALL]
+
     def rule_for(self, extra_args: Mapping[str, Any] | None) -> LengthRule:
         """The counts of a request.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
+    from pyramid_vllm.scheduler.in_flight import PromptsInFlight
     from pyramid_vllm.scheduler.lengths import TierLengths
 
 
@@ -27,10 +28,13 @@ class TierKVCacheManager(KVCacheManager):
     """
 
     lengths: TierLengths
+    in_flight: PromptsInFlight
     _rests_until: dict[str, int]
 
     @classmethod
-    def adopt(cls, manager: KVCacheManager, lengths: TierLengths) -> TierKVCacheManager:
+    def adopt(
+        cls, manager: KVCacheManager, lengths: TierLengths, in_flight: PromptsInFlight
+    ) -> TierKVCacheManager:
         """Make a scheduler's manager one of this class.
 
         vLLM's scheduler builds its manager itself and has no hook for another class.
@@ -38,6 +42,7 @@ class TierKVCacheManager(KVCacheManager):
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager.lengths, manager._rests_until = lengths, {}
+        manager.in_flight = in_flight
         return manager
 
     def allocate_slots(
@@ -55,6 +60,9 @@ class TierKVCacheManager(KVCacheManager):
         end = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
         if end <= self._rests_until.get(req_id, 0):
             return self.empty_kv_cache_blocks
+        end, is_new = end + num_new_computed_tokens, not request.num_computed_tokens
+        if is_new and not self.in_flight.admits(request, end):
+            return None
         allocated = super().allocate_slots(
             request,
             num_new_tokens,
@@ -64,6 +72,8 @@ class TierKVCacheManager(KVCacheManager):
             *args,
             **kwargs,
         )
+        if allocated is not None:
+            self.in_flight.follow(request, end, is_new)
         if (
             allocated is not None
             and request.num_computed_tokens >= request.num_prompt_tokens
@@ -103,6 +113,7 @@ class TierKVCacheManager(KVCacheManager):
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """Release a request's pages, in the order of their tokens."""
+        self.in_flight.drop(request.request_id)
         self._rests_until.pop(request.request_id, None)
         return by_position(
             manager.pop_blocks_for_free(request.request_id)

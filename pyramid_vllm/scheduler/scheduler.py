@@ -12,6 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
+from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.metrics.config import reaches_plugins
 from pyramid_vllm.plan import PromptWindow, StepPlan, attach_plan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
@@ -22,6 +23,7 @@ from pyramid_vllm.scheduler.block_manager import (
     register_spec,
 )
 from pyramid_vllm.scheduler.chunks import ChunkEnds
+from pyramid_vllm.scheduler.in_flight import PromptsInFlight
 from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.kv_manager import TierKVCacheManager
 from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
@@ -79,7 +81,10 @@ class PyramidScheduler(AsyncScheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, TierBlockManager)
         ]
-        self._pages = TierKVCacheManager.adopt(self.kv_cache_manager, self.tier_lengths)
+        in_flight = PromptsInFlight(PromptLimits.of(vllm_config), self.tier_lengths)
+        self._pages = TierKVCacheManager.adopt(
+            self.kv_cache_manager, self.tier_lengths, in_flight
+        )
         self._reserve = self._make_reserve(policies)
         for manager in self.tier_managers:
             manager.lengths = self.tier_lengths
@@ -204,6 +209,7 @@ class PyramidScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step and attach its plan."""
         self._reserve.begin(self.running)
+        self._pages.in_flight.begin_step()
         output = super().schedule(*args, **kwargs)
         released = frozenset(output.finished_req_ids).union(
             output.preempted_req_ids or ()

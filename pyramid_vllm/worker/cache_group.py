@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyramid_vllm.worker.windows import Bounds, Ints, WindowBatch
 
 _KEPT, _HELD = (Spans._fields.index(name) for name in ("num_kept", "num_held"))
-_OFFSET = Spans._fields.index("offset")
+_OFFSET, _COLUMN = (Spans._fields.index(name) for name in ("offset", "column"))
 
 
 def over_heads(scores: torch.Tensor, by_rank: bool) -> torch.Tensor:
@@ -185,9 +185,11 @@ class CacheGroup:
             count, start = int(on_host[_KEPT, column]), int(on_host[_OFFSET, column])
             if count == on_host[_HELD, column]:
                 continue
+            first = int(on_host[_COLUMN, column])
             for layer, of_layer in zip(self.layers, kept, strict=True):
-                stays = of_layer[:, start : start + count].long().cpu()
-                note(req_id, layer.index, stays)
+                chosen = of_layer[:, start : start + count - first].long().cpu()
+                before = torch.arange(first).expand(len(chosen), -1)
+                note(req_id, layer.index, torch.cat((before, chosen), dim=1))
 
     def compress(
         self,
@@ -237,7 +239,7 @@ class CacheGroup:
                 (row, slot, ring, window.num_queries, held, kept, start,
                  held - start - size, start, size, offset, oldest)
             )  # fmt: skip
-            offset += held
+            offset += held - start
         return np.array(columns, dtype=np.int32).T.copy()
 
     def _generated_scores(
@@ -259,7 +261,8 @@ class CacheGroup:
         assert queries is not None
         queries.verify(self.indices, spans, oldest)
         shape = (num_layers, self.keys.like.shape[1], size)
-        scores = step.scratch.get("scores of generated", shape, torch.float32)
+        # Those of prompts are of no use any more.
+        scores = step.scratch.get(f"scores {self.group_id}", shape, torch.float32)
         step.kernels.score(
             config,
             self.attention,
@@ -289,5 +292,21 @@ def compress_generated(groups: Sequence[CacheGroup], state: WorkerState) -> None
     assert plan is not None
     for name in {window.policy for window in plan.generated}:
         windows = [window for window in plan.generated if window.policy == name]
-        for group in groups:
-            group.compress(windows, state.policies[name], state)
+        for part in _parts(windows, state.max_scores):
+            for group in groups:
+                group.compress(part, state.policies[name], state)
+
+
+def _parts(
+    windows: Sequence[GeneratedWindow], max_tokens: int
+) -> Iterator[list[GeneratedWindow]]:
+    """The windows, cut so that the requests of a part hold at most ``max_tokens``."""
+    part: list[GeneratedWindow] = []
+    num_tokens = 0
+    for window in windows:
+        if part and num_tokens + window.num_tokens > max_tokens:
+            yield part
+            part, num_tokens = [], 0
+        part.append(window)
+        num_tokens += window.num_tokens
+    yield part

@@ -3,8 +3,10 @@
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
+from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.model_shape import num_full_attention_layers
-from pyramid_vllm.spec import length_rule
+from pyramid_vllm.spec import max_chunk, model_weights, request_policies
+from pyramid_vllm.worker.memory import OwnBuffer, PromptBuffers
 from pyramid_vllm.worker.tiered import TieredWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -24,25 +26,30 @@ class PyramidGPUWorker(TieredWorker, Worker):
             )
         super().init_device()
 
-    def own_bytes(self) -> int:
-        """Bytes of the policy's own buffers: queries, scores and kept indices."""
+    def own_buffers(self) -> list[OwnBuffer]:
+        """The policy's own buffers: those of prompts too."""
         model, scheduler = self.model_config, self.scheduler_config
+        threshold = scheduler.long_prefill_token_threshold
+        return super().own_buffers() + self.prompt_buffers().all(
+            f"max_num_seqs={scheduler.max_num_seqs}, "
+            f"max_num_batched_tokens={scheduler.max_num_batched_tokens}, "
+            f"long_prefill_token_threshold={threshold}, "
+            f"max_model_len={model.max_model_len}"
+        )
+
+    def prompt_buffers(self) -> PromptBuffers:
+        """The buffers of prompts, each as large as it may become."""
+        model, config = self.model_config, self.vllm_config
         # Of full attention: what other layers hold is not scored.
         num_layers = num_full_attention_layers(model.hf_text_config)
-        # One prompt as long as any, and as many short ones as a step computes.
-        tokens = model.max_model_len + scheduler.max_num_batched_tokens
-        heads = model.get_num_kv_heads(self.parallel_config)
-        # Scores, pooled scores and kept indices: four bytes each.
-        scores = 3 * 4 * num_layers * heads * tokens
-        rule = length_rule(self.kv_policy, num_layers)
-        # Of a prompt that is cut into chunks, one step's and the next one's.
-        waiting = self.query_shape(2, rule.num_queries(model.max_model_len))
-        logger.info(
-            "KV policy %s: %s bytes of the KV memory hold scores of %d tokens, %s "
-            "queries of prompts that are cut",
-            self.kv_policy.name,
-            f"{scores:,}",
-            tokens,
-            f"{waiting.num_bytes:,}",
+        return PromptBuffers(
+            policies=request_policies(
+                self.kv_policy, num_layers, model_weights(config)
+            ),
+            limits=PromptLimits.of(config),
+            layers=self.query_shape(1, 1),
+            num_kv_heads=model.get_num_kv_heads(self.parallel_config),
+            max_model_len=model.max_model_len,
+            max_chunk=max_chunk(config),
+            shares=bool(config.cache_config.enable_prefix_caching),
         )
-        return super().own_bytes() + scores + waiting.num_bytes

@@ -28,6 +28,8 @@ class WorkerState:
     policies: Mapping[str, PolicyConfig]
     """By the names that plans use."""
     counters: WorkerCounters
+    max_scores: int
+    """Most tokens, of all requests, that are scored at once in each layer."""
     pruner: RowPruner | None
     """None: the policy prunes nothing."""
     timer: CompactionTimer

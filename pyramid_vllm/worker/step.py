@@ -77,7 +77,7 @@ class TierStep:
         policies: Mapping[str, PolicyConfig],
         kernels: KernelSet,
     ) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         self.batch, self.kernels = adapter, kernels
         self.device: torch.device = runner.device
         self.scratch = Scratch(self.device)
@@ -195,7 +195,7 @@ class TierStep:
             inputs.tables,
             self.tier_lens[:, : inputs.num_padded],
             inputs.slots,
-            block_size=self._block_size,
+            block_size=self.block_size,
             num_rows=num_rows,
             row_starts=self.starts,
         )
@@ -214,7 +214,7 @@ class TierStep:
         for batch in self.batches:
             columns = batch.columns
             num_rows = columns.num_rows
-            offsets.append(batch.offsets + columns.num_held - num_rows)
+            offsets.append(batch.offsets + columns.num_own - num_rows)
             places = np.arange(place, place + len(batch.windows))
             for tier in range(self.num_tiers - 1):
                 narrows = num_rows[tier + 1] < num_rows[tier]

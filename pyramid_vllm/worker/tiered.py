@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from pyramid_vllm.attention.registry import register_backends
 from pyramid_vllm.attention.specs import tiered_specs
 from pyramid_vllm.checks import check_engine
+from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.model_shape import num_full_attention_layers
 from pyramid_vllm.plan import plan_of
 from pyramid_vllm.policy import KVPolicyError, LengthRule
@@ -24,6 +26,7 @@ from pyramid_vllm.worker.binding import LayerBinder, bind_builders
 from pyramid_vllm.worker.cache_group import CacheGroup, compress_generated
 from pyramid_vllm.worker.counters import WorkerCounters
 from pyramid_vllm.worker.generated import GeneratedQueries, QueryShape
+from pyramid_vllm.worker.memory import OwnBuffer
 from pyramid_vllm.worker.prune import RowPruner, decoder_layers
 from pyramid_vllm.worker.remote import RemoteCalls
 from pyramid_vllm.worker.runners.adapter import RunnerAdapter, adapter_of
@@ -31,7 +34,7 @@ from pyramid_vllm.worker.runners.guard import guard_runner
 from pyramid_vllm.worker.state import WorkerState
 from pyramid_vllm.worker.step import TierStep
 from pyramid_vllm.worker.timing import DeviceTimer, HostTimer, with_times
-from pyramid_vllm.worker.warmup import compile_kernels
+from pyramid_vllm.worker.warmup import QueryKinds, compile_kernels
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,6 +67,8 @@ class TieredWorker(RemoteCalls):
         self.tier_state = None
         self.adapter: RunnerAdapter | None = None
         self._groups: list[CacheGroup] = []
+        self._attention: list[Any] = []
+        """vLLM's layers that are tiered."""
         self._tier_of_group: dict[int, int] = {}
         self._is_warming_up = False
         self._has_failed = False
@@ -89,30 +94,32 @@ class TieredWorker(RemoteCalls):
         """
         stock: Any = super()
         available: int = stock.determine_available_memory()
-        num_bytes = self.own_bytes()
+        buffers = self.own_buffers()
+        for buffer in buffers:
+            logger.info(
+                "KV policy %s: bytes of memory: %s", self.kv_policy.name, buffer
+            )
+        num_bytes = sum(buffer.num_bytes for buffer in buffers)
         if num_bytes >= available:
             raise KVPolicyError(
-                f"kv_policy '{self.kv_policy.name}' needs {num_bytes:,} bytes for the "
-                "queries and scores of "
-                f"max_num_seqs={self.scheduler_config.max_num_seqs} sequences, of "
-                f"{available:,} for the whole KV cache: lower max_num_seqs or "
-                "gen_queries"
+                f"kv_policy '{self.kv_policy.name}' needs {num_bytes:,} bytes, of "
+                f"{available:,} for the whole KV cache: "
+                f"{'; '.join(map(str, buffers))}. Valid is less: lower max_num_seqs, "
+                "gen_queries, max_model_len or max_num_batched_tokens, or raise "
+                "long_prefill_token_threshold"
             )
         return available - num_bytes
 
-    def own_bytes(self) -> int:
-        """Bytes of the policy's own buffers."""
+    def own_buffers(self) -> list[OwnBuffer]:
+        """The policy's own buffers, each as large as it may become."""
         shape = self._query_shape()
         if shape is None:
-            return 0
-        logger.info(
-            "KV policy %s: %s bytes of the KV memory hold the queries that score "
-            "generated tokens (%d layers, %d sequences, %d queries each)",
-            self.kv_policy.name,
-            f"{shape.num_bytes:,}",
-            *shape[:3],
+            return []
+        use = (
+            f"queries that score generated tokens (max_num_seqs={shape.max_num_seqs}, "
+            f"gen_queries={shape.num_queries})"
         )
-        return shape.num_bytes
+        return [OwnBuffer(shape.num_bytes, use)]
 
     def _query_shape(self) -> QueryShape | None:
         """Queries of generated tokens; None where the policy needs none."""
@@ -166,6 +173,7 @@ class TieredWorker(RemoteCalls):
         runner, adapter, rule = self.model_runner, self.adapter, policies.rule
         assert adapter is not None
         context = self.compilation_config.static_forward_context
+        self._attention = [context[name] for name in names]
         binder = LayerBinder(runner, adapter, context, names, rule)
         kernels = binder.access(names[0]).kernels()
         kernels.check_policies(policies.valid.values())
@@ -188,6 +196,7 @@ class TieredWorker(RemoteCalls):
             policies=policies.valid,
             pruner=self._make_pruner(rule, names) if rule.prunes else None,
             counters=WorkerCounters(len(names)),
+            max_scores=PromptLimits.of(self.vllm_config).max_scores,
             timer=DeviceTimer() if device.type == "cuda" else HostTimer(),
         )
         bind_builders(runner, step, self._tier_of_group)
@@ -215,15 +224,24 @@ class TieredWorker(RemoteCalls):
         self._is_warming_up = False
         state = self.tier_state  # a model without a KV cache has none
         if state is not None and state.step.kernels.IS_COMPILED:
-            model = self.model_config
-            heads = model.get_num_attention_heads(self.parallel_config)
-            count = compile_kernels(
-                self._groups[0], self.kv_policy, state.step, heads, model.dtype
-            )
+            count = compile_kernels(self._groups, state, self._query_kinds())
             logger.info(
                 "KV policy %s: warmed up by %d launches", self.kv_policy.name, count
             )
         return times
+
+    def _query_kinds(self) -> QueryKinds:
+        model = self.model_config
+        quantized = current_platform.fp8_dtype()
+        return QueryKinds(
+            num_heads=model.get_num_attention_heads(self.parallel_config),
+            hidden_size=model.get_hidden_size(),
+            dtype=model.dtype,
+            query_dtypes=frozenset(
+                quantized if layer.query_quant is not None else model.dtype
+                for layer in self._attention
+            ),
+        )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run one step by its plan.

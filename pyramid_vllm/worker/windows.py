@@ -66,6 +66,13 @@ class WindowColumns:
     num_held: Ints
     """By tier: tokens in its pages while the step runs."""
 
+    @property
+    def num_own(self) -> Ints:
+        """By tier: those of them that are not in shared pages, and have scores."""
+        shared = np.array([window.num_shared for window in self.windows], np.int32)
+        own: Ints = self.num_held - shared
+        return own
+
     @classmethod
     def of(cls, windows: Sequence[PromptWindow], rows: BatchRows) -> WindowColumns:
         """Of a plan's windows."""
@@ -107,8 +114,8 @@ class WindowBatch:
         self.config, self.columns, self.packed = config, columns, packed
         self.windows = columns.windows
         self.is_ordered = all(window.is_ordered for window in self.windows)
-        held = columns.num_held
-        self.offsets: Ints = first[:, None] + held.cumsum(1, dtype=np.int32) - held
+        own = columns.num_own
+        self.offsets: Ints = first[:, None] + own.cumsum(1, dtype=np.int32) - own
         """``[num_tiers, num_windows]``: place of each one's scores."""
         moving, narrowing, rows = self.on_host = self._spans()
         self.bounds = [Bounds.of(tier, tier) for tier in moving]
@@ -180,7 +187,7 @@ class WindowBatch:
             "num_first": np.minimum(np.maximum(config.sinks, shared), held),
             "num_recent": recent,
             "column": shared,
-            "num_columns": held - shared,
+            "num_columns": columns.num_own,
             "offset": self.offsets,
         }
         narrows = np.where(moves | (stay < num_rows), queries, 0)
@@ -192,7 +199,7 @@ class WindowBatch:
             "num_first": np.maximum(0, config.sinks - (ends - columns.num_scheduled)),
             "num_recent": np.minimum(columns.num_scheduled, recent),
             "num_columns": num_rows,
-            "offset": self.offsets + held - num_rows,
+            "offset": self.offsets + columns.num_own - num_rows,
         }
         return np.stack(
             [
@@ -246,5 +253,5 @@ def window_batches(
     for (policy, packed), columns in by_kind.items():
         chosen = every.chosen(columns)
         batches.append(WindowBatch(policies[policy], chosen, packed, totals))
-        totals = totals + chosen.num_held.sum(axis=1, dtype=np.int32)
+        totals = totals + chosen.num_own.sum(axis=1, dtype=np.int32)
     return batches, totals.tolist()

@@ -58,9 +58,8 @@ def compare_selection(cache: Cache, scores: list[torch.Tensor]) -> Compared:
         if kept == request.num_held:
             continue
         for layer, of_layer in enumerate(part):
-            expected[layer, :, begin : begin + kept] = select_tokens(
-                of_layer, kept, request.num_first, request.num_recent
-            )
+            stays = select_tokens(of_layer, kept, request.num_first, request.num_recent)
+            expected[layer, :, begin : begin + kept - first] = stays[:, first:]
     longest = max(request.num_held for request in cache.requests)
     select_triton.select(flat, out, cache.spans(), max_tokens=longest)
     return exactly(out, expected)
@@ -134,7 +133,7 @@ def compare_gathering(
     kept = torch.zeros(2, 1, cache.num_scores, dtype=torch.int32)
     begin = cache.offsets[0]
     chosen = torch.cat((torch.arange(16), torch.arange(18, 90, 3)))
-    kept[..., begin : begin + 40] = chosen
+    kept[..., begin : begin + 24] = chosen[16:]
     own, other = cache.block_ids(0), cache.block_ids(1)
     pages = other[:2] if is_ordered else own[-2:]
     targets = torch.full((2, 6), -1, dtype=torch.int32, device=device)
