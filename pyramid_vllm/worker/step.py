@@ -40,7 +40,7 @@ class _Upload:
 
     def send(self, device: torch.device) -> list[torch.Tensor]:
         """The same arrays, int32, on the device."""
-        if device.type == "cpu":
+        if device.type == "cpu" or not self._arrays:
             return [torch.from_numpy(array) for array in self._arrays]
         flat = np.concatenate([array.ravel() for array in self._arrays])
         sent = async_tensor_h2d(flat, device=device)
