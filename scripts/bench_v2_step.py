@@ -67,38 +67,20 @@ class Case:
     tiers: int
 
 
-def launch_nothing() -> None:
-    """Let launches of kernels do nothing, and attention neither."""
-    from triton.runtime.interpreter import InterpretedFunction
-    from vllm.v1.attention.backends import triton_attn
-
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
-
-    InterpretedFunction.run = nothing
-    gpu_on_cpu.use_backend("TRITON_ATTN")
-    triton_attn.unified_attention = triton_attn.triton_reshape_and_cache_flash = nothing
+def nothing(*_: Any, **__: Any) -> None:
+    """In place of a launch."""
 
 
 def use_backend(is_ours: bool) -> None:
-    """Let the next engine have the stock backend, or ours."""
-    from vllm.v1.attention.backends.registry import (
-        AttentionBackendEnum,
-        register_backend,
-    )
-    from vllm.v1.attention.selector import _cached_get_attn_backend
+    """Let the next engine have the stock backend, or ours; its start writes a cache."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from pyramid_vllm.attention import registry
 
-    stock = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
-    ours = registry.WRAPPED.get(AttentionBackendEnum.TRITON_ATTN)
-    # The CPU's platform asks for this entry, whatever is selected.
-    entry = AttentionBackendEnum.CPU_ATTN
-    if ours is not None:
-        registry.WRAPPED = {entry: ours}
-    ours = f"pyramid_vllm.attention.{registry.WRAPPED[entry]}"
-    register_backend(entry, ours if is_ours else stock)
-    _cached_get_attn_backend.cache_clear()
+    name = "triton.PyramidTritonBackend"
+    registry.WRAPPED = {AttentionBackendEnum.CPU_ATTN: name}
+    path = f"pyramid_vllm.attention.{name}" if is_ours else None
+    gpu_on_cpu.use_backend("TRITON_ATTN", path)
 
 
 class Side:
@@ -112,6 +94,9 @@ class Side:
     """
 
     def __init__(self, model: str, case: Case, is_ours: bool, num_rounds: int) -> None:
+        import torch
+        from vllm.v1.attention.backends import triton_attn
+
         self._case, num_steps = case, num_rounds * STEPS_PER_ROUND
         longest = PROMPT_TOKENS + BLOCK_SIZE + num_steps + 2
         use_backend(is_ours)
@@ -127,23 +112,18 @@ class Side:
             **policy,
         )
         self.scheduler, self.worker = scheduler_of(self.llm), worker_of(self.llm)
+        triton_attn.unified_attention = nothing
+        triton_attn.triton_reshape_and_cache_flash = nothing
         self._queue(num_steps + 2)
         while any(r.num_computed_tokens < r.num_prompt_tokens for r in self._requests):
             self._step()
-        model = self.worker.model_runner.get_model()
-        hidden = model(**self._no_inputs())
+        hidden = torch.zeros(case.running, TINY_LLAMA["hidden_size"])
         # As a replay: no Python of the model runs.
-        model.forward = lambda **_: hidden
+        self.worker.model_runner.get_model().forward = lambda **_: hidden
 
     @property
     def _requests(self) -> list[Any]:
         return list(self.scheduler.requests.values())
-
-    def _no_inputs(self) -> dict[str, Any]:
-        import torch
-
-        rows = torch.zeros(self._case.running, dtype=torch.int64)
-        return {"input_ids": rows, "positions": rows}
 
     def _queue(self, num_outputs: int) -> None:
         """Lengths differ, so that not all sequences need a new page at once."""
@@ -253,7 +233,9 @@ def main(
     """Print the host's milliseconds of a decode step, ours and stock vLLM's."""
     or_fail(lambda: check_options(running or (), tiers or (), rounds))
     gpu_on_cpu.prepare()
-    launch_nothing()
+    from triton.runtime.interpreter import InterpretedFunction
+
+    InterpretedFunction.run = nothing
     cases = [Case(*values) for values in product(running or RUNNING, tiers or TIERS)]
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny_llama(Path(folder), TINY_LLAMA)
