@@ -52,6 +52,7 @@ _READING_OPS = {
     _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default,
     _aten.masked_select.default, _aten.is_nonzero.default, _aten._unique2.default,
     _aten.unique_dim.default, _aten.unique_consecutive.default, _aten.bincount.default,
+    _aten.allclose.default,
 }  # fmt: skip
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 #: They send a host's list or array at once.

@@ -53,8 +53,7 @@ class EvictedTokens:
 
     def rows(self) -> npt.NDArray[np.int32]:
         """``[num_tiers, num_reqs]``: counts of the current batch, by row."""
-        counts: npt.NDArray[np.int32] = self._on_host[:, self._batch.slots]
-        return counts
+        return self._on_host.take(self._batch.slots, axis=1)
 
     def rows_on_device(self) -> torch.Tensor:
         """The same on the device: ``[num_tiers, num_reqs]``, int32, contiguous."""
@@ -62,4 +61,4 @@ class EvictedTokens:
             if self._on_device.device.type != "cpu":
                 async_tensor_h2d(self._on_host, out=self._on_device)
             self._is_changed = False
-        return self._on_device[:, self._batch.slots_on_device]
+        return self._on_device.index_select(1, self._batch.slots_on_device)

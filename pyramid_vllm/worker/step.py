@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +49,14 @@ class _Upload:
             part.view(array.shape)
             for part, array in zip(parts, self._arrays, strict=True)
         ]
+
+
+def _padded(lens: npt.NDArray[np.int32], size: int) -> Sequence[torch.Tensor]:
+    """Each tier's ``[size]`` lengths; zeros pad them."""
+    missing = size - lens.shape[1]
+    if missing:
+        lens = np.pad(lens, ((0, 0), (0, missing)))
+    return torch.from_numpy(lens).unbind()
 
 
 class TierStep:
@@ -106,6 +114,7 @@ class TierStep:
 
     def _reset(self) -> None:
         self._rows = None
+        self._lens_on_host: Sequence[torch.Tensor] = ()
         self.shared.clear()
         self.batches: list[WindowBatch] = []
         """This step's windows."""
@@ -169,10 +178,11 @@ class TierStep:
         rows = self._rows = BatchRows(
             plan,
             self.batch,
-            inputs.starts_on_host,
-            inputs.seq_lens_on_host,
+            inputs.starts_on_host.numpy(),
+            inputs.seq_lens_on_host.numpy(),
             self._evicted.rows(),
         )
+        self._lens_on_host = _padded(rows.seq_lens, inputs.num_padded)
         if plan.windows:
             self.batches, self.num_scores = window_batches(
                 plan.windows, rows, self._policies
@@ -214,8 +224,8 @@ class TierStep:
                 narrows = num_rows[tier + 1] < num_rows[tier]
                 window_of[tier, columns.row[narrows]] = places[narrows]
             place += len(batch.windows)
-        first = upload.add(rows.num_rows.numpy())
-        upload.add(rows.starts.numpy())
+        first = upload.add(rows.num_rows)
+        upload.add(rows.starts)
         upload.add(window_of)
         upload.add(np.concatenate(offsets, axis=1))
         return first
@@ -243,15 +253,13 @@ class TierStep:
             lens.copy_(common.seq_lens)
             return tiered
         rows = self.rows
-        on_host = torch.zeros(common.num_reqs, dtype=torch.int32)
-        on_host[: rows.seq_lens.shape[1]] = rows.seq_lens[tier]
-        tiered.seq_lens_cpu_upper_bound = on_host
-        tiered.max_seq_len = int(on_host.max())
+        tiered.seq_lens_cpu_upper_bound = self._lens_on_host[tier][: common.num_reqs]
+        tiered.max_seq_len = rows.max_lens[tier]
         tiered._num_computed_tokens_cache = None
         if rows.is_pruned[tier]:
             assert self.starts is not None
             tiered.query_start_loc = self.starts[tier]
-            tiered.query_start_loc_cpu = rows.starts[tier]
+            tiered.query_start_loc_cpu = torch.from_numpy(rows.starts[tier])
             tiered.num_actual_tokens = rows.total_rows[tier]
             tiered.max_query_len = int(rows.num_rows[tier].max())
             tiered._token_to_req_indices_cache = None
