@@ -3,7 +3,8 @@
 vLLM checks its own ``execute_model`` where it runs on a GPU (``VLLM_GPU_SYNC_CHECK``).
 Here all of a step that is the policy's runs on tensors that say they lie on a GPU and
 refuse what would make the host wait: lengths, layers, selection, compaction, pruning,
-queries of generated tokens, block tables.
+queries of generated tokens, block tables. Kernels are launched with them and not run:
+the host knows no value that they would have written.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pyramid_vllm.worker.prune import RowPruner
 from pyramid_vllm.worker.runners.v2 import V2Runner
 from pyramid_vllm.worker.step import TierStep
 from tests.device_road import MAX_REQS, MAX_TOKENS, RoadWorker
-from tests.device_tensors import DEVICE, Device, SyncError, kernels_on_device
+from tests.device_tensors import DEVICE, Device, SyncError, launches_on_device
 from tests.scheduling import Driver, make_config, make_request, scheduler_from
 
 _SHORT: dict[str, Any] = {"recent": 16, "min_context": 16}
@@ -32,6 +33,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pyramidinfer": {
         "base": "pyramidinfer",
         "prefill_decay_ratio": 0.3,
+        "prefill_recent_ratio": 0.0,
         "min_context_length": 8,
         "recent": 4,
         "exceed_length_to_compress": 8,
@@ -107,7 +109,7 @@ class Road:
 
     def run(self, output: Any) -> None:
         """A step of the worker."""
-        with kernels_on_device() as launched, self._device, torch.inference_mode():
+        with launches_on_device() as launched, self._device, torch.inference_mode():
             self._device.watches = True
             assert self.worker.execute_model(output) is None
             self.worker.sample_tokens()
@@ -161,16 +163,14 @@ def test_a_planted_read_is_found(
     method: str,
 ) -> None:
     """Each part of the road is watched."""
-    road = Road(tiny_llama, "pyramidinfer", device)
     original = getattr(owner, method)
 
     def planted(*args: Any, **kwargs: Any) -> Any:
-        state = road.worker.tier_state
-        assert state is not None
-        state.step.tier_lens[0, 0].item()
+        _tensor([1]).item()
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, method, planted)
+    road = Road(tiny_llama, "pyramidinfer", device)
     with pytest.raises(SyncError, match="item returns a device tensor's values"):
         road.serve()
 

@@ -61,12 +61,12 @@ class BatchRows:
     @cached_property
     def first_like(self) -> list[int]:
         """Of each tier, the first one that has the same lengths and rows."""
-        lens, rows = self.seq_lens, self.num_rows
-        found: dict[tuple[bytes, bytes], int] = {}
-        return [
-            found.setdefault((lens[tier].tobytes(), rows[tier].tobytes()), tier)
-            for tier in range(len(lens))
-        ]
+        found: dict[bytes, int] = {}
+        keys = [lens.tobytes() for lens in self.seq_lens]
+        if any(self.is_pruned):
+            pairs = zip(keys, self.num_rows, strict=True)
+            keys = [key + rows.tobytes() for key, rows in pairs]
+        return [found.setdefault(key, tier) for tier, key in enumerate(keys)]
 
     @property
     def req_ids(self) -> Sequence[str]:
