@@ -55,6 +55,7 @@ _READING_OPS = {
     _aten.allclose.default,
 }  # fmt: skip
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+_EMPTY = {torch.empty, torch.empty_like, _T.new_empty}
 #: They send a host's list or array at once.
 _SENDS = {torch.tensor, torch.as_tensor, torch.asarray, _T.new_tensor}
 
@@ -109,6 +110,8 @@ class Device(TorchFunctionMode):
             kwargs["device"] = "cpu"
         with _Operators(self):
             result = func(*plain(args), **plain(kwargs))
+        if func in _EMPTY:
+            result.zero_()  # no kernel writes it, and it may hold indices
         return result if func in _READS else on_device(result)
 
     def refuse(self, why: str) -> None:

@@ -23,7 +23,8 @@ from pyramid_vllm.worker.layer import TieredLayer
 from pyramid_vllm.worker.prune import RowPruner
 from pyramid_vllm.worker.runners.v2 import V2Runner
 from pyramid_vllm.worker.step import TierStep
-from tests.device_road import MAX_REQS, MAX_TOKENS, RoadWorker
+from tests.device_road import RoadWorker
+from tests.device_runner import MAX_REQS, MAX_TOKENS
 from tests.device_tensors import DEVICE, Device, SyncError, launches_on_device
 from tests.scheduling import Driver, make_config, make_request, scheduler_from
 
