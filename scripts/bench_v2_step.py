@@ -108,6 +108,8 @@ class Side:
             block_size=BLOCK_SIZE,
             max_model_len=longest,
             max_num_seqs=case.running,
+            # All prompts in one step: they generate equally much.
+            max_num_batched_tokens=case.running * (PROMPT_TOKENS + BLOCK_SIZE),
             kv_cache_memory_bytes=2 * case.running * longest * token_bytes + MIB,
             **policy,
         )

@@ -42,10 +42,7 @@ class BatchRows:
         """``[num_tiers, num_reqs]``"""
         self.num_scheduled: Ints = starts[1:] - starts[:-1]
         """``[num_reqs]``: tokens of this step."""
-        self.num_rows: Ints = np.repeat(self.num_scheduled[None], num_tiers, axis=0)
-        """``[num_tiers, num_reqs]``: rows that each tier computes."""
-        self.starts: Ints = np.repeat(starts[None], num_tiers, axis=0)
-        """``[num_tiers, num_reqs + 1]``: their first rows."""
+        self._starts = starts
         self.is_pruned = [False] * num_tiers
         self.seq_lens: Ints = seq_lens - num_evicted
         """``[num_tiers, num_reqs]``: tokens that each tier holds."""
@@ -53,10 +50,24 @@ class BatchRows:
             self._prune(plan)
         self.max_lens: list[int] = self.seq_lens.max(axis=1).tolist()
         """By tier: tokens of the request that has most."""
-        self.total_rows: list[int] = self.starts[:, -1].tolist()
-        """Rows that each tier computes, of all requests."""
         self.total_scheduled = int(starts[-1])
         """Tokens of this step, of all requests."""
+
+    @cached_property
+    def num_rows(self) -> Ints:
+        """``[num_tiers, num_reqs]``: rows that each tier computes."""
+        return np.repeat(self.num_scheduled[None], len(self.num_evicted), axis=0)
+
+    @cached_property
+    def starts(self) -> Ints:
+        """``[num_tiers, num_reqs + 1]``: their first rows."""
+        return np.repeat(self._starts[None], len(self.num_evicted), axis=0)
+
+    @cached_property
+    def total_rows(self) -> list[int]:
+        """Rows that each tier computes, of all requests."""
+        total: list[int] = self.starts[:, -1].tolist()
+        return total
 
     @cached_property
     def first_like(self) -> list[int]:
