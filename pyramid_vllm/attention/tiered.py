@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -63,8 +64,7 @@ class TieredBuilder:
         if tiers is None:
             return stock.build(common_prefix_len, common, fast_build)
         like = tiers.first_like(self.tier, common)
-        num_heads = getattr(self, "num_heads", None) or getattr(self, "num_heads_q", 0)
-        key = (like, num_heads, dataclasses.replace(self.kv_cache_spec, tier=0))
+        key = like, self._kind
         built = None if like is None else tiers.shared.get(key)
         if built is not None:
             # Such tiers differ in their pages alone.
@@ -79,13 +79,19 @@ class TieredBuilder:
             tiers.shared[key] = built
         return built
 
+    @cached_property
+    def _kind(self) -> Hashable:
+        """What builders have in common whose metadata can serve each other's tiers."""
+        num_heads = getattr(self, "num_heads", None) or getattr(self, "num_heads_q", 0)
+        # As text, which is hashed once.
+        return num_heads, repr(dataclasses.replace(self.kv_cache_spec, tier=0))
+
     @staticmethod
     def is_shareable(built: Any) -> bool:
         """Whether metadata holds nothing of its builder, such as buffers that captured
         graphs read."""
-        fields = {field.name for field in dataclasses.fields(built)}
         return (
-            fields.issuperset({"block_table", "slot_mapping"})
+            _fields_of(built.__class__).issuperset({"block_table", "slot_mapping"})
             and getattr(built, "scheduler_metadata", None) is None
         )
 
@@ -109,6 +115,11 @@ class TieredBuilder:
         if not isinstance(kv_cache_spec, TierAttentionSpec):
             return support
         return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda one: one.value)
+
+
+@cache
+def _fields_of(metadata: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(metadata))
 
 
 class TieredImpl:

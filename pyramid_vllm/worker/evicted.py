@@ -35,6 +35,10 @@ class EvictedTokens:
         if device.type == "cpu":
             self._on_device = torch.from_numpy(self._on_host)
         self._is_changed = False
+        self._slots: npt.NDArray[np.intp] | None = None
+        """Of the batch whose counts follow; None: a count has changed since."""
+        self._rows = self._on_host
+        self._rows_on_device: torch.Tensor | None = None
 
     def begin(self, plan: StepPlan) -> None:
         """Drop the counts of requests that finished or were preempted."""
@@ -42,24 +46,36 @@ class EvictedTokens:
             slot = self._batch.release(req_id)
             if slot is not None and self._on_host[:, slot].any():
                 self._on_host[:, slot] = 0
-                self._is_changed = True
+                self._change()
 
     def finish(self, plan: StepPlan) -> None:
         """Take what a step has evicted."""
         for req_id, num_tokens, num_kept in plan.compactions:
             slot = self._batch.slot_of(req_id)
             self._on_host[:, slot] = num_tokens - np.array(num_kept)
-            self._is_changed = True
+            self._change()
+
+    def _change(self) -> None:
+        self._is_changed, self._slots = True, None
 
     def rows(self) -> npt.NDArray[np.int32]:
-        """``[num_tiers, num_reqs]``: counts of the current batch, by row."""
-        counts: npt.NDArray[np.int32] = self._on_host[:, self._batch.slots]
-        return counts
+        """``[num_tiers, num_reqs]``: counts of the current batch, by row.
+
+        Steps that only generate have the batch and the counts of the step before.
+        """
+        slots = self._batch.slots
+        if self._slots is None or not np.array_equal(slots, self._slots):
+            self._slots, self._rows_on_device = slots, None
+            self._rows = self._on_host.take(slots, axis=1)
+        return self._rows
 
     def rows_on_device(self) -> torch.Tensor:
-        """The same on the device: ``[num_tiers, num_reqs]``, int32, contiguous."""
+        """``rows`` on the device: int32, contiguous."""
         if self._is_changed:
             if self._on_device.device.type != "cpu":
                 async_tensor_h2d(self._on_host, out=self._on_device)
             self._is_changed = False
-        return self._on_device[:, self._batch.slots_on_device]
+        if self._rows_on_device is None:
+            slots = self._batch.slots_on_device
+            self._rows_on_device = self._on_device.index_select(1, slots)
+        return self._rows_on_device

@@ -190,7 +190,8 @@ class GeneratedQueries(QuerySlots):
         assert generated is not None
         target = torch.full((rows.total_rows[tier],), -1, dtype=torch.int32)
         position = torch.zeros_like(target)
-        source = rows.starts[tier, 1:][generated.row].long() - generated.from_end
+        ends = torch.from_numpy(rows.starts[tier, 1:])
+        source = ends[generated.row].long() - generated.from_end
         target[source] = generated.target.int()
         position[source] = generated.position.int()
         return target, position

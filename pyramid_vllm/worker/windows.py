@@ -77,11 +77,11 @@ class WindowColumns:
     def of(cls, windows: Sequence[PromptWindow], rows: BatchRows) -> WindowColumns:
         """Of a plan's windows."""
         order = np.array([rows.row_of[window.req_id] for window in windows], np.int32)
-        scheduled = rows.num_scheduled.numpy()[order]
-        num_rows = rows.num_rows.numpy()[:, order]
+        scheduled = rows.num_scheduled[order]
+        num_rows = rows.num_rows[:, order]
         ends = np.array([window.num_tokens for window in windows], dtype=np.int32)
-        before = ends - scheduled - rows.num_evicted.numpy()[:, order]
-        starts = rows.starts.numpy()[:, order]
+        before = ends - scheduled - rows.num_evicted[:, order]
+        starts = rows.starts[:, order]
         return cls(windows, order, scheduled, starts, num_rows, before + num_rows)
 
     def chosen(self, columns: Sequence[int]) -> WindowColumns:

@@ -17,10 +17,10 @@ class StepInputs:
 
     starts: torch.Tensor
     """``[num_reqs + 1]``, int32, on the device: first row of each request."""
-    starts_on_host: torch.Tensor
+    starts_on_host: npt.NDArray[np.int32]
     seq_lens: torch.Tensor
     """``[num_reqs]``, int32, on the device: computed tokens with this step's."""
-    seq_lens_on_host: torch.Tensor
+    seq_lens_on_host: npt.NDArray[np.int32]
     num_padded: int
     """Requests with those that pad a captured graph."""
     tables: BlockTables

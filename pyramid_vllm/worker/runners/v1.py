@@ -54,9 +54,9 @@ class V1Runner:
         seq_lens = common.seq_lens[: len(starts) - 1]
         return StepInputs(
             starts=starts,
-            starts_on_host=starts,
+            starts_on_host=starts.numpy(),
             seq_lens=seq_lens,
-            seq_lens_on_host=seq_lens,
+            seq_lens_on_host=seq_lens.numpy(),
             num_padded=common.num_reqs,
             tables=self._tables,
             slots=[table.slot_mapping.gpu for table in tables],

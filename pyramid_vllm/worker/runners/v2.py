@@ -7,7 +7,9 @@ of an engine with a policy. Removal: see ``patches/``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,36 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from pyramid_vllm.plan import StepPlan
+
+
+def _append_by_group(tables: Any) -> None:
+    """Let the runner append new pages in those groups alone that have some.
+
+    Tiers need a page in different steps, and vLLM looks at all groups each time.
+
+    Args:
+        tables: the runner's block tables.
+    """
+    append, groups = tables.append_block_ids, []
+    for group_id, table in enumerate(tables.block_tables):
+        only = copy.copy(tables)
+        only.num_kv_cache_groups, only.block_tables = 1, [table]
+        num_blocks = tables.num_blocks.np[group_id : group_id + 1]
+        only.num_blocks = SimpleNamespace(np=num_blocks)
+        groups.append(only)
+
+    def append_block_ids(
+        req_index: int, new_block_ids: tuple[list[int], ...], overwrite: bool
+    ) -> None:
+        # Elastic expert parallelism redirects the writes of a running engine's warm-up.
+        if overwrite or getattr(tables, "redirect_writes_to_null_block", False):
+            append(req_index, new_block_ids, overwrite)
+            return
+        for only, block_ids in zip(groups, new_block_ids, strict=True):
+            if block_ids:
+                only.append_block_ids(req_index, (block_ids,), overwrite)
+
+    tables.append_block_ids = append_block_ids
 
 
 class V2Runner:
@@ -61,6 +93,7 @@ class V2Runner:
             desc = dispatch(*args, **kwargs)
             return self._eager(desc, *args, **kwargs) if self._prunes else desc
 
+        _append_by_group(runner.block_tables)
         runner.gather_batch_req_state = gather_batch_req_state
         runner.prepare_attn = prepare_attn
         runner.cudagraph_manager.dispatch = dispatch_eagerly
@@ -106,16 +139,17 @@ class V2Runner:
     def _inputs(
         self, input_batch: Any, tables: Sequence[torch.Tensor], slots: torch.Tensor
     ) -> StepInputs:
-        count = input_batch.num_reqs
+        count, num_padded = input_batch.num_reqs, input_batch.num_reqs_after_padding
         of_runner = self._runner.block_tables
+        starts, seq_lens = input_batch.query_start_loc, input_batch.seq_lens
+        if count < num_padded:
+            starts, seq_lens = starts[: count + 1], seq_lens[:count]
         return StepInputs(
-            starts=input_batch.query_start_loc[: count + 1],
-            starts_on_host=torch.from_numpy(
-                input_batch.query_start_loc_np[: count + 1]
-            ),
-            seq_lens=input_batch.seq_lens[:count],
-            seq_lens_on_host=input_batch.seq_lens_cpu_upper_bound[:count],
-            num_padded=input_batch.num_reqs_after_padding,
+            starts=starts,
+            starts_on_host=input_batch.query_start_loc_np[: count + 1],
+            seq_lens=seq_lens,
+            seq_lens_on_host=input_batch.seq_lens_cpu_upper_bound.numpy()[:count],
+            num_padded=num_padded,
             tables=BlockTables(
                 tables,
                 of_runner.input_block_table_ptrs,
@@ -161,14 +195,12 @@ class V2Runner:
     @property
     def slots(self) -> npt.NDArray[np.intp]:
         """The runner's own places of requests."""
-        batch = self._input_batch
-        return batch.idx_mapping_np[: batch.num_reqs]
+        return self._input_batch.idx_mapping_np
 
     @property
     def slots_on_device(self) -> torch.Tensor:
         """The same, on the device."""
-        batch = self._input_batch
-        return batch.idx_mapping[: batch.num_reqs]
+        return self._input_batch.idx_mapping
 
     def slot_of(self, req_id: str) -> int:
         """The slot of a request."""
