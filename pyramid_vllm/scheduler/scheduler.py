@@ -236,7 +236,9 @@ class PyramidScheduler(AsyncScheduler):
             request = self.requests[req_id]
             before = request.num_computed_tokens - scheduled[req_id]
             if before < request.num_prompt_tokens:
-                num_prompt_tokens += scheduled[req_id]
+                # A replay may go on past the prompt's end.
+                computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+                num_prompt_tokens += computed - before
                 self._chunk_ends.note(request)
                 window = prompt_window(self.tier_lengths, request, before)
                 if window is not None:
