@@ -7,6 +7,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from tests.scheduling import (
     Driver,
+    held_pages,
     make_request,
     make_scheduler,
     make_stock_scheduler,
@@ -70,6 +71,21 @@ def test_a_replay_that_evicts_is_cut_at_the_prompts_end(
         tiny_llama, 200, policy | {"min_context": 32}, **SETTINGS
     )
     assert replayed(scheduler, 30)[0] == 100
+
+
+def test_a_step_without_slots_takes_the_pages_of_a_hit(tiny_llama: str) -> None:
+    """As vLLM's own steps that only take computed tokens over."""
+    settings = SETTINGS | {"enable_prefix_caching": True}
+    scheduler = make_scheduler(tiny_llama, 200, WHOLE, **settings)
+    scheduler.add_request(make_request("a", prompt=100, output=50))
+    Driver(scheduler).step()
+    request = make_request("b", prompt=100, output=50)
+    scheduler.add_request(request)
+    manager = scheduler.kv_cache_manager
+    pages, num_hit = manager.get_computed_blocks(request)[:2]
+    assert num_hit == 96
+    assert manager.allocate_slots(request, 0, num_hit, pages) is not None
+    assert set(held_pages(scheduler, "b").values()) == {3}
 
 
 def session(prompt: int, resumable: bool) -> Request:
