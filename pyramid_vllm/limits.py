@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-#: Tokens that are scored without being computed, because they lie in pages of the prefix
-#: cache but may be evicted: of these for each token that a step can compute.
+#: Tokens that are scored without being computed, because they lie in pages of the
+#: prefix cache but may be evicted: of these for each token that a step can compute.
 _SHARED = 8
 
 

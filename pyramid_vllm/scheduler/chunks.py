@@ -42,18 +42,22 @@ class ChunkEnds:
         """Number of tokens, at most ``num_new``, up to the next end of a chunk.
 
         A chunk may not cross a recorded end, the prompt's end, or a compression of
-        generated tokens. Only the replay of a preempted request would cross these.
+        generated tokens, if tokens are evicted there. Only the replay of a preempted
+        request would cross these.
         """
         if num_computed + num_new > request.num_tokens:
             return num_new  # a last token with drafts after it
         rule = self._lengths.rule_of(request)
-        to_prompt_end = request.num_prompt_tokens - num_computed
-        if to_prompt_end > 0:
+        num_prompt = request.num_prompt_tokens
+        if num_computed < num_prompt:
             if rule.prunes and needs_all_rows(request):
                 num_new = min(num_new, self._lengths.max_unpruned_chunk)
+            # What is evicted never comes back: this covers all ends before it too.
+            end = max(num_prompt, num_computed + num_new)
+            if min(rule.held_lengths(num_prompt, end)) == end:
+                return num_new
             later = (e for e in self._noted.get(request, ()) if e > num_computed)
-            to_chunk_end = next(later, request.num_prompt_tokens) - num_computed
-            return min(num_new, to_prompt_end, to_chunk_end)
+            return min(num_new, min(next(later, num_prompt), num_prompt) - num_computed)
         if num_new > 1 and rule.config.generation:
             return to_next_group(rule, request, num_computed, num_new)
         return num_new

@@ -58,7 +58,8 @@ class TierKVCacheManager(KVCacheManager):
         """See the stock method."""
         req_id = request.request_id
         end = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
-        if end <= self._rests_until.get(req_id, 0):
+        # A step may need no slots and yet take pages of a prefix hit.
+        if end <= self._rests_until.get(req_id, -1):
             return self.empty_kv_cache_blocks
         end, is_new = end + num_new_computed_tokens, not request.num_computed_tokens
         if is_new and not self.in_flight.admits(request, end):

@@ -130,6 +130,8 @@ class PyramidScheduler(AsyncScheduler):
 
         A request that cannot be served ends with finish reason "error"; others go on.
         """
+        if self._refusals.ends_session(request):
+            return
         try:
             rule = self._check_request(request)
         except KVPolicyError as error:
@@ -178,11 +180,23 @@ class PyramidScheduler(AsyncScheduler):
         """End a request before it is scheduled."""
         self.kv_counters.num_refused_requests += 1
         logger.error("KV policy: request %s is refused: %s", request.request_id, error)
+        is_session = request.resumable
         # The request's policy must not be resolved again.
         request.sampling_params, request.resumable = None, False
         super().add_request(request)
         self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-        self._refusals.add(request)
+        self._refusals.add(request, is_session)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """End requests; of an aborted session that was refused, expect no end."""
+        if isinstance(request_ids, str):
+            request_ids = (request_ids,)
+        elif request_ids is not None:
+            request_ids = tuple(request_ids)  # it is read twice
+        self._refusals.forget_sessions(request_ids)
+        return super().finish_requests(request_ids, finished_status)
 
     def has_requests(self) -> bool:
         """Whether a step has work, including refusals to report."""
@@ -246,7 +260,9 @@ class PyramidScheduler(AsyncScheduler):
             request = self.requests[req_id]
             before = request.num_computed_tokens - scheduled[req_id]
             if before < request.num_prompt_tokens:
-                num_prompt_tokens += scheduled[req_id]
+                # A replay may go on past the prompt's end.
+                computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+                num_prompt_tokens += computed - before
                 self._chunk_ends.note(request)
                 window = prompt_window(self.tier_lengths, request, before)
                 if window is not None:

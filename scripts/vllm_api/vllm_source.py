@@ -149,16 +149,20 @@ def unpack(archive: Path, target: Path) -> Path:
     return next((p.parents[1] for p in target.rglob("vllm/_version.py")), target)
 
 
-def download(version: str) -> Path:
+def download(version: str, part: str = "vllm") -> Path:
     """A version's sources from the package index, which are kept for the next use.
 
+    Args:
+        version: of vLLM.
+        part: the folder of the source distribution; ``tests`` has vLLM's tests.
+
     Returns:
-        The folder in which ``vllm`` lies.
+        The folder in which the part lies.
 
     Raises:
         SystemExit: pip cannot get them.
     """
-    kept = DOWNLOADS / f"vllm-{version}"
+    kept = DOWNLOADS / f"vllm-{version}{'' if part == 'vllm' else f'-{part}'}"
     if kept.is_dir():
         return kept
     DOWNLOADS.mkdir(exist_ok=True)
@@ -173,9 +177,9 @@ def download(version: str) -> Path:
         done = subprocess.run(
             command, cwd=folder, env=env, capture_output=True, text=True, check=False
         )
-        for path in Path(folder).glob("*/*/vllm/_version.py"):
+        for path in Path(folder).glob(f"*/*/{part}/__init__.py"):
             sources = Path(folder, "sources")
-            shutil.copytree(path.parent, sources / "vllm", ignore=_without_others)
+            shutil.copytree(path.parent, sources / part, ignore=_without_others)
             # Another process may have been faster.
             return kept if kept.is_dir() else sources.replace(kept)
     raise SystemExit(f"pip cannot download vLLM {version}:\n{done.stderr}")
