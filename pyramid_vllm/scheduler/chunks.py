@@ -54,7 +54,8 @@ class ChunkEnds:
                 num_new = min(num_new, self._lengths.max_unpruned_chunk)
             # What is evicted never comes back: this covers all ends before it too.
             end = max(num_prompt, num_computed + num_new)
-            if min(rule.held_lengths(num_prompt, end)) == end:
+            shared = self._lengths.shared(request)
+            if min(rule.held_lengths(num_prompt, end, shared)) == end:
                 return num_new
             later = (e for e in self._noted.get(request, ()) if e > num_computed)
             return min(num_new, min(next(later, num_prompt), num_prompt) - num_computed)
