@@ -94,6 +94,7 @@ class RoadWorker(TieredWorker, _StockWorker):
             if policies.rule.prunes
             else None,
             counters=WorkerCounters(num_layers),
+            max_scores=1 << 20,
             timer=DeviceTimer(),
         )
         self._bind(groups, tiers, scheduler.kv_cache_config.num_blocks)

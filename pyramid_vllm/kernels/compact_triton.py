@@ -17,10 +17,7 @@ from pyramid_vllm.kernels.requests_triton import (
     layer_pointer,
     program_of,
 )
-from pyramid_vllm.kernels.scratch import Scratch
-
-#: Tokens of as many layers wait at once as fit into this.
-_SCRATCH_BYTES = 128 * 2**20
+from pyramid_vllm.kernels.scratch import WAITING_BYTES, Scratch
 
 
 @kernel
@@ -33,27 +30,24 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Move one head's keys or values of a request forward, oldest first.
 
-    ``PART`` is 0 where a page that is written is the request's own in that place of its
-    table, or holds none of its tokens. A token never moves back, so that what a block
-    writes over was moved by an earlier block or lies in the block itself, which is read
-    before it is written. Else part 1 moves all tokens to ``moved_scratch`` before part
-    2 moves them to their pages.
+    With ``PART`` 0 a page that is written holds none of the request's tokens, or is its
+    own in that place. A token never moves back, so that what a block writes over was
+    moved by an earlier one or lies in the block, which is read first. Else part 1 moves
+    all tokens to ``moved_scratch``, and part 2 to their pages.
     """
     layer, request, head = program_of(num_requests, HEADS)
     count = tl.load(num_kept + request)
     if count >= tl.load(num_held + request):
         return
-    if tl.program_id(1) == 0:
-        pages = layer_pointer(keys, layer, like, ALIGNMENT)
-    else:
+    pages = layer_pointer(keys, layer, like, ALIGNMENT)
+    if tl.program_id(1) == 1:
         pages = layer_pointer(values, layer, like, ALIGNMENT)
     request_table = table + tl.load(row + request).to(tl.int64) * table_stride
     skipped = tl.load(column + request)
-    sources = kept + layer * kept_layer + tl.load(offset + request) - skipped
-    sources += (head % GROUPS) * kept_group
+    begin = tl.load(offset + request) - skipped
+    sources = kept + layer * kept_layer + (head % GROUPS) * kept_group + begin
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    between = (layer * 2 + tl.program_id(1)) * HEADS + head
-    between = between * num_slots + tl.load(offset + request) - skipped
+    between = ((layer * 2 + tl.program_id(1)) * HEADS + head) * num_slots + begin
     # What lies in shared pages stays where it is.
     for start in range(skipped, count, BLOCK_T):
         target = start + tl.arange(0, BLOCK_T)
@@ -67,16 +61,16 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
             block = tl.load(request_table + source // PAGE, mask=inside, other=0)
             at = pages + block.to(tl.int64) * sb + head * sh + (source % PAGE) * st
             moved = tl.load(at[:, None] + dims[None, :] * sd, mask=mask)
-        block = tl.load(request_table + target // PAGE, mask=inside, other=0)
-        if ELSEWHERE:
-            own = targets + request.to(tl.int64) * targets_stride
-            other = tl.load(own + target // PAGE, mask=inside, other=0)
-            block = tl.where(other >= 0, other, block)
-        to = pages + block.to(tl.int64) * sb + head * sh + (target % PAGE) * st
         tl.debug_barrier()
         if PART == 1:
             tl.store(waits, moved, mask=mask)
         else:
+            block = tl.load(request_table + target // PAGE, mask=inside, other=0)
+            if ELSEWHERE:
+                own = targets + request.to(tl.int64) * targets_stride + target // PAGE
+                other = tl.load(own, mask=inside, other=0)
+                block = tl.where(other >= 0, other, block)
+            to = pages + block.to(tl.int64) * sb + head * sh + (target % PAGE) * st
             tl.store(to[:, None] + dims[None, :] * sd, moved, mask=mask)
 
 
@@ -121,7 +115,7 @@ def compact_pages(
         return
     num_slots = kept.shape[2]
     of_layer = 2 * heads * num_slots * head_size
-    count = max(1, _SCRATCH_BYTES // (of_layer * as_bytes(keys.like).dtype.itemsize))
+    count = max(1, WAITING_BYTES // (of_layer * as_bytes(keys.like).dtype.itemsize))
     for start in range(0, keys.num_layers, count):
         some = slice(start, start + count)
         key = keys._replace(addresses=keys.addresses[some])

@@ -9,6 +9,9 @@ import torch
 #: Most normalizers of attention that a launch computes at once, and most parts of
 #: them, whatever it scores; one request may have more.
 MAX_NORMALIZERS = 1 << 23
+#: Bytes of the keys and values of several layers that wait to be moved; those of one
+#: layer may be more.
+WAITING_BYTES = 128 * 2**20
 
 
 def room(size: int) -> int:

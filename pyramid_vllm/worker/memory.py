@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pyramid_vllm.kernels.scratch import MAX_NORMALIZERS, room
+from pyramid_vllm.kernels.scratch import MAX_NORMALIZERS, WAITING_BYTES, room
 from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.policy import LengthRule, PolicyConfig, Queries, RequestPolicies
 from pyramid_vllm.worker.generated import QueryShape
@@ -98,12 +98,13 @@ class PromptBuffers:
         return 2 * room(max(MAX_NORMALIZERS, of_one)) * _BYTES
 
     def gathered(self) -> int:
-        """Bytes of what one layer gathers from shared pages, with its indices."""
+        """Bytes of keys and values that wait between two launches, of one layer or of
+        as many as fit into a bound."""
         if not self.shares:
             return 0
-        head = self.layers.head_size * self.layers.dtype.itemsize
-        # Int64: each head's token, page and offset; both ends of a move.
-        return self.limits.max_scores * (self.num_kv_heads * (head + 3 * 8) + 8 * 8)
+        token = 2 * self.num_kv_heads * self.layers.head_size
+        one = self.limits.max_scores * token * self.layers.dtype.itemsize
+        return room(max(WAITING_BYTES, one))
 
     def all(self, settings: str) -> list[OwnBuffer]:
         """The buffers.
@@ -122,6 +123,9 @@ class PromptBuffers:
                 f"scores of {self.limits.max_scores:,} tokens of prompts in one step "
                 f"({settings})",
             ),
-            OwnBuffer(self.gathered(), f"what leaves shared pages ({settings})"),
+            OwnBuffer(
+                self.gathered(),
+                f"keys and values on their way to other pages ({settings})",
+            ),
             OwnBuffer(self.normalizers(), "what attention is divided by"),
         ]
