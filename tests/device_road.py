@@ -122,7 +122,7 @@ class RoadWorker(TieredWorker, _StockWorker):
             cache_group = CacheGroup(group_id, tier, constants, attention)
             self._groups.append(cache_group)
             for place, one in enumerate(constants):
-                part = TieredLayer(one, cache_group, place, state, self._one)
+                part = TieredLayer(one, cache_group, place, state, lambda: self._one)
                 runner.model.layers[one.index].part = part
                 self.tier_layers.append(part)
             spec = group.kv_cache_spec

@@ -63,8 +63,8 @@ class Launches:
 
         JITFunction.run = run
         # On pages that are not there, and with processes and steps that are not.
-        cache_group.compact_requests = lambda *_: None
         cache_group.get_tensor_model_parallel_world_size = lambda: 1
+        prune.get_tp_group = lambda: SimpleNamespace(broadcast=lambda _: None)
         prune.get_forward_context = SimpleNamespace
 
     def take(self) -> set[tuple[str, str]]:
@@ -110,8 +110,8 @@ class Requests:
         lens = torch.from_numpy(self.num_computed) + torch.tensor(counts).int()
         tables = [self._table] * self.num_groups
         return StepInputs(
-            starts, starts, lens, lens, len(counts), BlockTables.of(tables),
-            slots[:, : int(starts[-1])],
+            starts, starts.numpy(), lens, lens.numpy(), len(counts),
+            BlockTables.of(tables), slots[:, : int(starts[-1])],
         )  # fmt: skip
 
     def slot_of(self, req_id: str) -> int:
@@ -247,7 +247,7 @@ class RecordedWorker:
         own = CacheGroup(group_id, tier, constants, attention)
         self.worker._groups.append(own)
         for place, constant in enumerate(constants):
-            part = TieredLayer(constant, own, place, self.state, one)
+            part = TieredLayer(constant, own, place, self.state, lambda: one)
             self.worker.tier_layers.append(part)
 
     def run(self, output: Any) -> None:
@@ -274,6 +274,9 @@ def recorded_side(
     return scheduler, RecordedWorker(config, scheduler, is_quantized)
 
 
+NAMES = ("requests", "held", "scores", "gathered", "normalizers")
+
+
 class Peaks:
     """The most that a worker's buffers have held, after any step's layers.
 
@@ -283,7 +286,7 @@ class Peaks:
 
     def __init__(self, worker: RecordedWorker) -> None:
         self._worker, self._execute = worker, worker.execute_model
-        self.found = dict.fromkeys(("requests", "held", "scores", "normalizers"), 0)
+        self.found = dict.fromkeys(NAMES, 0)
         worker.execute_model = self._step  # type: ignore[method-assign]
 
     def _step(self, output: Any) -> Any:
@@ -300,9 +303,11 @@ class Peaks:
         ]
         buffers = state.step.scratch._buffers.items()
         norms = sum(part.nbytes for name, part in buffers if "normalizers" in name)
+        moved = sum(part.nbytes for name, part in buffers if name == "moved")
         self._take("requests", sum(map(len, stores)))
         self._take("held", sum(t.untyped_storage().nbytes() for t in tensors))
-        self._take("scores", state.step.scratch.num_bytes - norms)
+        self._take("scores", state.step.scratch.num_bytes - norms - moved)
+        self._take("gathered", moved)
         self._take("normalizers", norms)
 
     def _take(self, name: str, value: int) -> None:

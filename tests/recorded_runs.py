@@ -150,6 +150,7 @@ def memory(
             "requests": counted.limits.max_at_once,
             "held": counted.held(),
             "scores": counted.scores(),
+            "gathered": counted.gathered(),
             "normalizers": counted.normalizers(),
             "tokens": counted.limits.max_scores,
         },

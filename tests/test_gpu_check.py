@@ -25,7 +25,6 @@ KERNELS = {
     "pool_scores",
     "select",
     "compact_pages",
-    "compact_requests",
     "tier_lengths",
     "row_indices",
     "gather_rows",

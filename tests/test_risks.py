@@ -322,7 +322,7 @@ def test_addresses_of_factors_are_those_of_a_step_that_scores() -> None:
     held = scales.addresses
     step: Any = SimpleNamespace(begin=lambda _: None, generated=None)
     counters: Any = SimpleNamespace(num_scheduled=0)
-    state = WorkerState(step, {}, counters, None, HostTimer(), key_scales=[scales])
+    state = WorkerState(step, {}, counters, 1, None, HostTimer(), key_scales=[scales])
     layers[1]._k_scale = torch.tensor([2.0])
     state.begin(_plan())
     assert layers[1]._k_scale.data_ptr() not in held.tolist()  # it costs nothing
