@@ -96,7 +96,11 @@ class TierLengths:
             or needs_all_rows(request)
         ):
             return None
-        rows = rule.num_rows(num_before, min(num_after, request.num_prompt_tokens))
+        prompt = min(num_after, request.num_prompt_tokens)
+        # A replay that evicts nothing may go on after the prompt's end.
+        rows = tuple(
+            count + num_after - prompt for count in rule.num_rows(num_before, prompt)
+        )
         return rows if rows[-1] < num_after - num_before else None
 
     def slots(self, req_id: str, num_tokens: int, tier: int) -> int:
