@@ -87,7 +87,7 @@ def with_drafts(model: str, script: Path, **settings: Any) -> Any:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("change", "caching"),
-    [({}, True), ({"prune_from": 0, "recent": 8}, False)],
+    [({"hit_split": "ignore"}, True), ({"prune_from": 0, "recent": 8}, False)],
     ids=["cached", "pruned"],
 )
 def test_drafts_change_no_token(
