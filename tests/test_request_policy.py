@@ -74,7 +74,7 @@ def tokens(generations: list[Generation]) -> list[list[int]]:
 
 def test_requests_of_several_policies_are_as_alone(engine: Engine) -> None:
     """Every prompt runs under every wish, all in one batch, and alone."""
-    llm = engine(enable_prefix_caching=True)
+    llm = engine(config=POLICY | {"hit_split": "ignore"}, enable_prefix_caching=True)
     prompts = [prompt for prompt in PROMPTS for _ in WISHES]
     together = ask(llm, prompts, WISHES * len(PROMPTS))
     counters = scheduler_of(llm).kv_counters

@@ -96,7 +96,8 @@ class PolicyConfig(BaseModel):
     """What happens to tokens that a prompt got from the prefix cache. ``keep``: they
     stay whole and shared, and only what the request computes itself is evicted, so
     that a hit may change what is kept. ``ignore``: the whole prompt is evicted as
-    without a hit; the tokens whose queries score are computed again."""
+    without a hit; the tokens whose queries score are computed again. Read from the
+    engine's policy, not from a single request's."""
     prune_from: int | None = Field(default=None, ge=0)
     """First layer whose input may be pruned: from the next tier on, layers compute
     only the rows that they keep. None: every layer computes every row."""

@@ -182,7 +182,7 @@ class TierLengths:
         if request.num_preemptions:
             return
         rule = self.rule_of(request)
-        keeps = rule.config.hit_split == "keep" and can_share(rule)
+        keeps = self._policies.server.hit_split == "keep" and can_share(rule)
         setattr(request, _SHARED, num_tokens if keeps else 0)
 
     def kept_of_prompt(self, req_id: str, num_tokens: int) -> Counts | None:
