@@ -48,8 +48,7 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
     sources = kept + layer * kept_layer + (head % GROUPS) * kept_group + begin
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     between = ((layer * 2 + tl.program_id(1)) * HEADS + head) * num_slots + begin
-    # What lies in shared pages stays where it is.
-    for start in range(skipped, count, BLOCK_T):
+    for start in range(skipped, count, BLOCK_T):  # what is in shared pages stays
         target = start + tl.arange(0, BLOCK_T)
         inside = target < count
         mask = inside[:, None] & (dims[None, :] < D)
