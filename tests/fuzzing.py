@@ -226,7 +226,6 @@ class PageWorker:
             pages = np.concatenate((table[: shared // block_size], pages))
         to = table if pages is None else pages
         if not window.is_ordered:
-            indices = indices.copy()
             tokens = self._memory[table[indices // block_size], indices % block_size]
             places = np.arange(shared, shared + len(indices))
             self._memory[to[places // block_size], places % block_size] = tokens
