@@ -15,6 +15,9 @@ import pytest
 import torch
 from vllm.utils import torch_utils
 
+# At once: vLLM's runner for CPUs puts one that copies nothing in its place.
+from vllm.utils.torch_utils import async_tensor_h2d
+
 from pyramid_vllm.policy import resolve_policy
 from pyramid_vllm.worker import cache_group, prune
 from pyramid_vllm.worker.cache_group import CacheGroup
@@ -178,7 +181,7 @@ def test_a_planted_read_is_found(
 
 
 def _tensor(values: list[int]) -> torch.Tensor:
-    return torch_utils.async_tensor_h2d(values, device=DEVICE)
+    return async_tensor_h2d(values, device=DEVICE)
 
 
 def _into_host(pins: bool, **kwargs: Any) -> None:
