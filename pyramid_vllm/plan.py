@@ -1,6 +1,7 @@
 """The plan of a step, which the scheduler sends to the workers."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 #: Attribute of vLLM's ``SchedulerOutput`` that carries the plan.
@@ -39,10 +40,15 @@ class PromptWindow:
     """Whether tokens can be moved one after the other, oldest first: no page of
     ``pages`` holds tokens that are read after it is written."""
 
+    def first_replaced(self, tier: int) -> int:
+        """First cached token in the pages that ``pages`` replaces."""
+        return self.num_shared
+
 
 @dataclass(frozen=True, slots=True)
 class GeneratedWindow:
-    """A request some of whose generated tokens this step compresses.
+    """A request some of whose tokens this step compresses: a group of generated tokens,
+    or a segment.
 
     Set by the scheduler; read by the worker after the step's forward pass.
     """
@@ -53,7 +59,7 @@ class GeneratedWindow:
     num_tokens: int
     """Tokens computed after this step."""
     num_queries: int
-    """Number of newest generated tokens whose queries score the window."""
+    """Number of newest tokens whose queries score the window."""
     starts: tuple[int, ...]
     """First cached token of the window, per tier."""
     size: int
@@ -62,6 +68,21 @@ class GeneratedWindow:
     """Number of them that each tier keeps."""
     num_kept: tuple[int, ...]
     """Cache length of each tier after the compaction."""
+    num_first: int = 0
+    """First tokens of the window that are kept whatever their score."""
+    pages: tuple[tuple[int, ...] | None, ...] | None = None
+    """For each KV cache group the request's pages from the window's first on: those of
+    the kept tokens, then those of newer ones, which stay where they are. None: a group
+    that keeps the whole window; of all groups: kept and newer tokens move forward in
+    the request's own pages."""
+    is_found: bool = False
+    """Whether ``pages`` come from the prefix cache: nothing is scored or moved."""
+    is_ordered: bool = True
+    """As of a ``PromptWindow``."""
+
+    def first_replaced(self, tier: int) -> int:
+        """First cached token in the pages that ``pages`` replaces."""
+        return self.starts[tier]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,9 @@ class StepPlan:
     released: frozenset[str]
     """Requests that finished or were preempted: the worker drops what it holds of
     them, queries and counts of evicted tokens."""
+    begun: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Evicted tokens, by tier, of requests that this step begins with compressed
+    segments of the prefix cache. Read by the worker."""
 
     @property
     def prunes(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from pyramid_vllm.kernels import (
     accumulated_scores,
+    key_diff_scores,
     key_norm_scores,
     pooled,
     recency_scores,
@@ -64,6 +65,11 @@ def votes(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
 def key_norm(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
     """Keys of small norm score high: see ``key_norm_scores``."""
     return key_norm_scores(inputs.key)
+
+
+def key_diff(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:
+    """Keys unlike the others score high: see ``key_diff_scores``."""
+    return key_diff_scores(inputs.key)
 
 
 def recency(inputs: ScoreInputs, config: PolicyConfig) -> torch.Tensor:

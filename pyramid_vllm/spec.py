@@ -54,7 +54,11 @@ def model_weights(vllm_config: VllmConfig) -> tuple[float, ...] | None:
 def engine_policy(vllm_config: VllmConfig) -> PolicyConfig | None:
     """The configured policy, fitted to the engine's model; None: no policy."""
     policy = configured_policy(vllm_config.additional_config)
-    return None if policy is None else fitted(policy, model_weights(vllm_config))
+    if policy is None:
+        return None
+    policy = fitted(policy, model_weights(vllm_config))
+    page = vllm_config.cache_config.block_size
+    return policy.with_page(page) if policy.segments else policy
 
 
 def required_policy(vllm_config: VllmConfig) -> PolicyConfig:

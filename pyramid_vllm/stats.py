@@ -40,6 +40,14 @@ class PolicyCounters:
     """Compactions of requests."""
     num_groups: int = 0
     """Compactions of generated tokens: compressed groups."""
+    num_segments: int = 0
+    """Segments that were compressed, or found compressed."""
+    num_shared_segments: int = 0
+    """Of these: segments found compressed in the prefix cache when they were due."""
+    num_segment_hits: int = 0
+    """Compressed segments that admitted requests got from the prefix cache."""
+    num_waits: int = 0
+    """Requests that waited for another to compute their prefix, in steps."""
     rows_scheduled: int = 0
     """Scheduled prompt tokens, times layers."""
     rows_computed: int = 0

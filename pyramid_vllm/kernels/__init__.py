@@ -3,6 +3,7 @@
 from pyramid_vllm.kernels.compact import compact
 from pyramid_vllm.kernels.score import (
     accumulated_scores,
+    key_diff_scores,
     key_norm_scores,
     pooled,
     recency_scores,
@@ -14,6 +15,7 @@ from pyramid_vllm.kernels.select import select_tokens
 __all__ = [
     "accumulated_scores",
     "compact",
+    "key_diff_scores",
     "key_norm_scores",
     "pooled",
     "recency_scores",

@@ -140,8 +140,11 @@ def score(
                     continue
                 newest = _newest(query[of_query], span, ring)
             key = _held(keys.caches[layer], block_table, span)
-            found = scored(_inputs(of_layer, newest, key, span), config)
             columns = slice(span.column, span.column + span.num_columns)
+            if not config.needs_queries:
+                # What is compared with the others is what is chosen from.
+                key, columns = key[columns], slice(None)
+            found = scored(_inputs(of_layer, newest, key, span), config)
             to = slice(span.offset, span.offset + span.num_columns)
             out[layer, : len(found), to] = found[:, columns]
 

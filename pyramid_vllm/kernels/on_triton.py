@@ -11,6 +11,7 @@ import torch
 
 from pyramid_vllm.kernels.compact_triton import compact_pages
 from pyramid_vllm.kernels.lengths_triton import tier_lengths
+from pyramid_vllm.kernels.norms_triton import score_key_diffs, score_key_norms
 from pyramid_vllm.kernels.pool_triton import pool_scores as pool
 from pyramid_vllm.kernels.prune_triton import gather_rows, row_indices, scatter_rows
 from pyramid_vllm.kernels.queries_triton import count_missing, store_queries
@@ -18,7 +19,6 @@ from pyramid_vllm.kernels.score_triton import (
     ACCUMULATED,
     ATTENTION,
     VOTES,
-    score_key_norms,
 )
 from pyramid_vllm.kernels.score_triton import score as score_queries
 from pyramid_vllm.kernels.scratch import Scratch
@@ -45,8 +45,9 @@ IS_COMPILED = True
 #: Scorers that read queries, by what ``score_queries`` calls them.
 KINDS = {"attention": ATTENTION, "accumulated": ACCUMULATED, "votes": VOTES}
 KEY_NORM = "key_norm"
+KEY_DIFF = "key_diff"
 RECENCY = "recency"
-SCORERS = frozenset({*KINDS, KEY_NORM, RECENCY})
+SCORERS = frozenset({*KINDS, KEY_NORM, KEY_DIFF, RECENCY})
 
 
 def check_policies(policies: Iterable[PolicyConfig]) -> None:
@@ -114,6 +115,9 @@ def score(
         return
     if config.scorer == KEY_NORM:
         score_key_norms(keys, block_table, spans, out, max_tokens=max_tokens)
+        return
+    if config.scorer == KEY_DIFF:
+        score_key_diffs(keys, block_table, spans, out)
         return
     sinks = attention.sink_logits
     if sinks is None:

@@ -188,6 +188,23 @@ def key_norm_scores(key: torch.Tensor) -> torch.Tensor:
     return -norm.T
 
 
+def key_diff_scores(key: torch.Tensor) -> torch.Tensor:
+    """Keys that are unlike the others score high.
+
+    KeyDiff (arXiv 2504.15364, section 3.3): the negative cosine similarity of a key and
+    the mean of all keys, each of length 1; here not divided by the mean's length, which
+    is the same for all.
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, head_size]``.
+
+    Returns:
+        ``[num_kv_heads, num_tokens]``, float32.
+    """
+    unit = functional.normalize(key.float(), dim=-1)
+    return -torch.einsum("thd,hd->ht", unit, unit.mean(dim=0))
+
+
 def recency_scores(num_tokens: int, device: torch.device) -> torch.Tensor:
     """``[1, num_tokens]``, float32: newer tokens score higher.
 

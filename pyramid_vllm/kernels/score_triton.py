@@ -15,7 +15,6 @@ from pyramid_vllm.kernels.normalizer_triton import (
     normalizers,
     scale_of,
 )
-from pyramid_vllm.kernels.norms_triton import score_key_norms
 from pyramid_vllm.kernels.pool_triton import pool_scores
 from pyramid_vllm.kernels.requests_triton import (
     INTERPRETED,
@@ -36,7 +35,6 @@ __all__ = [
     "VOTES",
     "pool_scores",
     "score",
-    "score_key_norms",
 ]
 
 #: What a token's score is of the attention that it gets.

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from pyramid_vllm.policy.errors import KVPolicyError
-from pyramid_vllm.policy.scorers import Queries, Scorer, find_scorer
+from pyramid_vllm.policy.scorers import SCORERS, Queries, Scorer, find_scorer
 
 #: Names in PyramidInfer's released code of settings that we name otherwise.
 ALIASES = {
@@ -90,8 +90,17 @@ class PolicyConfig(BaseModel):
     """Tokens in a pooling window; odd."""
     selection: Literal["layer", "head"] = "layer"
     """Whether all KV heads of a layer keep the same tokens, or each its own."""
-    evict: Literal["prompt_end", "chunk"] = "prompt_end"
-    """When to evict: once, at the prompt's end, or after every chunk of a prefill."""
+    evict: Literal["prompt_end", "chunk", "segment"] = "prompt_end"
+    """When to evict: once, at the prompt's end; after every chunk of a prefill; or
+    ``segment`` by segment, in prompts and outputs alike, so that what is kept depends
+    on the tokens alone and requests with the same prefix share it."""
+    segment: PositiveInt = 512
+    """Tokens of a segment, whole pages of the KV cache. It is compressed, by its share
+    of ``retention`` in whole pages, once the ``recent`` tokens after it are computed.
+    ``evict: segment`` only."""
+    page: PositiveInt = 16
+    """Tokens of a page of the KV cache, which engines set to their own. ``evict:
+    segment`` only."""
     hit_split: Literal["keep", "ignore"] = "keep"
     """What happens to tokens that a prompt got from the prefix cache. ``keep``: they
     stay whole and shared, and only what the request computes itself is evicted, so
@@ -160,6 +169,7 @@ class PolicyConfig(BaseModel):
                 f"scorer='{self.scorer}' has no scores for generated tokens: valid "
                 "with it is exceed_length_to_compress none"
             )
+        self._check_segments()
         if self.budget == "arithmetic" and (
             self.prune_from is not None or self.evict == "chunk"
         ):
@@ -177,6 +187,35 @@ class PolicyConfig(BaseModel):
                 f"capacity={self.capacity}: valid is at least sinks + recent, {window}"
             )
         return self
+
+    def _check_segments(self) -> None:
+        if self.evict != "segment":
+            return
+        for name, value, valid in (
+            ("prune_from", self.prune_from, None),
+            ("exceed_length_to_compress", self.exceed_length_to_compress, None),
+            ("capacity", self.capacity, None),
+            ("recent_ratio", self.recent_ratio, 0),
+            ("hit_split", self.hit_split, "keep"),
+        ):
+            if value != valid:
+                raise ValueError(
+                    f"{name}={value}: valid with evict 'segment' is "
+                    f"{'none' if valid is None else valid}"
+                )
+        if self.segment % self.page:
+            raise ValueError(
+                f"segment={self.segment}: valid with pages of {self.page} tokens are "
+                "multiples of these"
+            )
+        if not self.scoring.scores_segments:
+            valid_scorers = ", ".join(
+                name for name, found in SCORERS.items() if found.scores_segments
+            )
+            raise ValueError(
+                f"scorer='{self.scorer}' has no scores for segments: valid with evict "
+                f"'segment' are {valid_scorers}"
+            )
 
     @model_validator(mode="after")
     def _retention_agrees(self) -> Self:
@@ -196,6 +235,19 @@ class PolicyConfig(BaseModel):
                 f"recent_ratio={self.recent_ratio} must be below "
                 f"retention={self.retention}: the recent window is always kept"
             )
+
+    def with_page(self, page: int) -> Self:
+        """The policy on an engine whose pages have ``page`` tokens.
+
+        Raises:
+            KVPolicyError: segments are not whole pages.
+        """
+        changed = self.model_copy(update={"page": page})
+        try:
+            changed._check_segments()
+        except ValueError as error:
+            raise KVPolicyError(f"KV policy '{self.name}': {error}") from None
+        return changed
 
     @property
     def given_weights(self) -> tuple[float, ...] | None:
@@ -226,6 +278,11 @@ class PolicyConfig(BaseModel):
     def generation(self) -> bool:
         """Whether generated tokens are compressed."""
         return self.exceed_length_to_compress is not None
+
+    @property
+    def segments(self) -> bool:
+        """Whether prompts and outputs are compressed segment by segment."""
+        return self.evict == "segment"
 
     @property
     def fixes_decay(self) -> bool:

@@ -7,6 +7,7 @@ from pyramid_vllm.policy.budgets import Budget, make_budget
 from pyramid_vllm.policy.budgets.base import UNIT, as_units
 from pyramid_vllm.policy.budgets.pyramidinfer import decay
 from pyramid_vllm.policy.config import PolicyConfig
+from pyramid_vllm.policy.segments import Segments, kept_of_segment
 from pyramid_vllm.policy.tiers import TierLayout
 
 Counts = tuple[int, ...]
@@ -28,6 +29,27 @@ class LengthRule:
         """The policy's budget."""
         return make_budget(self.config, self.layout)
 
+    @cached_property
+    def segments(self) -> Segments | None:
+        """How sequences are compressed segment by segment; None: they are not, or every
+        tier keeps whole segments."""
+        config = self.config
+        if not config.segments:
+            return None
+        many = 10**6  # so long that no floor counts
+        shares = [count * UNIT // many for count in self.budget.cache_lengths(many)]
+        kept = kept_of_segment(config.segment, config.page, shares)
+        if min(kept) == config.segment:
+            return None
+        # Whole pages, because their hash names what was read to choose.
+        recent = -(-config.recent // config.page) * config.page
+        return Segments(config.segment, recent, kept)
+
+    @property
+    def compresses_output(self) -> bool:
+        """Whether generated tokens may be evicted."""
+        return self.config.generation or self.segments is not None
+
     def num_recent(self, num_tokens: int) -> int:
         """Length of the recent window of ``num_tokens`` tokens."""
         return self.budget.num_recent(num_tokens)
@@ -46,7 +68,11 @@ class LengthRule:
 
     def cache_lengths(self, num_tokens: int) -> Counts:
         """Tokens that each tier keeps of a prompt of ``num_tokens`` tokens."""
-        return self.budget.cache_lengths(num_tokens)
+        if not self.config.segments:
+            return self.budget.cache_lengths(num_tokens)
+        if self.segments is None:
+            return (num_tokens,) * self.layout.num_tiers
+        return self.segments.held(num_tokens)
 
     def kept_of_prompt(self, num_tokens: int, num_shared: int) -> Counts:
         """Tokens that each tier keeps of a prompt whose first ``num_shared`` tokens
@@ -65,6 +91,8 @@ class LengthRule:
             num_computed_tokens: prompt and generated tokens.
             num_shared: first tokens of the prompt that stay whole.
         """
+        if self.config.segments:
+            return self.cache_lengths(num_computed_tokens)
         prompt = min(num_computed_tokens, num_prompt_tokens)
         if prompt < num_prompt_tokens and self.config.evict == "prompt_end":
             first = self.first_pruned_tier
@@ -200,6 +228,8 @@ class LengthRule:
             pruned: whether the policy's pruning applies to the request.
             num_shared: first tokens of the prompt that stay whole.
         """
+        if self.config.segments:
+            return self.generation_peak(num_prompt_tokens, num_tokens)
         prompt = min(num_tokens, num_prompt_tokens)
         first = self.first_pruned_tier if pruned else self.layout.num_tiers
         # Counts grow by at most one a token, so the last chunk is the worst.
@@ -225,6 +255,8 @@ class LengthRule:
     ) -> Counts:
         """Most tokens that each tier holds during or after any step from the prompt's
         end to ``num_tokens`` computed tokens; arguments as of ``held_lengths``."""
+        if self.segments is not None:
+            return self.segments.peak(num_tokens)
         held = self.held_lengths(num_prompt_tokens, num_tokens, num_shared)
         if not self.num_groups(num_prompt_tokens, num_tokens - num_prompt_tokens):
             return held

@@ -36,6 +36,8 @@ class Scorer:
     """Whether ``pooling`` is applied to its scores."""
     scores_groups: bool = False
     """Whether it may also score groups of generated tokens: only tested scorers may."""
+    scores_segments: bool = False
+    """Whether it may score segments: only tested scorers may."""
 
     def __post_init__(self) -> None:
         if self.is_pooled and self.queries is Queries.ALL:
@@ -73,10 +75,15 @@ _HERE = "pyramid_vllm.scorers"
 #: Built-in scorers; ``find_scorer`` also finds others.
 SCORERS: dict[str, Scorer] = {
     "attention": Scorer(
-        f"{_HERE}:attention", Queries.WINDOW, is_pooled=True, scores_groups=True
+        f"{_HERE}:attention",
+        Queries.WINDOW,
+        is_pooled=True,
+        scores_groups=True,
+        scores_segments=True,
     ),
     "accumulated": Scorer(f"{_HERE}:accumulated", Queries.ALL),
-    "key_norm": Scorer(f"{_HERE}:key_norm", Queries.NONE),
+    "key_norm": Scorer(f"{_HERE}:key_norm", Queries.NONE, scores_segments=True),
+    "key_diff": Scorer(f"{_HERE}:key_diff", Queries.NONE, scores_segments=True),
     "recency": Scorer(
         f"{_HERE}:recency",
         Queries.NONE,

@@ -88,7 +88,7 @@ class GrowthReserve:
         decoding = []
         for request in running:
             in_prompt = request.num_computed_tokens < request.num_prompt_tokens
-            if in_prompt or self._lengths.rule_of(request).config.generation:
+            if in_prompt or self._lengths.rule_of(request).compresses_output:
                 held = self._num_held(request)
                 self._soon += max(0, self._pages(self._soon_held(request)) - held)
                 self._later += self._pages(self._held_later(request)) - held

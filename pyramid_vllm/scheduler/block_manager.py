@@ -21,24 +21,49 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from pyramid_vllm.scheduler.lengths import TierLengths
+    from pyramid_vllm.scheduler.segments import SegmentCache
+
+
+class _Target(NamedTuple):
+    """What a step replaces in a request's block table."""
+
+    first: int
+    """Place of the first page that is replaced."""
+    num_replaced: int | None
+    """How many are; None: all from there on."""
+    num_pages: int
+    """Pages that replace them."""
+
+    def replaced(self, blocks: Sequence[KVCacheBlock]) -> Sequence[KVCacheBlock]:
+        """Those pages of a block table."""
+        end = len(blocks) if self.num_replaced is None else self.end
+        return blocks[self.first : end]
+
+    @property
+    def end(self) -> int:
+        """The place after them."""
+        assert self.num_replaced is not None
+        return self.first + self.num_replaced
 
 
 @dataclass
 class _Compaction:
-    """Pages for a prompt's kept tokens, secured when its last chunk is scheduled."""
+    """Pages for the kept tokens of a prompt, or of a segment, secured when the last
+    chunk is scheduled."""
 
-    first: int
-    """Place in the block table of the first page that is replaced."""
+    target: _Target
     in_place: list[int]
-    """Places of pages that only this request reads, ascending; the last ones, because
+    """Places, in the block table, of pages that only this request reads, ascending; the last ones, because
     the first are the likeliest to be hit. New pages may replace them until the end of
     ``schedule()``."""
     new: list[KVCacheBlock]
     """Pages that the request takes in addition."""
+    found: list[KVCacheBlock] | None = None
+    """Pages of the prefix cache that hold the kept tokens: nothing is written."""
 
 
 class Gathered(NamedTuple):
-    """Where a prompt's kept tokens are gathered."""
+    """Where a prompt's or a segment's kept tokens are gathered."""
 
     pages: tuple[int, ...]
     """Their ids, in order."""
@@ -54,12 +79,13 @@ class TierBlockManager(FullAttentionManager):
     no other request reads. They are secured before the chunk runs, so that a compaction
     cannot run out of pages: a request that hits one of them brings another for it.
 
-    ``lengths`` and ``reserve`` are set by the scheduler, before the first request.
+    ``lengths``, ``segments`` and ``reserve`` are set by the scheduler, before the first request.
     """
 
     lengths: TierLengths
     reserve: Callable[[Request, int, int], int] | None = None
     """Pages to leave free when a request is admitted; set on one manager only."""
+    segments: SegmentCache
     kv_cache_spec: TierAttentionSpec
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,21 +133,33 @@ class TierBlockManager(FullAttentionManager):
         if not self.enable_caching:
             return num_blocks
         num_blocks += sum(b.block_id in self._written for b in new_computed_blocks)
+        segments = self.lengths.segments_of(request_id)
+        if segments is not None and apply_admission_cap:
+            # Its first segment may lie in pages that others read.
+            kept = segments.kept[self._tier] // self.block_size
+            return num_blocks + (kept if new_computed_blocks else 0)
         target = self._target(request_id, num_tokens_main_model)
         if target is not None:
             held = self.req_to_blocks.get(request_id)
             # The request adds a reference to the pages that it hits now.
             num_others, blocks = (1, held) if held else (0, new_computed_blocks)
-            first, num_target = target
-            num_shared = sum(block.ref_cnt > num_others for block in blocks[first:])
-            num_own = cdiv(num_slots, self.block_size) - first - num_shared
-            num_blocks += max(0, num_target - num_own)
+            replaced = target.replaced(blocks)
+            num_shared = sum(block.ref_cnt > num_others for block in replaced)
+            num_replaced = target.num_replaced
+            if num_replaced is None:
+                num_replaced = cdiv(num_slots, self.block_size) - target.first
+            num_blocks += max(0, target.num_pages - (num_replaced - num_shared))
         return num_blocks
 
-    def _target(self, request_id: str, num_tokens: int) -> tuple[int, int] | None:
-        """The first place in the block table that a step up to ``num_tokens`` gathers
-        a prompt's kept tokens into, and the number of pages; None: it gathers nothing
-        that others may read."""
+    def _target(self, request_id: str, num_tokens: int) -> _Target | None:
+        """What a step up to ``num_tokens`` gathers kept tokens into; None: it gathers
+        nothing that others may read."""
+        due = self.lengths.due(request_id, num_tokens)
+        if due is not None:
+            segment, segments = due
+            kept = segments.kept[self._tier] // self.block_size
+            size = segments.size // self.block_size
+            return _Target(segment * kept, size, kept) if kept < size else None
         if not self.enable_caching:
             return None
         kept = self.lengths.kept_of_prompt(request_id, num_tokens)
@@ -129,7 +167,8 @@ class TierBlockManager(FullAttentionManager):
         if kept is None or kept[self._tier] == request.num_prompt_tokens:
             return None
         first = self.lengths.shared(request) // self.block_size
-        return first, cdiv(kept[self._tier], self.block_size) - first
+        num_pages = cdiv(kept[self._tier], self.block_size) - first
+        return _Target(first, None, num_pages)
 
     def add_local_computed_blocks(
         self,
@@ -162,26 +201,48 @@ class TierBlockManager(FullAttentionManager):
         new = super().allocate_new_blocks(request_id, num_slots, num_tokens_main_model)
         target = self._target(request_id, num_tokens_main_model)
         if target is not None:
-            self._secure(request_id, *target)
+            self._secure(request_id, target)
         return new
 
-    def _secure(self, request_id: str, first: int, num_target: int) -> None:
+    def _secure(self, request_id: str, target: _Target) -> None:
         """Choose pages that a compaction can write in any case."""
-        blocks = self.req_to_blocks[request_id]
-        own = [i for i in range(first, len(blocks)) if blocks[i].ref_cnt == 1]
-        in_place = own[max(0, len(own) - num_target) :]
-        for i in in_place:
-            self._written[blocks[i].block_id] = request_id, i
-        new = self.block_pool.get_new_blocks(num_target - len(in_place))
-        self._compactions[request_id] = _Compaction(first, in_place, new)
+        replaced = target.replaced(self.req_to_blocks[request_id])
+        own = [i for i, block in enumerate(replaced) if block.ref_cnt == 1]
+        own = own[max(0, len(own) - target.num_pages) :]
+        if not self.enable_caching:
+            own = list(range(target.num_pages))  # nobody else reads any of them
+        for i in own:
+            self._written[replaced[i].block_id] = request_id, target.first + i
+        new = self.block_pool.get_new_blocks(target.num_pages - len(own))
+        in_place = [target.first + i for i in own]
+        self._compactions[request_id] = _Compaction(target, in_place, new)
 
     def cache_blocks(
         self, request: Request, num_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """Offer full pages to other requests, until the request evicts tokens."""
         num_tokens = self.lengths.num_shareable(request, num_tokens)
-        if num_tokens:
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        num_gone = self.lengths.evicted(request.request_id)[self._tier]
+        if not num_gone:
+            if num_tokens:
+                super().cache_blocks(request, num_tokens, *args, **kwargs)
+            return
+        # Whole segments are gone: the hash of a page is that of its first place.
+        num_gone //= self.block_size
+        req_id = request.request_id
+        num_cached = self.num_cached_block.get(req_id, 0)
+        num_full = num_tokens // self.block_size - num_gone
+        if num_full <= num_cached:
+            return
+        self.block_pool.cache_full_blocks(
+            request=request,
+            blocks=_Shifted(self.req_to_blocks[req_id], num_gone),
+            num_cached_blocks=num_cached + num_gone,
+            num_full_blocks=num_full + num_gone,
+            block_size=self.block_size,
+            kv_cache_group_id=self.kv_cache_group_id,
+        )
+        self.num_cached_block[req_id] = num_full
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Release a request's pages, secured pages and counts; ``free`` calls it."""
@@ -194,9 +255,30 @@ class TierBlockManager(FullAttentionManager):
             self._written.pop(block.block_id, None)
         return blocks + compaction.new
 
+    def compacts(self, request_id: str) -> bool:
+        """Whether this step compacts a request's pages in this group."""
+        return request_id in self._compactions
+
+    def share(self, request_id: str, pages: list[KVCacheBlock]) -> list[int]:
+        """Take a segment's pages from the prefix cache instead of gathering its tokens;
+        ``truncate`` puts them into the block table.
+
+        Returns:
+            Ids of the request's pages from the segment's first on.
+        """
+        compaction = self._compactions[request_id]
+        blocks, target = self.req_to_blocks[request_id], compaction.target
+        for i in compaction.in_place:
+            del self._written[blocks[i].block_id]
+        self.block_pool.touch(pages)
+        compaction.in_place, compaction.found = [], pages
+        for page in pages:
+            self.lengths.hits[page.block_id] = page.block_hash
+        return [page.block_id for page in (*pages, *blocks[target.end :])]
+
     def gather_pages(self, request: Request) -> Gathered | None:
-        """Settle into which pages a prompt's kept tokens are gathered; ``truncate``
-        makes them its block table.
+        """Settle into which pages kept tokens are gathered; ``truncate`` makes them the
+        request's block table.
 
         Call it after ``schedule()`` has returned, when every request of the step has
         its pages. Free pages then replace pages that would leave the prefix cache, but
@@ -209,8 +291,8 @@ class TierBlockManager(FullAttentionManager):
         compaction = self._compactions.get(request.request_id)
         if compaction is None:
             return None
-        blocks, first = self.req_to_blocks[request.request_id], compaction.first
-        written = []
+        blocks, target = self.req_to_blocks[request.request_id], compaction.target
+        first, written = target.first, []
         # The first pages first: a page can only be hit if all before it are.
         for i in compaction.in_place:
             del self._written[blocks[i].block_id]
@@ -225,10 +307,15 @@ class TierBlockManager(FullAttentionManager):
                 compaction.new.append(page)
         compaction.in_place = written
         in_order = written == list(range(first, first + len(written)))
-        if in_order and not compaction.new:
+        pages = [blocks[i] for i in written] + compaction.new
+        if target.num_replaced is not None:
+            if self.enable_caching:
+                segment = target.first // target.num_pages
+                self.segments.offer(request, segment, self.kv_cache_group_id, pages)
+            pages += blocks[target.end :]
+        elif in_order and not compaction.new:
             del self._compactions[request.request_id]
             return None
-        pages = [blocks[i] for i in written] + compaction.new
         return Gathered(tuple(page.block_id for page in pages), in_order)
 
     def _expendable_page(self) -> KVCacheBlock | None:
@@ -254,14 +341,27 @@ class TierBlockManager(FullAttentionManager):
             The pages, in the order of their tokens, for the caller to free.
         """
         held = self.req_to_blocks[request_id]
-        kept = held[: cdiv(num_held, self.block_size)]
         compaction = self._compactions.pop(request_id, None)
-        if compaction is not None:
-            written = [held[i] for i in compaction.in_place]
-            kept = held[: compaction.first] + written + compaction.new
+        if compaction is None:
+            kept = held[: cdiv(num_held, self.block_size)]
+        else:
+            target, kept = compaction.target, held[: compaction.target.first]
+            kept += compaction.found or []
+            kept += [held[i] for i in compaction.in_place]
+            if compaction.found is None:
+                kept += compaction.new
+            if target.num_replaced is not None:
+                kept += held[target.end :]
+                cached = self.num_cached_block.get(request_id)
+                if cached is not None:
+                    fewer = target.num_replaced - target.num_pages
+                    self.num_cached_block[request_id] = cached - fewer
         self.req_to_blocks[request_id] = kept
         stays = {block.block_id for block in kept}
-        return [block for block in held if block.block_id not in stays]
+        gone = [block for block in held if block.block_id not in stays]
+        if compaction is not None and compaction.found is not None:
+            gone += compaction.new
+        return gone
 
     def check_settled(self) -> None:
         """Check that no secured pages outlive their step.
@@ -272,6 +372,27 @@ class TierBlockManager(FullAttentionManager):
         assert not self._compactions, f"secured: {list(self._compactions)}"
         assert not self._written, f"written: {list(self._written.values())}"
         assert not self._lost, f"lost: {self._lost}"
+
+
+class _Shifted(Sequence["KVCacheBlock"]):
+    """A block table whose places are those before its first segments were compressed.
+
+    Args:
+        blocks: the table.
+        shift: pages that are gone from before all places that are asked for.
+    """
+
+    def __init__(self, blocks: list[KVCacheBlock], shift: int) -> None:
+        self._blocks, self._shift = blocks, shift
+
+    def __len__(self) -> int:
+        return len(self._blocks) + self._shift
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            start, stop = place.start - self._shift, place.stop - self._shift
+            return self._blocks[start:stop]
+        return self._blocks[place - self._shift]
 
 
 def register_spec(vllm_config: VllmConfig | None) -> None:

@@ -32,7 +32,8 @@ class ChunkEnds:
         Args:
             request: its computed tokens include the chunk.
         """
-        if can_share(self._lengths.rule_of(request)):
+        rule = self._lengths.rule_of(request)
+        if can_share(rule) or rule.config.segments:
             return
         ends = self._noted.setdefault(request, [])
         if not ends or request.num_computed_tokens > ends[-1]:
@@ -48,6 +49,12 @@ class ChunkEnds:
         if num_computed + num_new > request.num_tokens:
             return num_new  # a last token with drafts after it
         rule = self._lengths.rule_of(request)
+        if rule.config.segments:
+            # A later token must not attend to what is due to be evicted.
+            segments = rule.segments
+            if segments is None:
+                return num_new
+            return min(num_new, segments.next_end(num_computed) - num_computed)
         num_prompt = request.num_prompt_tokens
         if num_computed < num_prompt:
             if rule.prunes and needs_all_rows(request):

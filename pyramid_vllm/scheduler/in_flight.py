@@ -70,5 +70,7 @@ class PromptsInFlight:
     def _evicts(self, request: Request) -> bool:
         num_tokens = request.num_prompt_tokens
         rule = self._lengths.rule_of(request)
+        if rule.config.segments:
+            return False  # of a segment at a time, and no query waits for a chunk
         kept = rule.kept_of_prompt(num_tokens, self._lengths.shared(request))
         return min(kept) < num_tokens

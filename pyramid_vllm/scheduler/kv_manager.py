@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 from pyramid_vllm.scheduler.block_manager import TierBlockManager
+from pyramid_vllm.scheduler.segments import SegmentCache
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -29,6 +30,12 @@ class TierKVCacheManager(KVCacheManager):
 
     lengths: TierLengths
     in_flight: PromptsInFlight
+    segments: SegmentCache
+    due: dict[str, int]
+    """By request: the segment that this step compresses."""
+    begun: dict[str, tuple[int, ...]]
+    """Evicted tokens, by tier, of requests that this step begins with compressed
+    segments of the prefix cache."""
     _rests_until: dict[str, int]
 
     @classmethod
@@ -42,8 +49,22 @@ class TierKVCacheManager(KVCacheManager):
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager.lengths, manager._rests_until = lengths, {}
-        manager.in_flight = in_flight
+        manager.in_flight, manager.due, manager.begun = in_flight, {}, {}
+        tiers = [
+            of_group
+            for of_group in manager.coordinator.single_type_managers
+            if isinstance(of_group, TierBlockManager)
+        ]
+        manager.segments = SegmentCache(manager.coordinator, tiers, lengths)
+        for of_tier in tiers:
+            of_tier.lengths, of_tier.segments = lengths, manager.segments
         return manager
+
+    def begin_step(self) -> None:
+        """Forget what the step before has begun and compressed."""
+        self.in_flight.begin_step()
+        self.due.clear()
+        self.begun.clear()
 
     def allocate_slots(
         self,
@@ -75,6 +96,11 @@ class TierKVCacheManager(KVCacheManager):
         )
         if allocated is not None:
             self.in_flight.follow(request, end, is_new)
+            if is_new and self.lengths.admit(req_id):
+                self.begun[req_id] = self.lengths.evicted(req_id)
+            due = self.lengths.due(req_id, end - num_lookahead_tokens)
+            if due is not None:
+                self.due[req_id] = due[0]
         if (
             allocated is not None
             and request.num_computed_tokens >= request.num_prompt_tokens
@@ -82,16 +108,29 @@ class TierKVCacheManager(KVCacheManager):
             self._rests_until[req_id] = self._next_need(request) - 1
         return allocated
 
+    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        """See the stock method; a request may hit compressed segments."""
+        compresses = self.lengths.rule_of(request).segments is not None
+        if not (compresses and self.prefix_cache_lookup_enabled(request)):
+            return super().get_computed_blocks(request)
+        # The last token is computed in any case, for its logits.
+        hit = self.segments.find(request, request.num_tokens - 1)
+        return self.create_kv_cache_blocks(hit.pages), hit.num_tokens, 0
+
     def _next_need(self, request: Request) -> int:
         """Number of computed tokens with which a request needs its managers again."""
         req_id, needs = request.request_id, []
         evicted = self.lengths.evicted(req_id)
+        segments = self.lengths.segments_of(req_id)
+        if segments is not None:
+            needs.append(segments.next_end(request.num_computed_tokens))
         shares = self.enable_caching and self.lengths.shares(request)
         for manager in self.coordinator.single_type_managers:
-            size = manager.block_size
+            size, gone = manager.block_size, 0
             room = len(manager.req_to_blocks[req_id]) * size
             if isinstance(manager, TierBlockManager):
-                needs.append(room + evicted[manager.kv_cache_spec.tier] + 1)
+                gone = evicted[manager.kv_cache_spec.tier]
+                needs.append(room + gone + 1)
                 if not shares:
                     continue
             else:
@@ -100,7 +139,8 @@ class TierKVCacheManager(KVCacheManager):
                 skipped = manager.get_num_skipped_tokens(max(0, computed))
                 needs.append(max(0, computed) + size - skipped % size)
             if self.enable_caching:
-                needs.append((manager.num_cached_block.get(req_id, 0) + 1) * size)
+                num_cached = manager.num_cached_block.get(req_id, 0)
+                needs.append((num_cached + 1) * size + gone)
         return min(needs)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
@@ -115,6 +155,8 @@ class TierKVCacheManager(KVCacheManager):
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """Release a request's pages, in the order of their tokens."""
         self.in_flight.drop(request.request_id)
+        self.due.pop(request.request_id, None)
+        self.begun.pop(request.request_id, None)
         self._rests_until.pop(request.request_id, None)
         return by_position(
             manager.pop_blocks_for_free(request.request_id)

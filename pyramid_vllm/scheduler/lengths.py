@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from pyramid_vllm.policy import LengthRule, Queries, RequestPolicies
+from pyramid_vllm.policy.segments import Segments
 
 Counts = tuple[int, ...]
 #: Attribute of vLLM's ``Request``: its rule, fixed when it is first asked for.
@@ -30,8 +31,8 @@ def needs_all_rows(request: RequestLengths) -> bool:
 
 
 def can_share(rule: LengthRule) -> bool:
-    """Whether a policy evicts only after the whole prompt is computed, which the pages
-    of a prefix cache require."""
+    """Whether a policy evicts once, after the whole prompt is computed: pages of a
+    prefix cache are whole until then."""
     return not rule.prunes and rule.config.evict == "prompt_end"
 
 
@@ -57,6 +58,8 @@ class TierLengths:
         self._requests = requests
         self._none = (0,) * policies.layout.num_tiers
         self._evicted: dict[str, Counts] = {}
+        self._hit: dict[str, Counts] = {}
+        """Evicted tokens of requests that were not admitted yet, in what they hit."""
         self.num_evicted = list(self._none)
         """By tier: evicted tokens of all requests that hold pages."""
         self.num_ever_evicted = list(self._none)
@@ -83,7 +86,7 @@ class TierLengths:
 
     def evicted(self, req_id: str) -> Counts:
         """Computed tokens minus cache length, per tier."""
-        return self._evicted.get(req_id, self._none)
+        return self._evicted.get(req_id) or self._hit.get(req_id, self._none)
 
     def rows(
         self, request: RequestLengths, num_before: int, num_after: int
@@ -156,15 +159,20 @@ class TierLengths:
             request.num_prompt_tokens, computed, self.shared(request)
         )
         evicted = tuple(computed - length for length in kept)
-        before = self.evicted(request.request_id)
+        before = self._evicted.get(request.request_id, self._none)
         self._last_slots = None
         if evicted == before:
             return None
-        self._evicted[request.request_id] = evicted
+        self._set_evicted(request.request_id, evicted)
         for tier, (new, old) in enumerate(zip(evicted, before, strict=True)):
-            self.num_evicted[tier] += new - old
             self.num_ever_evicted[tier] += new - old
         return kept
+
+    def _set_evicted(self, req_id: str, evicted: Counts) -> None:
+        before = self._evicted.get(req_id, self._none)
+        self._evicted[req_id] = evicted
+        for tier, (new, old) in enumerate(zip(evicted, before, strict=True)):
+            self.num_evicted[tier] += new - old
 
     # Prefix caching.
 
@@ -179,11 +187,44 @@ class TierLengths:
         A preempted request keeps the split of its first admission, whatever it hits
         then: its replay evicts what it evicted at first.
         """
+        rule = self.rule_of(request)
+        if rule.segments is not None:
+            num_segments = rule.segments.num_compressed(num_tokens)
+            self._hit[request.request_id] = rule.segments.num_evicted(num_segments)
+            return
         if request.num_preemptions:
             return
-        rule = self.rule_of(request)
         keeps = self._policies.server.hit_split == "keep" and can_share(rule)
         setattr(request, _SHARED, num_tokens if keeps else 0)
+
+    def segments_of(self, req_id: str) -> Segments | None:
+        """How a request's segments are compressed; None: they are not."""
+        return self.rule_of(self._requests[req_id]).segments
+
+    def due(self, req_id: str, num_tokens: int) -> tuple[int, Segments] | None:
+        """The segment that is compressed in the step up to ``num_tokens``, and how."""
+        request = self._requests[req_id]
+        segments = self.rule_of(request).segments
+        if segments is None:
+            return None
+        num_compressed = segments.num_compressed(num_tokens)
+        if not num_compressed:
+            return None
+        segment = num_compressed - 1
+        if self.evicted(req_id) == segments.num_evicted(num_compressed):
+            return None
+        return segment, segments
+
+    def admit(self, req_id: str) -> bool:
+        """Take what a request hit, now that it has the pages.
+
+        Returns:
+            Whether it hit compressed segments.
+        """
+        evicted = self._hit.pop(req_id, self._none)
+        if any(evicted):
+            self._set_evicted(req_id, evicted)
+        return any(evicted)
 
     def kept_of_prompt(self, req_id: str, num_tokens: int) -> Counts | None:
         """Cache lengths after the step that ends a prompt, if the step evicts tokens
@@ -215,6 +256,8 @@ class TierLengths:
             None: as many as in stock vLLM.
         """
         rule, prompt = self.rule_of(request), request.num_prompt_tokens
+        if rule.config.segments:
+            return None  # a look-up of segments knows
         if not can_share(rule) or needs_all_rows(request):
             return 0
         whole = self.shared(request)
@@ -228,9 +271,11 @@ class TierLengths:
     def num_shareable(self, request: RequestLengths, num_tokens: int) -> int:
         """Number of a request's first ``num_tokens`` tokens that have stock vLLM's keys
         and values, in pages that are not written any more."""
+        rule = self.rule_of(request)
+        if rule.config.segments:
+            return num_tokens
         if request.request_id in self._evicted:
             return 0
-        rule = self.rule_of(request)
         if not can_share(rule):
             return 0
         # Groups of generated tokens are compressed in place.
@@ -243,7 +288,7 @@ class TierLengths:
     def shares(self, request: RequestLengths) -> bool:
         """Whether a request past its prompt still offers pages to other requests."""
         rule = self.rule_of(request)
-        return (
+        return rule.config.segments or (
             request.request_id not in self._evicted
             and can_share(rule)
             and not rule.config.generation
@@ -251,6 +296,7 @@ class TierLengths:
 
     def forget(self, req_id: str) -> None:
         """Drop a request that no longer holds pages."""
+        self._hit.pop(req_id, None)
         for tier, count in enumerate(self._evicted.pop(req_id, ())):
             self.num_evicted[tier] -= count
         self._last_slots = self._last_peak = self._last_end = None

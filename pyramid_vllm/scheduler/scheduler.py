@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
 from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.metrics.config import reaches_plugins
-from pyramid_vllm.plan import PromptWindow, StepPlan, attach_plan
+from pyramid_vllm.plan import GeneratedWindow, PromptWindow, StepPlan, attach_plan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import (
@@ -30,7 +30,11 @@ from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.statistics import Statistics
-from pyramid_vllm.scheduler.windows import generated_window, prompt_window
+from pyramid_vllm.scheduler.windows import (
+    generated_window,
+    prompt_window,
+    segment_window,
+)
 from pyramid_vllm.spec import (
     max_chunk,
     model_weights,
@@ -86,8 +90,6 @@ class PyramidScheduler(AsyncScheduler):
             self.kv_cache_manager, self.tier_lengths, in_flight
         )
         self._reserve = self._make_reserve(policies)
-        for manager in self.tier_managers:
-            manager.lengths = self.tier_lengths
         self.tier_managers[0].reserve = self._reserve.num_pages
         self._last_log = -_LOG_INTERVAL_S
         self._chunk_ends = ChunkEnds(self.tier_lengths)
@@ -223,7 +225,7 @@ class PyramidScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step and attach its plan."""
         self._reserve.begin(self.running)
-        self._pages.in_flight.begin_step()
+        self._pages.begin_step()
         output = super().schedule(*args, **kwargs)
         released = frozenset(output.finished_req_ids).union(
             output.preempted_req_ids or ()
@@ -250,6 +252,8 @@ class PyramidScheduler(AsyncScheduler):
         """Plan a step, and record what it evicts."""
         scheduled = output.num_scheduled_tokens
         windows, generated, num_prompt_tokens = [], [], 0
+        for req_id, segment in self._pages.due.items():
+            generated.append(self._compress(self.requests[req_id], segment))
         for req_id in self._scheduled(self._compressing, scheduled):
             request = self.requests[req_id]
             before = request.num_computed_tokens - scheduled[req_id]
@@ -275,6 +279,37 @@ class PyramidScheduler(AsyncScheduler):
             windows=tuple(windows),
             generated=tuple(generated),
             released=released,
+            begun=self._pages.begun.copy(),
+        )
+
+    def _compress(self, request: Request, segment: int) -> GeneratedWindow:
+        """Plan a segment's compression: its pages may be in the prefix cache."""
+        req_id = request.request_id
+        found = None
+        if self._pages.enable_caching:
+            found = self._pages.segments.find_segment(request, segment)
+        managers = self._pages.coordinator.single_type_managers
+        pages: list[tuple[int, ...] | None] = [None] * len(managers)
+        is_ordered = True
+        for place, manager in enumerate(self.tier_managers):
+            group = manager.kv_cache_group_id
+            if not manager.compacts(req_id):
+                continue
+            if found is not None:
+                pages[group] = manager.share(req_id, found[place])
+            else:
+                gathered = manager.gather_pages(request)
+                assert gathered is not None
+                pages[group] = gathered.pages
+                is_ordered &= gathered.is_ordered
+        self._statistics.count_segment(found is not None)
+        return segment_window(
+            self.tier_lengths,
+            request,
+            segment,
+            tuple(pages),
+            found is not None,
+            is_ordered,
         )
 
     def _end_prompt(self, request: Request) -> None:
@@ -334,6 +369,28 @@ class PyramidScheduler(AsyncScheduler):
         )
         boundary = num_tokens + num_uncached if num_uncached else 0
         return manager.create_kv_cache_blocks(blocks), num_tokens, boundary, False
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Also let a request wait while another computes the same segment: it then gets
+        the segment compressed, as stock vLLM's gets the pages of a step before it."""
+        ready: bool = super()._handle_blocked_waiting_request(request)
+        if not ready or request.num_computed_tokens:
+            return ready
+        if not self._pages.segments.is_being_computed(
+            request, [self.requests[req_id] for req_id in self._segmenting()]
+        ):
+            return True
+        self._statistics.count_wait()
+        return False
+
+    def _segmenting(self) -> list[str]:
+        """Running requests, in the order of their admission, whose prompt is not yet
+        computed, with those that this step has begun."""
+        return [
+            request.request_id
+            for request in self.running
+            if request.num_computed_tokens < request.num_prompt_tokens
+        ]
 
     def _holds(self, request: Request, num_tokens: int) -> bool:
         """Whether the whole pool can hold a request up to ``num_tokens``."""

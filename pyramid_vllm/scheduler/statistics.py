@@ -58,6 +58,19 @@ class Statistics:
         """Count a prompt that is kept whole because the prefix cache had most of it."""
         add(self.counters.unpruned, CACHED_PREFIX)
 
+    def count_segment(self, is_found: bool) -> None:
+        """Count a segment that was compressed, or found compressed when it was due."""
+        self.counters.num_segments += 1
+        self.counters.num_shared_segments += is_found
+
+    def count_segment_hits(self, num_segments: int) -> None:
+        """Count compressed segments that a request begins with."""
+        self.counters.num_segment_hits += num_segments
+
+    def count_wait(self) -> None:
+        """Count a step in which a request waits for another to compute its prefix."""
+        self.counters.num_waits += 1
+
     def count_freed(self, pages: Sequence[int]) -> None:
         """Count a request's compaction, which freed ``pages`` by tier."""
         self.counters.num_compactions += 1
@@ -68,7 +81,7 @@ class Statistics:
         """Count a step's rows and groups."""
         counters, sizes = self.counters, self._sizes
         counters.max_num_running = max(counters.max_num_running, num_running)
-        counters.num_groups += len(plan.generated)
+        counters.num_groups += sum(w.pages is None for w in plan.generated)
         if plan.windows or plan.generated:
             evicted = self._sizes * self._lengths.num_ever_evicted
             for tier, count in enumerate(evicted.tolist()):

@@ -21,6 +21,8 @@ def prompt_window(
         None: the step neither scores, prunes nor evicts.
     """
     rule = lengths.rule_of(request)
+    if rule.config.segments:
+        return None  # of a segment everything is done after the forward pass
     computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
     num_rows = lengths.rows(request, num_before, computed)
     num_kept = lengths.advance(request)
@@ -85,6 +87,46 @@ def generated_window(
         size=size,
         num_chosen=rule.group_kept,
         num_kept=num_kept,
+    )
+
+
+def segment_window(
+    lengths: TierLengths,
+    request: RequestLengths,
+    segment: int,
+    pages: tuple[tuple[int, ...] | None, ...],
+    is_found: bool,
+    is_ordered: bool,
+) -> GeneratedWindow:
+    """Plan a segment's compression and record it in ``lengths``.
+
+    Args:
+        lengths: advanced to the step's end.
+        request: its computed tokens include the step's.
+        segment: which of its segments.
+        pages: see ``GeneratedWindow``.
+        is_found: see ``GeneratedWindow``.
+        is_ordered: see ``GeneratedWindow``.
+    """
+    rule, computed = lengths.rule_of(request), request.num_computed_tokens
+    segments = rule.segments
+    assert segments is not None
+    assert computed == segments.end(segment), f"{computed} tokens: a segment is late"
+    num_kept = lengths.advance(request)
+    assert num_kept is not None
+    return GeneratedWindow(
+        req_id=request.request_id,
+        policy=rule.config.name,
+        num_tokens=computed,
+        num_queries=rule.config.gen_queries if rule.config.needs_queries else 0,
+        starts=tuple(segment * kept for kept in segments.kept),
+        size=segments.size,
+        num_chosen=segments.kept,
+        num_kept=num_kept,
+        num_first=0 if segment else rule.config.sinks,
+        pages=pages,
+        is_found=is_found,
+        is_ordered=is_ordered,
     )
 
 

@@ -208,6 +208,9 @@ class CacheGroup:
             state: of the worker.
         """
         step = state.step
+        windows = [w for w in windows if w.num_chosen[self.tier] < w.size]
+        if not windows:
+            return
         on_host = self._spans(windows, step)
         sent = async_tensor_h2d(on_host, device=step.device)
         spans, oldest = Spans.of(sent[:-1]), sent[-1]
@@ -215,10 +218,42 @@ class CacheGroup:
         scores = self._generated_scores(windows, config, step, spans, oldest, on_host)
         kept = self._selected(scores, config, step, spans, longest)
         table = step.batch.pages(self.group_id)
-        step.kernels.compact(self.keys, self.values, table, spans, kept)
+        if config.segments:
+            self._gather(windows, spans, kept, step)
+        else:
+            step.kernels.compact(self.keys, self.values, table, spans, kept)
         if state.record is not None:
             req_ids = [window.req_id for window in windows]
             self._record(state.record.compress, req_ids, on_host, kept)
+
+    def _gather(
+        self,
+        windows: Sequence[GeneratedWindow],
+        spans: Spans,
+        kept: torch.Tensor,
+        step: TierStep,
+    ) -> None:
+        """Gather what stays of segments into their pages; newer tokens do not move."""
+        starts = np.array([window.starts[self.tier] for window in windows])
+        chosen = np.array([window.num_chosen[self.tier] for window in windows])
+        ends = np.stack((starts + [window.size for window in windows], starts + chosen))
+        firsts, lasts = starts // step.block_size, ends[1] // step.block_size
+        targets = np.full((len(windows), lasts.max()), -1, dtype=np.int32)
+        for column, window in enumerate(windows):
+            pages = window.pages and window.pages[self.group_id]
+            assert pages, f"request {window.req_id}: a segment has no pages"
+            first, last = firsts[column], lasts[column]
+            targets[column, first:last] = pages[: last - first]
+        held, num_kept = async_tensor_h2d(ends.astype(np.int32), device=step.device)
+        step.kernels.compact(
+            self.keys,
+            self.values,
+            step.batch.pages(self.group_id),
+            spans._replace(num_held=held, num_kept=num_kept),
+            kept,
+            async_tensor_h2d(targets, device=step.device),
+            scratch=None if all(w.is_ordered for w in windows) else step.scratch,
+        )
 
     def _spans(self, windows: Sequence[GeneratedWindow], step: TierStep) -> Ints:
         """``[num_fields + 1, num_windows]``: the spans, and each oldest query's
@@ -231,13 +266,14 @@ class CacheGroup:
             held = kept + size - window.num_chosen[self.tier]
             oldest = window.num_tokens - window.num_queries
             slot = ring = 0
-            if queries is not None:
+            if queries is not None and window.num_queries:
                 ring = oldest % queries.num_queries
                 slot = queries.slot(window.req_id) * queries.num_queries
             row = step.batch.row_of[window.req_id]
             columns.append(
-                (row, slot, ring, window.num_queries, held, kept, start,
-                 held - start - size, start, size, offset, oldest)
+                (row, slot, ring, window.num_queries, held, kept,
+                 start + window.num_first, held - start - size, start, size, offset,
+                 oldest)
             )  # fmt: skip
             offset += held - start
         return np.array(columns, dtype=np.int32).T.copy()
@@ -254,28 +290,31 @@ class CacheGroup:
         """``[num_layers, 1 or num_kv_heads, num_scores]``, float32"""
         num_layers, size = len(self.layers), int(on_host[_HELD].sum())
         queries = step.generated
-        if not config.needs_queries:
+        if config.scoring.is_same_for_all_heads:
             # Newer tokens stay, as in the prompt.
             newer = torch.arange(size, dtype=torch.float32, device=step.device)
             return newer.expand(num_layers, 1, -1)
-        assert queries is not None
-        queries.verify(self.indices, spans, oldest)
+        buffer, ring = self.keys.like, None  # read by scorers that read queries
+        if config.needs_queries:
+            assert queries is not None
+            queries.verify(self.indices, spans, oldest)
+            buffer, ring = queries.buffer, queries.num_queries
         shape = (num_layers, self.keys.like.shape[1], size)
         # Those of prompts are of no use any more.
         scores = step.scratch.get(f"scores {self.group_id}", shape, torch.float32)
         step.kernels.score(
             config,
             self.attention,
-            queries.buffer,
+            buffer,
             self.indices,
             self.keys,
             step.batch.pages(self.group_id),
             spans,
             scores,
-            max_queries=queries.num_queries,
+            max_queries=ring or 1,
             max_tokens=int(on_host[_HELD].max()),
             max_columns=windows[0].size,
-            ring=queries.num_queries,
+            ring=ring,
             scratch=step.scratch,
         )
         return scores
@@ -291,7 +330,7 @@ def compress_generated(groups: Sequence[CacheGroup], state: WorkerState) -> None
     plan = state.step.plan
     assert plan is not None
     for name in {window.policy for window in plan.generated}:
-        windows = [window for window in plan.generated if window.policy == name]
+        windows = [w for w in plan.generated if w.policy == name and not w.is_found]
         for part in _parts(windows, state.max_scores):
             for group in groups:
                 group.compress(part, state.policies[name], state)
@@ -309,4 +348,5 @@ def _parts(
             part, num_tokens = [], 0
         part.append(window)
         num_tokens += window.num_tokens
-    yield part
+    if part:
+        yield part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,8 @@ class EvictedTokens:
         if device.type == "cpu":
             self._on_device = torch.from_numpy(self._on_host)
         self._is_changed = False
+        self._begun: Mapping[str, tuple[int, ...]] = {}
+        """Of requests that the step begins with evicted tokens."""
         self._slots: npt.NDArray[np.intp] | None = None
         """Of the batch whose counts follow; None: a count has changed since."""
         self._rows = self._on_host
@@ -42,6 +45,7 @@ class EvictedTokens:
 
     def begin(self, plan: StepPlan) -> None:
         """Drop the counts of requests that finished or were preempted."""
+        self._begun = plan.begun
         for req_id in plan.released:
             slot = self._batch.release(req_id)
             if slot is not None and self._on_host[:, slot].any():
@@ -64,6 +68,12 @@ class EvictedTokens:
         Steps that only generate have the batch and the counts of the step before.
         """
         slots = self._batch.slots
+        if self._begun:
+            # Not earlier: the runner has given them their slots now.
+            for req_id, num_evicted in self._begun.items():
+                self._on_host[:, self._batch.slot_of(req_id)] = num_evicted
+            self._begun = {}
+            self._change()
         if self._slots is None or not np.array_equal(slots, self._slots):
             self._slots, self._rows_on_device = slots, None
             self._rows = self._on_host.take(slots, axis=1)

@@ -55,10 +55,11 @@ class QuerySlots:
 
     Args:
         shape: of the buffer.
+        of_prompts: whether queries of prompts are kept too.
     """
 
-    def __init__(self, shape: QueryShape) -> None:
-        self.num_queries = shape.num_queries
+    def __init__(self, shape: QueryShape, of_prompts: bool = False) -> None:
+        self.num_queries, self._of_prompts = shape.num_queries, of_prompts
         self._slot_of: dict[str, int] = {}
         self._free = list(reversed(range(shape.max_num_seqs)))
 
@@ -85,7 +86,8 @@ class QuerySlots:
         """
         rows, slots, ends, counts = [], [], [], []
         for row, (req_id, end, generated, scheduled) in enumerate(step.progress()):
-            if generated <= 0:
+            num_new = scheduled if self._of_prompts else min(scheduled, generated)
+            if num_new <= 0:
                 continue
             slot = self._slot_of.get(req_id)
             if slot is None:
@@ -93,7 +95,7 @@ class QuerySlots:
             rows.append(row)
             slots.append(slot)
             ends.append(end)
-            counts.append(min(scheduled, generated, self.num_queries))
+            counts.append(min(num_new, self.num_queries))
         count = torch.tensor(counts, dtype=torch.int64)
         last = torch.tensor([ends, slots, rows], dtype=torch.int64)
         end, slot_of, row_of = last.repeat_interleave(count, dim=1)
@@ -116,6 +118,7 @@ class GeneratedQueries(QuerySlots):
         max_num_tokens: most rows of a step.
         device: where the buffer lies.
         kernels: of the device.
+        of_prompts: whether queries of prompts are kept too.
     """
 
     def __init__(
@@ -124,8 +127,9 @@ class GeneratedQueries(QuerySlots):
         max_num_tokens: int,
         device: torch.device,
         kernels: KernelSet,
+        of_prompts: bool = False,
     ) -> None:
-        super().__init__(shape)
+        super().__init__(shape, of_prompts)
         self._kernels = kernels
         places = shape.max_num_seqs * shape.num_queries
         self.buffer = torch.zeros(

@@ -123,7 +123,8 @@ class TieredWorker(RemoteCalls):
 
     def _query_shape(self) -> QueryShape | None:
         """Queries of generated tokens; None where the policy needs none."""
-        if not (self.kv_policy.generation and self.kv_policy.needs_queries):
+        policy = self.kv_policy
+        if not (policy.needs_queries and (policy.generation or policy.segments)):
             return None
         return self.query_shape(
             self.scheduler_config.max_num_seqs, self.kv_policy.gen_queries
@@ -189,7 +190,11 @@ class TieredWorker(RemoteCalls):
         shape, device = self._query_shape(), runner.device
         if shape is not None:
             step.generated = GeneratedQueries(
-                shape, runner.max_num_tokens, device, kernels
+                shape,
+                runner.max_num_tokens,
+                device,
+                kernels,
+                of_prompts=self.kv_policy.segments,
             )
         state = self.tier_state = WorkerState(
             step=step,

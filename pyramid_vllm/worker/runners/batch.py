@@ -1,14 +1,21 @@
 """The requests of a step, whichever runner keeps them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm.utils.math_utils import cdiv
+
 from pyramid_vllm.kernels.spans import BlockTables
+
+if TYPE_CHECKING:
+    from pyramid_vllm.plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,42 @@ class StepInputs:
 
 #: Takes a step's inputs.
 Prepare = Callable[[StepInputs], None]
+
+
+class RowChange(NamedTuple):
+    """How a step's compaction changes a request's row of a block table."""
+
+    req_id: str
+    group: int
+    """KV cache group of the table."""
+    num_blocks: int
+    """Pages that stay."""
+    first: int
+    """Place from which on ``pages`` replace what was there."""
+    pages: Sequence[int]
+
+
+def row_changes(
+    plan: StepPlan, tier_of_group: Mapping[int, int], block_sizes: Sequence[int]
+) -> Iterator[RowChange]:
+    """Changes of the rows of all compacted requests.
+
+    Args:
+        plan: of the step that has run.
+        tier_of_group: tiers of KV cache groups.
+        block_sizes: tokens of a page, by group.
+    """
+    windows = {window.req_id: window for window in (*plan.windows, *plan.generated)}
+    for req_id, _, num_kept in plan.compactions:
+        window = windows[req_id]
+        for group, tier in tier_of_group.items():
+            size = block_sizes[group]
+            num_blocks = first = cdiv(num_kept[tier], size)
+            pages = window.pages[group] if window.pages else None
+            if pages is not None:
+                first = window.first_replaced(tier) // size
+                num_blocks = first + len(pages)
+            yield RowChange(req_id, group, num_blocks, first, pages or ())
 
 
 class Batch(Protocol):

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.utils.math_utils import cdiv
 
 from pyramid_vllm.kernels.spans import BlockTables
-from pyramid_vllm.worker.runners.batch import Prepare, StepInputs
+from pyramid_vllm.worker.runners.batch import Prepare, StepInputs, row_changes
 from pyramid_vllm.worker.runners.generators import make_rewindable
 
 if TYPE_CHECKING:
@@ -129,23 +128,16 @@ class V1Runner:
         The scheduler has freed the other pages; the next ones it allocates are
         appended.
         """
-        num_fewer = 0
-        gathered = {w.req_id: w for w in plan.windows if w.pages}
-        for req_id, _, num_kept in plan.compactions:
-            row = self._batch.req_id_to_index[req_id]
-            block_ids = self._runner.requests[req_id].block_ids
-            for group_id, tier in tier_of_group.items():
-                table = self._batch.block_table[group_id]
-                num_blocks = cdiv(num_kept[tier], table.block_size)
-                last = table.num_blocks_per_row[row]
-                num_fewer += int(last) - num_blocks
-                window = gathered.get(req_id)
-                pages = window and window.pages and window.pages[group_id]
-                if window and pages:
-                    first = window.num_shared // table.block_size
-                    table.block_table.np[row, first:num_blocks] = pages
-                    block_ids[group_id][first:num_blocks] = pages
-                table.block_table.np[row, num_blocks:last] = 0
-                table.num_blocks_per_row[row] = num_blocks
-                del block_ids[group_id][num_blocks:]
+        num_fewer, tables = 0, self._batch.block_table
+        sizes = [table.block_size for table in tables.block_tables]
+        for change in row_changes(plan, tier_of_group, sizes):
+            row = self._batch.req_id_to_index[change.req_id]
+            block_ids = self._runner.requests[change.req_id].block_ids[change.group]
+            table, end = tables[change.group], change.num_blocks
+            last = table.num_blocks_per_row[row]
+            num_fewer += int(last) - end
+            table.block_table.np[row, change.first : end] = change.pages
+            table.block_table.np[row, end:last] = 0
+            table.num_blocks_per_row[row] = end
+            block_ids[change.first :] = change.pages
         return num_fewer

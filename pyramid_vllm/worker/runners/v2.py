@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pyramid_vllm.kernels.spans import BlockTables
-from pyramid_vllm.worker.runners.batch import Prepare, StepInputs
+from pyramid_vllm.worker.runners.batch import Prepare, StepInputs, row_changes
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -233,20 +232,14 @@ class V2Runner:
 
         The runner publishes rows and their lengths before its next step.
         """
-        num_fewer = 0
-        tables = self._runner.block_tables
-        gathered = {w.req_id: w for w in plan.windows if w.pages}
-        for req_id, _, num_kept in plan.compactions:
-            index = self._runner.req_states.req_id_to_index[req_id]
-            for group_id, tier in tier_of_group.items():
-                num_blocks = cdiv(num_kept[tier], tables.block_sizes[group_id])
-                num_fewer += int(tables.num_blocks.np[group_id, index]) - num_blocks
-                window = gathered.get(req_id)
-                pages = window and window.pages and window.pages[group_id]
-                if window and pages:
-                    first = window.num_shared // tables.block_sizes[group_id]
-                    # At once: a staged write may meet the next request's in this row.
-                    row = tables.block_tables[group_id].gpu[index, first:num_blocks]
-                    async_tensor_h2d(list(pages), dtype=row.dtype, out=row)
-                tables.num_blocks.np[group_id, index] = num_blocks
+        num_fewer, tables = 0, self._runner.block_tables
+        for change in row_changes(plan, tier_of_group, tables.block_sizes):
+            index = self._runner.req_states.req_id_to_index[change.req_id]
+            group, end = change.group, change.num_blocks
+            num_fewer += int(tables.num_blocks.np[group, index]) - end
+            if change.pages:
+                # At once: a staged write may meet the next request's in this row.
+                row = tables.block_tables[group].gpu[index, change.first : end]
+                async_tensor_h2d(list(change.pages), dtype=row.dtype, out=row)
+            tables.num_blocks.np[group, index] = end
         return num_fewer
