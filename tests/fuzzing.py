@@ -6,14 +6,17 @@ tables, and checks at every read that a request finds its own tokens and no othe
 
 import random
 import zlib
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pyramid_vllm.policy import LengthRule
 from pyramid_vllm.plan import GeneratedWindow, PromptWindow, StepPlan, plan_of
 from pyramid_vllm.scheduler import PyramidScheduler
+from pyramid_vllm.scheduler.segments import namespace
 from pyramid_vllm.worker.runners.v1 import V1Runner
 
 Tokens = npt.NDArray[np.int64]
@@ -48,6 +51,8 @@ class _Request:
         self.evicted: list[int] = []
         """By tier; empty: none yet."""
         self.block_ids: list[list[int]] = []
+        self.is_segmented = False
+        """Whether what it holds follows from its tokens alone."""
 
 
 class PageWorker:
@@ -75,13 +80,28 @@ class PageWorker:
         )
         self.requests: dict[str, _Request] = {}
         self._free_rows = list(range(_MAX_REQS))
-        self.num_shared_reads = 0
+        self.num_shared_reads = self.num_segment_hits = 0
+        self._rule_of = scheduler.tier_lengths.rule_of
+        self._rules: dict[str, LengthRule] = {}
+
+    def note(self, requests: Mapping[str, Any]) -> None:
+        """Learn the rules of all requests, some of which leave before their step."""
+        for req_id, request in requests.items():
+            self._rules[req_id] = self._rule_of(request)
 
     def run(self, output: Any) -> None:
         """One step: rows, keys of the step's tokens, compaction."""
         plan: StepPlan = plan_of(output)
         self._begin(plan)
         starts = self._update_rows(output, plan)
+        for req_id, num_evicted in plan.begun.items():
+            segments = self._rules[req_id].segments
+            assert segments is not None
+            num_segments = segments.num_compressed(starts[req_id])
+            assert num_evicted == segments.num_evicted(num_segments)
+            self.requests[req_id].evicted = list(num_evicted)
+            self.requests[req_id].is_segmented = True
+            self.num_segment_hits += num_segments
         self._prepare(output, plan, starts)
         for group_id, tier in self._tier_of_group.items():
             self._run_group(output, plan, starts, group_id, tier)
@@ -152,11 +172,13 @@ class PageWorker:
         equal."""
         request = self.requests[req_id]
         request.tokens += [7] * (end - len(request.tokens))  # what tests sample
-        if request.evicted:  # of nobody else's context
+        if request.evicted and not request.is_segmented:  # of nobody else's context
             prefix = zlib.crc32(f"{req_id} {self._rng.random()}".encode())
             return prefix * 4096 + np.arange(start, end) + 1
         known = np.array(request.tokens[:end], dtype=np.int64)
+        policy = zlib.crc32(namespace(self._rules[req_id]).encode())
         mixed = np.cumsum(known * 1000003 + np.arange(end) * 7919 + 17 + group_id)
+        mixed += policy
         return mixed[start:] * 31 + 1
 
     def _run_group(
@@ -171,7 +193,8 @@ class PageWorker:
         for req_id, num_new in output.num_scheduled_tokens.items():
             start, request = starts[req_id], self.requests[req_id]
             if not len(request.held[group_id]) and start:  # pages of the prefix cache
-                request.held[group_id] = self._names(req_id, group_id, 0, start)
+                names = self._names(req_id, group_id, 0, start)
+                request.held[group_id] = self._left_of(req_id, names, tier)
                 self.num_shared_reads += 1
             num_held = len(request.held[group_id])
             num_evicted = request.evicted[tier] if request.evicted else 0
@@ -189,6 +212,18 @@ class PageWorker:
             assert np.array_equal(found, held), (req_id, group_id, "another's tokens")
         for window in plan.windows:
             self._compact(window, group_id, tier)
+
+    def _left_of(self, req_id: str, names: Tokens, tier: int) -> Tokens:
+        """What is left of a request's first tokens once its segments are compressed."""
+        segments = self._rules[req_id].segments
+        if segments is None:
+            return names
+        end = segments.num_compressed(len(names)) * segments.size
+        left = [
+            _best(names[first : first + segments.size], segments.kept[tier])
+            for first in range(0, end, segments.size)
+        ]
+        return np.concatenate((*left, names[end:]))
 
     def _slots(self, req_id: str, group_id: int, start: int, end: int) -> Any:
         places, pages = np.arange(start, end), self._pages(req_id, group_id)
@@ -239,6 +274,9 @@ class PageWorker:
     def _compress(self, group: GeneratedWindow, group_id: int, tier: int) -> None:
         request = self.requests[group.req_id]
         held, start = request.held[group_id], group.starts[tier]
+        if group.pages is not None:
+            self._compress_segment(group, group_id, tier)
+            return
         chosen = self._rng.choice(group.size, group.num_chosen[tier], replace=False)
         request.held[group_id] = np.concatenate(
             (
@@ -249,3 +287,39 @@ class PageWorker:
         )
         assert len(request.held[group_id]) == group.num_kept[tier]
         self._write(group.req_id, group_id, start, request.held[group_id][start:])
+
+    def _compress_segment(
+        self, window: GeneratedWindow, group_id: int, tier: int
+    ) -> None:
+        """What stays of a segment follows from its tokens; found pages hold it."""
+        request, start = self.requests[window.req_id], window.starts[tier]
+        request.is_segmented = True
+        held = request.held[group_id]
+        names = held[start : start + window.size]
+        best = _best(names, window.num_chosen[tier])
+        request.held[group_id] = np.concatenate(
+            (held[:start], best, held[start + window.size :])
+        )
+        assert len(request.held[group_id]) == window.num_kept[tier]
+        assert window.pages is not None
+        pages = window.pages[group_id]
+        if window.is_found or pages is None:
+            return
+        block_size, table = self._memory.shape[1], self._pages(window.req_id, group_id)
+        indices = start + np.flatnonzero(np.isin(names, best))
+        sources = table[indices // block_size], indices % block_size
+        if not window.is_ordered:
+            tokens = self._memory[sources]
+            for place, token in enumerate(tokens):
+                self._memory[pages[place // block_size], place % block_size] = token
+            return
+        for place, source in enumerate(zip(*sources, strict=True)):
+            page = pages[place // block_size]
+            self._memory[page, place % block_size] = self._memory[source]
+
+
+def _best(names: Tokens, count: int) -> Tokens:
+    """A choice of ``count`` tokens that depends on the tokens alone, in order."""
+    chosen = np.argsort(names * 2654435761 % 1000003, kind="stable")[:count]
+    best: Tokens = names[np.sort(chosen)]
+    return best

@@ -156,6 +156,8 @@ class Driver:
         """One step: schedule, check the pool, return the oldest output if due."""
         output = self.scheduler.schedule()
         plan: StepPlan = plan_of(output)
+        if hasattr(self.worker, "note"):
+            self.worker.note(self.scheduler.requests)
         self.plans.append(plan)
         lengths = self.scheduler.tier_lengths
         holders = list(self.scheduler.requests)

@@ -37,6 +37,17 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pruned groups": BASE | {"prune_from": 2, "exceed_length_to_compress": 8},
     # Tiers of one and of two layers: each has several KV cache groups.
     "uneven": BASE | {"tiers": 4, "growth_reserve": 0},
+    "segments": BASE
+    | {"evict": "segment", "segment": 64, "scorer": "key_diff", "recent": 16},
+    "tight segments": BASE
+    | {
+        "evict": "segment",
+        "segment": 96,
+        "scorer": "key_norm",
+        "recent": 32,
+        "retention": 0.3,
+        "growth_reserve": 0,
+    },
     "streaming": {"base": "streaming", "recent": 8, "min_context": 16, "tiers": 2},
 }
 #: What requests may ask for beside the engine's own policy.
@@ -137,6 +148,10 @@ class Schedule:
         MET["gathered"] += sum(window.pages is not None for window in windows)
         MET["pruned"] += sum(plan.prunes for plan in plans)
         MET["hits"] += self._driver.worker.num_shared_reads
+        MET["segments"] += counters.num_segments
+        MET["shared segments"] += counters.num_shared_segments
+        MET["segment hits"] += self._driver.worker.num_segment_hits
+        MET["waits"] += counters.num_waits
         MET["wishes"] += sum(
             bool(r.sampling_params and r.sampling_params.extra_args)
             for r in self._requests
@@ -186,6 +201,10 @@ def test_the_schedules_met_what_they_are_for() -> None:
         "groups",
         "pruned",
         "hits",
+        "segments",
+        "shared segments",
+        "segment hits",
+        "waits",
         "wishes",
     ):
         assert MET[what] > NUM_SCHEDULES // 10, (what, MET)

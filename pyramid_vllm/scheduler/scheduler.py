@@ -29,6 +29,7 @@ from pyramid_vllm.scheduler.kv_manager import TierKVCacheManager
 from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
+from pyramid_vllm.scheduler.segments import namespace, separate
 from pyramid_vllm.scheduler.statistics import Statistics
 from pyramid_vllm.scheduler.windows import (
     generated_window,
@@ -151,6 +152,8 @@ class PyramidScheduler(AsyncScheduler):
             )
             request.max_tokens = limit
         self._statistics.count_request(rule, request)
+        if self._pages.enable_caching:
+            separate(request, namespace(rule), namespace(self.kv_rule))
         if rule.prunes and needs_all_rows(request):
             logger.info_once(
                 "KV policy: requests for prompt_logprobs are served unpruned, because "
@@ -252,6 +255,11 @@ class PyramidScheduler(AsyncScheduler):
         """Plan a step, and record what it evicts."""
         scheduled = output.num_scheduled_tokens
         windows, generated, num_prompt_tokens = [], [], 0
+        for req_id in self._pages.begun:
+            segments = self.tier_lengths.segments_of(req_id)
+            assert segments is not None
+            before = self.requests[req_id].num_computed_tokens - scheduled[req_id]
+            self._statistics.count_segment_hits(segments.num_compressed(before))
         for req_id, segment in self._pages.due.items():
             generated.append(self._compress(self.requests[req_id], segment))
         for req_id in self._scheduled(self._compressing, scheduled):
@@ -377,20 +385,12 @@ class PyramidScheduler(AsyncScheduler):
         if not ready or request.num_computed_tokens:
             return ready
         if not self._pages.segments.is_being_computed(
-            request, [self.requests[req_id] for req_id in self._segmenting()]
+            request,
+            (r for r in self.running if r.num_computed_tokens < r.num_prompt_tokens),
         ):
             return True
         self._statistics.count_wait()
         return False
-
-    def _segmenting(self) -> list[str]:
-        """Running requests, in the order of their admission, whose prompt is not yet
-        computed, with those that this step has begun."""
-        return [
-            request.request_id
-            for request in self.running
-            if request.num_computed_tokens < request.num_prompt_tokens
-        ]
 
     def _holds(self, request: Request, num_tokens: int) -> bool:
         """Whether the whole pool can hold a request up to ``num_tokens``."""

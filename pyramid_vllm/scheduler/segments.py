@@ -13,7 +13,7 @@ from vllm.v1.core.kv_cache_utils import (
     resolve_block_hashes,
 )
 
-from pyramid_vllm.policy import LengthRule
+from pyramid_vllm.policy import NONE, LengthRule
 from pyramid_vllm.policy.segments import Segments
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ def namespace(rule: LengthRule) -> str:
     settings = rule.config.model_dump_json(exclude={"name", "growth_reserve"})
     shares = f"{settings} {rule.segments} {rule.layout.tier_of_layer}"
     return hashlib.sha256(shares.encode()).hexdigest()
+
+
+def separate(request: Request, own: str, of_engine: str) -> None:
+    """Keep a request's pages from those of requests with other segments.
+
+    Args:
+        request: it arrives.
+        own: the namespace of its policy.
+        of_engine: that of the engine's policy, whose pages have stock's hashes.
+    """
+    if own == of_engine:
+        return
+    request.cache_salt = f"{request.cache_salt or ''} kv_policy {own or NONE}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 class Hit(NamedTuple):
