@@ -127,6 +127,8 @@ class WorkModel:
         if plan is not None:
             for req_id in plan.released:
                 self._evicted.pop(req_id, None)
+            for req_id, num_evicted in plan.begun.items():
+                self._evicted[req_id] = np.array(num_evicted, np.float64)
             index = {req_id: i for i, req_id in enumerate(req_ids)}
             for req_id in self._evicted.keys() & index.keys():
                 held[index[req_id]] -= self._evicted[req_id]
@@ -207,12 +209,17 @@ class WorkModel:
         work.num_compactions += float(layers.sum())
 
     def _add_group(self, work: StepWork, group: GeneratedWindow) -> None:
-        """Scores and compaction of a group of generated tokens: what follows the group
-        moves up."""
-        num_layers = float(self._sizes.sum())
-        kept, starts = np.array(group.num_kept), np.array(group.starts)
+        """Scores and compaction of a group of generated tokens, behind which newer ones
+        move up, or of a segment, behind which they stay."""
+        if group.is_found:
+            return
+        chosen = np.array(group.num_chosen)
+        layers = self._sizes * (chosen < group.size)
+        num_layers = float(layers.sum())
         self._add_scores(work, group.num_queries, group.size * num_layers)
-        moved = float((kept - starts) @ self._sizes)
+        if group.pages is None:
+            chosen = np.array(group.num_kept) - np.array(group.starts)
+        moved = float(chosen @ layers)
         work.move_bytes += 2 * moved * self._model.token_bytes
         work.num_compactions += num_layers
 

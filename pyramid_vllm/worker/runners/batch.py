@@ -54,7 +54,7 @@ class RowChange(NamedTuple):
 
 
 def row_changes(
-    plan: StepPlan, tier_of_group: Mapping[int, int], block_sizes: Sequence[int]
+    plan: StepPlan, tier_of_group: Mapping[int, int], block_sizes: Mapping[int, int]
 ) -> Iterator[RowChange]:
     """Changes of the rows of all compacted requests.
 

@@ -129,7 +129,7 @@ class V1Runner:
         appended.
         """
         num_fewer, tables = 0, self._batch.block_table
-        sizes = [table.block_size for table in tables.block_tables]
+        sizes = {group: tables[group].block_size for group in tier_of_group}
         for change in row_changes(plan, tier_of_group, sizes):
             row = self._batch.req_id_to_index[change.req_id]
             block_ids = self._runner.requests[change.req_id].block_ids[change.group]

@@ -233,7 +233,8 @@ class V2Runner:
         The runner publishes rows and their lengths before its next step.
         """
         num_fewer, tables = 0, self._runner.block_tables
-        for change in row_changes(plan, tier_of_group, tables.block_sizes):
+        sizes = {group: tables.block_sizes[group] for group in tier_of_group}
+        for change in row_changes(plan, tier_of_group, sizes):
             index = self._runner.req_states.req_id_to_index[change.req_id]
             group, end = change.group, change.num_blocks
             num_fewer += int(tables.num_blocks.np[group, index]) - end
