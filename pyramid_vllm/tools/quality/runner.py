@@ -98,6 +98,8 @@ def _sampling(request: Request, job: Job, name: str) -> Any:
         stop_token_ids=request.stop_ids,
         logprobs=None if request.forced is None else 0,
         detokenize=False,
+        # A hit would leave more of a prompt whole than its policy keeps.
+        skip_reading_prefix_cache=True,
         extra_args=extra or None,
     )
 
