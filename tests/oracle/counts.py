@@ -153,6 +153,16 @@ class LayerCounts:
             for i in range(self.num_layers)
         ]
 
+    def segment(self) -> list[int]:
+        """Tokens that each layer keeps of a segment: its share in whole pages, halves
+        rounded up."""
+        c, many = self.config, 10**6
+        pages = Fraction(c.segment, c.page)
+        return [
+            c.page * max(1, math.floor(pages * Fraction(kept, many) + Fraction(1, 2)))
+            for kept in self.prompt(many)
+        ]
+
     def pruned_layers(self) -> set[int]:
         """Layers whose input is pruned."""
         start = self.config.prune_from

@@ -1,5 +1,6 @@
 """One request under a policy, layer by layer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -106,9 +107,12 @@ class Oracle:
         """
         assert sum(chunks) == len(prompt)
         run = _Run(self, prompt, prune, shared)
-        for chunk in chunks:
-            run.prefill(chunk)
-        run.generate(output)
+        if self.config.evict == "segment":
+            run.by_segments(output)
+        else:
+            for chunk in chunks:
+                run.prefill(chunk)
+            run.generate(output)
         run.result.held = [layer.key.shape[1] for layer in run.layers]
         return run.result
 
@@ -270,6 +274,60 @@ class _Run:
                 self.result.decided = False
         return sorted(order[:count])
 
+    # Segments.
+
+    def by_segments(self, output: list[int]) -> None:
+        """Feed prompt and output alike, from one compression to the next."""
+        size, page = self.config.segment, self.config.page
+        recent = math.ceil(self.config.recent / page) * page
+        tokens = self.prompt + output[:-1]
+        fed = number = 0
+        while fed < len(tokens):
+            due = (number + 1) * size + recent
+            end = min(due, len(tokens))
+            self._feed(tokens[fed:end], fed)
+            fed = end
+            if end == due:
+                self._compress_segment(number)
+                number += 1
+        del self.result.logprobs[: len(self.prompt) - 1]
+
+    def _compress_segment(self, number: int) -> None:
+        config, size = self.config, self.config.segment
+        for layer, kept in zip(self.layers, self.counts.segment(), strict=True):
+            heads, start = len(layer.key), number * kept
+            own = layer.key[:, start : start + size]
+            if config.scorer == "key_diff":
+                unit = own / own.norm(dim=-1, keepdim=True)
+                scores = -(unit * unit.mean(1, keepdim=True)).sum(-1)
+            elif config.scorer == "key_norm":
+                scores = -own.norm(dim=-1)
+            else:
+                columns = self._newest_attention(layer, config.gen_queries)
+                scores = columns[:, start : start + size]
+            if config.selection == "layer":
+                scores = scores.mean(0, keepdim=True).expand(heads, -1)
+            sinks = 0 if number else min(config.sinks, kept)
+            places = range(sinks, size)
+            held = layer.key.shape[1]
+            layer.keep(
+                [
+                    [
+                        *range(start + sinks),
+                        *(start + i for i in self._best(row, places, kept - sinks)),
+                        *range(start + size, held),
+                    ]
+                    for row in scores.tolist()
+                ]
+            )
+
+    def _newest_attention(self, layer: _Layer, newest: int) -> torch.Tensor:
+        """``[num_kv_heads, num_held]``: what the newest queries attend to, weighed."""
+        weights = torch.linspace(1, self.config.distance_weight, newest, dtype=F64)
+        weights = weights / weights.sum()
+        columns = (layer.attention(newest) * weights[:, None]).sum(1)
+        return columns.view(len(layer.key), -1, columns.shape[1]).mean(1)
+
     # Generation.
 
     def generate(self, output: list[int]) -> None:
@@ -302,8 +360,6 @@ class _Run:
         kept = self.counts.group_kept()
         prompt = [self.shared + c for c in self.counts.prompt(n - self.shared)]
         newest = min(config.gen_queries, self.counts.recent(n + generated))
-        weights = torch.linspace(1, config.distance_weight, newest, dtype=F64)
-        weights = weights / weights.sum()
         for index, layer in enumerate(self.layers):
             start = prompt[index] + (number - 1) * kept[index]
             places = range(start, start + group)
@@ -311,8 +367,7 @@ class _Run:
             if config.scorer == "recency":
                 scores = layer.position.to(F64)
             else:
-                columns = (layer.attention(newest) * weights[:, None]).sum(1)
-                scores = columns.view(heads, -1, columns.shape[1]).mean(1)
+                scores = self._newest_attention(layer, newest)
             if config.selection == "layer":
                 scores = scores.mean(0, keepdim=True).expand(heads, -1)
             held = layer.key.shape[1]
