@@ -194,6 +194,43 @@ class TierBlockManager(FullAttentionManager):
             self._written.pop(block.block_id, None)
         return blocks + compaction.new
 
+    def num_others_read(self, request_id: str) -> int:
+        """First tokens of a request whose pages other requests read, too."""
+        count = 0
+        for block in self.req_to_blocks[request_id]:
+            if block.ref_cnt < 2:  # noqa: PLR2004
+                break
+            count += 1
+        return count * self.block_size
+
+    def keep_shared(self, request: Request) -> list[KVCacheBlock]:
+        """Secure fewer pages for a prompt of which more stays whole than was thought.
+
+        Returns:
+            Secured pages that are not needed, for the caller to free.
+        """
+        req_id, prompt = request.request_id, request.num_prompt_tokens
+        compaction = self._compactions.get(req_id)
+        if compaction is None:
+            return []
+        shared = self.lengths.shared(request)
+        rule = self.lengths.rule_of(request)
+        kept = rule.kept_of_prompt(prompt, shared)[self._tier]
+        compaction.first = shared // self.block_size
+        num_needed = 0
+        if kept < prompt:
+            num_needed = cdiv(kept, self.block_size) - compaction.first
+        num_in_place = max(0, num_needed - len(compaction.new))
+        blocks, surplus = self.req_to_blocks[req_id], len(compaction.in_place)
+        for i in compaction.in_place[: surplus - num_in_place]:
+            del self._written[blocks[i].block_id]
+        compaction.in_place = compaction.in_place[surplus - num_in_place :]
+        gone = compaction.new[num_needed - num_in_place :]
+        compaction.new = compaction.new[: num_needed - num_in_place]
+        if kept == prompt:
+            del self._compactions[req_id]
+        return gone
+
     def gather_pages(self, request: Request) -> Gathered | None:
         """Settle into which pages a prompt's kept tokens are gathered; ``truncate``
         makes them its block table.

@@ -264,7 +264,8 @@ class PyramidScheduler(AsyncScheduler):
                 computed = min(request.num_computed_tokens, request.num_prompt_tokens)
                 num_prompt_tokens += computed - before
                 self._chunk_ends.note(request)
-                window = prompt_window(self.tier_lengths, request, before)
+                drops = self._keep_shared(request) and bool(before)
+                window = prompt_window(self.tier_lengths, request, before, drops)
                 if window is not None:
                     windows.append(self._with_pages(window))
             if request.num_computed_tokens >= request.num_prompt_tokens:
@@ -276,6 +277,29 @@ class PyramidScheduler(AsyncScheduler):
             generated=tuple(generated),
             released=released,
         )
+
+    def _keep_shared(self, request: Request) -> bool:
+        """Leave whole what other requests have got of a prompt that ends now.
+
+        Returns:
+            Whether more of it stays whole than was thought before.
+        """
+        is_cut = request.num_computed_tokens < request.num_prompt_tokens
+        if is_cut or not self._pages.enable_caching:
+            return False
+        num_tokens = min(
+            manager.num_others_read(request.request_id)
+            for manager in self.tier_managers
+        )
+        end = request.num_prompt_tokens + request.max_tokens
+        if not self._holds(request, end, num_tokens):
+            return False
+        if not self.tier_lengths.note_sharers(request, num_tokens):
+            return False
+        for manager in self.tier_managers:
+            gone = manager.keep_shared(request)
+            self._pages.block_pool.free_blocks(gone)
+        return True
 
     def _end_prompt(self, request: Request) -> None:
         req_id, lengths = request.request_id, self.tier_lengths
@@ -322,7 +346,8 @@ class PyramidScheduler(AsyncScheduler):
         lengths.note_hit(request, hit[1])
         most = lengths.max_shared(request)
         end = request.num_prompt_tokens + request.max_tokens
-        if lengths.shared(request) and not self._holds(request, end):
+        whole = lengths.shared(request)
+        if whole and not self._holds(request, end, whole):
             # The pool cannot hold the output beside a prefix that stays whole.
             lengths.note_hit(request, 0)
             most = lengths.max_shared(request)
@@ -335,12 +360,13 @@ class PyramidScheduler(AsyncScheduler):
         boundary = num_tokens + num_uncached if num_uncached else 0
         return manager.create_kv_cache_blocks(blocks), num_tokens, boundary, False
 
-    def _holds(self, request: Request, num_tokens: int) -> bool:
-        """Whether the whole pool can hold a request up to ``num_tokens``."""
+    def _holds(self, request: Request, num_tokens: int, num_shared: int) -> bool:
+        """Whether the whole pool can hold a request up to ``num_tokens``, if its first
+        ``num_shared`` stay whole."""
         peak = self.tier_lengths.rule_of(request).generation_peak(
             request.num_prompt_tokens,
             min(num_tokens, self.max_model_len),
-            self.tier_lengths.shared(request),
+            num_shared,
         )
         return self.kv_report.holds(peak)
 
