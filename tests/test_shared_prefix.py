@@ -203,6 +203,21 @@ def test_what_others_got_of_a_prompt_stays_whole(tiny_llama: str) -> None:
     assert free_pages(scheduler) == total
 
 
+@pytest.mark.parametrize(("num_waiting", "shared"), [(1, 0), (2, 160)])
+def test_what_waiting_requests_will_get_stays_whole(
+    tiny_llama: str, num_waiting: int, shared: int
+) -> None:
+    """Two of them: a single one may be the next turn of a chat."""
+    scheduler = make_scheduler(
+        tiny_llama, 400, SMALL, enable_prefix_caching=True, max_num_batched_tokens=400
+    )
+    scheduler.add_request(make_request("a", 400, 8))
+    for i in range(num_waiting):
+        scheduler.add_request(make_request(str(i), 200, 8, shared=160))
+    (window,) = Driver(scheduler).step().windows
+    assert (window.req_id, window.num_shared) == ("a", shared)
+
+
 def test_a_page_that_is_hit_in_the_step_of_its_compaction_is_replaced(
     tiny_llama: str,
 ) -> None:

@@ -198,7 +198,7 @@ class TierBlockManager(FullAttentionManager):
         """First tokens of a request whose pages other requests read, too."""
         count = 0
         for block in self.req_to_blocks[request_id]:
-            if block.ref_cnt < 2:  # noqa: PLR2004
+            if block.ref_cnt < 2:
                 break
             count += 1
         return count * self.block_size

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,7 @@ from pyramid_vllm.stats import TIMES_ATTRIBUTE, PolicyCounters
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _LOG_INTERVAL_S = 30.0
+#: Waiting requests that are compared with a prompt that ends.
+_NUM_NEXT = 64
 
 
 class PyramidScheduler(AsyncScheduler):
@@ -279,7 +284,8 @@ class PyramidScheduler(AsyncScheduler):
         )
 
     def _keep_shared(self, request: Request) -> bool:
-        """Leave whole what other requests have got of a prompt that ends now.
+        """Leave whole what other requests have got of a prompt that ends now, or will
+        get as soon as they are admitted.
 
         Returns:
             Whether more of it stays whole than was thought before.
@@ -287,9 +293,9 @@ class PyramidScheduler(AsyncScheduler):
         is_cut = request.num_computed_tokens < request.num_prompt_tokens
         if is_cut or not self._pages.enable_caching:
             return False
-        num_tokens = min(
-            manager.num_others_read(request.request_id)
-            for manager in self.tier_managers
+        num_tokens = max(
+            self._num_awaited(request),
+            min(m.num_others_read(request.request_id) for m in self.tier_managers),
         )
         end = request.num_prompt_tokens + request.max_tokens
         if not self._holds(request, end, num_tokens):
@@ -300,6 +306,18 @@ class PyramidScheduler(AsyncScheduler):
             gone = manager.keep_shared(request)
             self._pages.block_pool.free_blocks(gone)
         return True
+
+    def _num_awaited(self, request: Request) -> int:
+        """First tokens of a prompt, in whole pages, with which two of the next waiting
+        requests begin, too: a single one may be the next turn of a chat, which waits
+        until this one has ended."""
+        hashes = request.block_hashes
+        first, second = 0, 0
+        for other in itertools.islice(self.waiting, _NUM_NEXT):
+            count = _num_equal(hashes, other.block_hashes)
+            first, second = max(first, count), max(second, min(first, count))
+        num_tokens = second * self._pages.block_pool.hash_block_size
+        return num_tokens - num_tokens % self.tier_managers[0].block_size
 
     def _end_prompt(self, request: Request) -> None:
         req_id, lengths = request.request_id, self.tier_lengths
@@ -423,3 +441,13 @@ class PyramidScheduler(AsyncScheduler):
                 len(self.running),
                 counters.max_num_running,
             )
+
+
+def _num_equal(hashes: Sequence[BlockHash], others: Sequence[BlockHash]) -> int:
+    """How many hashes two requests begin with."""
+    # A hash is of all tokens before it: those that differ come last.
+    return bisect.bisect_left(
+        range(min(len(hashes), len(others))),
+        True,
+        key=lambda place: hashes[place] != others[place],
+    )
