@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyramid_vllm.policy import LengthRule
 from pyramid_vllm.plan import GeneratedWindow, PromptWindow, StepPlan, plan_of
+from pyramid_vllm.policy import LengthRule
 from pyramid_vllm.scheduler import PyramidScheduler
 from pyramid_vllm.scheduler.segments import namespace
 from pyramid_vllm.worker.runners.v1 import V1Runner

@@ -193,11 +193,13 @@ def test_latencies_of_a_batch_count_from_its_start() -> None:
 
 
 def test_a_policy_that_does_nothing_is_refused() -> None:
-    idle = {"num_compactions": 0, "num_rows_scheduled": 9, "num_rows_computed": 9}
+    idle = {"num_rows_scheduled": 9, "num_rows_computed": 9}
+    idle |= {"num_compactions": 0, "num_kept_whole": 0}
     with pytest.raises(RuntimeError, match="policy 'p' keeps less"):
         check_activation("p", idle)
     check_activation("p", idle | {"num_compactions": 1})
     check_activation("p", idle | {"num_rows_computed": 8.5})
+    check_activation("p", idle | {"num_kept_whole": 1})
 
 
 # Summaries.

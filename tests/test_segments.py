@@ -10,7 +10,13 @@ from pyramid_vllm.scheduler.segments import namespace
 from tests.engines import close, generate, make_llm, random_prompts, scheduler_of
 from tests.models import save_tiny
 from tests.oracle import DenseModel, Oracle
-from tests.scheduling import Driver, free_pages, held_pages, make_request, make_scheduler
+from tests.scheduling import (
+    Driver,
+    free_pages,
+    held_pages,
+    make_request,
+    make_scheduler,
+)
 
 SEGMENTS: dict[str, Any] = {
     "base": "pyramid-by-depth",
@@ -46,8 +52,6 @@ def test_counts_follow_from_the_position_alone() -> None:
         assert segments.num_compressed(num_tokens) == num_compressed
         held = tuple(num_tokens - num_compressed * gone for gone in (32, 96))
         assert segments.held(num_tokens) == held
-    most = [max(segments.held(n) for n in range(500))]
-    assert most
 
 
 @pytest.mark.parametrize("num_tokens", [0, 100, 159, 160, 200, 287, 288, 1000, 1055])
@@ -148,9 +152,8 @@ def test_a_request_holds_what_the_rule_says(tiny_llama: str, caching: bool) -> N
 def test_chunks_end_where_a_segment_is_due(tiny_llama: str) -> None:
     scheduler = scheduler_with(tiny_llama)
     driver = run(scheduler, make_request("a", 500, 2))
-    assert [plan.num_prompt_tokens for plan in driver.plans if plan.num_prompt_tokens] == [
-        160, 128, 128, 84,
-    ]  # fmt: skip
+    chunks = [plan.num_prompt_tokens for plan in driver.plans]
+    assert [chunk for chunk in chunks if chunk] == [160, 128, 128, 84]
 
 
 def test_a_short_prompt_is_stocks(tiny_llama: str) -> None:
@@ -225,7 +228,9 @@ def test_a_segment_that_is_there_when_it_is_due_is_shared(tiny_llama: str) -> No
     driver.run()
 
 
-def test_a_segment_that_is_lost_in_part_is_a_miss_from_there_on(tiny_llama: str) -> None:
+def test_a_segment_that_is_lost_in_part_is_a_miss_from_there_on(
+    tiny_llama: str,
+) -> None:
     scheduler = scheduler_with(tiny_llama)
     run(scheduler, make_request("a", 600, 2))
     cache = scheduler.kv_cache_manager.segments
@@ -247,7 +252,9 @@ def test_other_policies_share_nothing(tiny_llama: str) -> None:
         assert prompt_tokens(driver) == 500
         driver = run(scheduler, make_request(f"{name}2", 500, 2, extra_args=wish))
         assert prompt_tokens(driver) == 500 - 480
-    rules = [LengthRule(config(retention=r), tier_layout(config(), 6)) for r in (0.4, 1)]
+    rules = [
+        LengthRule(config(retention=r), tier_layout(config(), 6)) for r in (0.4, 1)
+    ]
     assert namespace(rules[0])
     assert namespace(rules[1]) == ""
 

@@ -174,9 +174,48 @@ def test_equal_prompts_in_one_step_are_computed_once(tiny_llama: str) -> None:
     driver = Driver(scheduler)
     plan = driver.step()
     assert plan.num_prompt_tokens == 400 + 3 * (400 - 384)
-    assert [window.num_shared for window in plan.windows if window.num_kept] == [0]
+    # What others read is not evicted either: it would free nothing.
+    assert not plan.windows
+    assert held_pages(scheduler, "0") == dict.fromkeys(range(3), 13)
     driver.run()
-    assert scheduler.kv_counters.num_compactions == 1
+    assert scheduler.kv_counters.num_compactions == 0
+
+
+def test_what_others_got_of_a_prompt_stays_whole(tiny_llama: str) -> None:
+    """The first of two prompts evicts only what the second does not read."""
+    scheduler = make_scheduler(
+        tiny_llama,
+        400,
+        SMALL,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=4096,
+    )
+    total = free_pages(scheduler)
+    scheduler.add_request(make_request("a", 400, 8))
+    scheduler.add_request(make_request("b", 200, 8, shared=160))
+    driver = Driver(scheduler)
+    (window,) = driver.step().windows
+    assert (window.req_id, window.num_shared) == ("a", 160)
+    kept = scheduler.kv_rule.kept_of_prompt(400, 160)
+    assert window.num_kept == kept
+    assert held_pages(scheduler, "a") == {t: -(-n // 32) for t, n in enumerate(kept)}
+    driver.run()
+    assert free_pages(scheduler) == total
+
+
+@pytest.mark.parametrize(("num_waiting", "shared"), [(1, 0), (2, 160)])
+def test_what_waiting_requests_will_get_stays_whole(
+    tiny_llama: str, num_waiting: int, shared: int
+) -> None:
+    """Two of them: a single one may be the next turn of a chat."""
+    scheduler = make_scheduler(
+        tiny_llama, 400, SMALL, enable_prefix_caching=True, max_num_batched_tokens=400
+    )
+    scheduler.add_request(make_request("a", 400, 8))
+    for i in range(num_waiting):
+        scheduler.add_request(make_request(str(i), 200, 8, shared=160))
+    (window,) = Driver(scheduler).step().windows
+    assert (window.req_id, window.num_shared) == ("a", shared)
 
 
 def test_a_page_that_is_hit_in_the_step_of_its_compaction_is_replaced(
@@ -186,12 +225,12 @@ def test_a_page_that_is_hit_in_the_step_of_its_compaction_is_replaced(
     scheduler = make_scheduler(
         tiny_llama,
         13 * 3 + 1 + 30,
-        SMALL,
+        SMALL | {"hit_split": "ignore"},
         enable_prefix_caching=True,
         max_num_batched_tokens=4096,
     )
-    for name in ("a", "b"):
-        scheduler.add_request(make_request(name, 400, 8))
+    scheduler.add_request(make_request("a", 400, 8))
+    scheduler.add_request(make_request("b", 400, 8))
     plan = Driver(scheduler).step()
     (window,) = [window for window in plan.windows if window.num_kept]
     tables = [manager.req_to_blocks["b"] for manager in scheduler.tier_managers]

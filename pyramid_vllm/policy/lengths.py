@@ -11,6 +11,10 @@ from pyramid_vllm.policy.segments import Segments, kept_of_segment
 from pyramid_vllm.policy.tiers import TierLayout
 
 Counts = tuple[int, ...]
+#: Times ``min_context`` that a request computes itself, behind shared tokens, before it
+#: evicts any. Every query that scores reads the whole prompt, and what has evicted is
+#: not cached: a few tokens do not repay that.
+_LEAST_OWN = 2
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,11 @@ class LengthRule:
 
     def kept_of_prompt(self, num_tokens: int, num_shared: int) -> Counts:
         """Tokens that each tier keeps of a prompt whose first ``num_shared`` tokens
-        stay whole: the budget is that of the others."""
-        own = self.cache_lengths(max(0, num_tokens - num_shared))
+        stay whole: the budget is that of the others, unless these are few."""
+        num_own = max(0, num_tokens - num_shared)
+        if num_shared and num_own < _LEAST_OWN * self.config.min_context:
+            return (num_tokens,) * self.layout.num_tiers
+        own = self.cache_lengths(num_own)
         return tuple(num_shared + count for count in own) if num_shared else own
 
     def held_lengths(

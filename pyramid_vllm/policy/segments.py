@@ -76,6 +76,5 @@ class Segments:
         before = self.end(last)
         evicted = self.num_evicted(last)
         return tuple(
-            max(count, before - gone)
-            for count, gone in zip(held, evicted, strict=True)
+            max(count, before - gone) for count, gone in zip(held, evicted, strict=True)
         )

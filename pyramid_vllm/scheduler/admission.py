@@ -25,7 +25,9 @@ class GrowthReserve:
     Stock vLLM admits a request as soon as its prompt fits, and preempts when outputs
     outgrow the pool. More sequences in the same pool would be preempted more often.
     This gate admits a request if its prompt's peak fits now, and if all requests still
-    fit after each has generated ``growth`` more tokens.
+    fit after each has generated ``growth`` more tokens. A request that has little to
+    compute, because it is short or the prefix cache has most of it, is admitted as in
+    stock vLLM.
 
     Args:
         growth: generated tokens to reserve for each sequence. A sequence that can
@@ -75,6 +77,12 @@ class GrowthReserve:
         """
         if self._growth == 0 or not self._running:
             return 0  # a request that runs alone may take the whole pool
+        num_own = request.num_tokens - num_hit * self._block_size
+        is_short = num_own <= self._lengths.rule_of(request).config.min_context
+        if is_short and self._growth is not None:
+            # As in stock vLLM, like everything of such a request: if it is preempted,
+            # which the newest is, little has to be computed again.
+            return 0
         peak = self._pages(self._lengths.peaks(request, request.num_tokens))
         if peak - num_hit * len(self._managers) > num_free:
             return 0  # the request does not fit anyway: the usual case in a full pool

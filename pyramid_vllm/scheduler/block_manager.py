@@ -53,9 +53,9 @@ class _Compaction:
 
     target: _Target
     in_place: list[int]
-    """Places, in the block table, of pages that only this request reads, ascending; the last ones, because
-    the first are the likeliest to be hit. New pages may replace them until the end of
-    ``schedule()``."""
+    """Places, in the block table, of pages that only this request reads, ascending; the
+    last ones, because the first are the likeliest to be hit. New pages may replace them
+    until the end of ``schedule()``."""
     new: list[KVCacheBlock]
     """Pages that the request takes in addition."""
     found: list[KVCacheBlock] | None = None
@@ -79,7 +79,8 @@ class TierBlockManager(FullAttentionManager):
     no other request reads. They are secured before the chunk runs, so that a compaction
     cannot run out of pages: a request that hits one of them brings another for it.
 
-    ``lengths``, ``segments`` and ``reserve`` are set by the scheduler, before the first request.
+    ``lengths``, ``segments`` and ``reserve`` are set by the scheduler, before the first
+    request.
     """
 
     lengths: TierLengths
@@ -259,7 +260,7 @@ class TierBlockManager(FullAttentionManager):
         """Whether this step compacts a request's pages in this group."""
         return request_id in self._compactions
 
-    def share(self, request_id: str, pages: list[KVCacheBlock]) -> list[int]:
+    def share(self, request_id: str, pages: list[KVCacheBlock]) -> tuple[int, ...]:
         """Take a segment's pages from the prefix cache instead of gathering its tokens;
         ``truncate`` puts them into the block table.
 
@@ -274,7 +275,44 @@ class TierBlockManager(FullAttentionManager):
         compaction.in_place, compaction.found = [], pages
         for page in pages:
             self.lengths.hits[page.block_id] = page.block_hash
-        return [page.block_id for page in (*pages, *blocks[target.end :])]
+        return tuple(page.block_id for page in (*pages, *blocks[target.end :]))
+
+    def num_others_read(self, request_id: str) -> int:
+        """First tokens of a request whose pages other requests read, too."""
+        count = 0
+        for block in self.req_to_blocks[request_id]:
+            if block.ref_cnt < 2:
+                break
+            count += 1
+        return count * self.block_size
+
+    def keep_shared(self, request: Request) -> list[KVCacheBlock]:
+        """Secure fewer pages for a prompt of which more stays whole than was thought.
+
+        Returns:
+            Secured pages that are not needed, for the caller to free.
+        """
+        req_id, prompt = request.request_id, request.num_prompt_tokens
+        compaction = self._compactions.get(req_id)
+        if compaction is None:
+            return []
+        shared = self.lengths.shared(request)
+        rule = self.lengths.rule_of(request)
+        kept = rule.kept_of_prompt(prompt, shared)[self._tier]
+        first, num_needed = shared // self.block_size, 0
+        if kept < prompt:
+            num_needed = cdiv(kept, self.block_size) - first
+        compaction.target = _Target(first, None, num_needed)
+        num_in_place = max(0, num_needed - len(compaction.new))
+        blocks, surplus = self.req_to_blocks[req_id], len(compaction.in_place)
+        for i in compaction.in_place[: surplus - num_in_place]:
+            del self._written[blocks[i].block_id]
+        compaction.in_place = compaction.in_place[surplus - num_in_place :]
+        gone = compaction.new[num_needed - num_in_place :]
+        compaction.new = compaction.new[: num_needed - num_in_place]
+        if kept == prompt:
+            del self._compactions[req_id]
+        return gone
 
     def gather_pages(self, request: Request) -> Gathered | None:
         """Settle into which pages kept tokens are gathered; ``truncate`` makes them the

@@ -226,6 +226,27 @@ class TierLengths:
             self._set_evicted(req_id, evicted)
         return any(evicted)
 
+    def note_sharers(self, request: RequestLengths, num_tokens: int) -> bool:
+        """Take the first tokens of a prompt, computed by the request itself, whose
+        pages others have got from the prefix cache: they stay whole, too.
+
+        To evict them would free nothing, and cost pages of the request's own.
+
+        Returns:
+            Whether more tokens stay whole than before.
+        """
+        rule = self.rule_of(request)
+        if (
+            request.num_preemptions
+            or num_tokens <= self.shared(request)
+            or self._policies.server.hit_split != "keep"
+            or not can_share(rule)
+            or rule.config.scored_queries is Queries.ALL
+        ):
+            return False
+        setattr(request, _SHARED, num_tokens)
+        return True
+
     def kept_of_prompt(self, req_id: str, num_tokens: int) -> Counts | None:
         """Cache lengths after the step that ends a prompt, if the step evicts tokens
         from pages that other requests may read.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from pyramid_vllm.scheduler.chunks import ChunkEnds
 from pyramid_vllm.scheduler.in_flight import PromptsInFlight
 from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.kv_manager import TierKVCacheManager
-from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
+from pyramid_vllm.scheduler.lengths import TierLengths, can_share, needs_all_rows
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.segments import namespace, separate
@@ -47,6 +49,7 @@ from pyramid_vllm.stats import TIMES_ATTRIBUTE, PolicyCounters
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _LOG_INTERVAL_S = 30.0
+#: Waiting requests that are compared with a prompt that ends.
+_NUM_NEXT = 64
 
 
 class PyramidScheduler(AsyncScheduler):
@@ -276,7 +281,8 @@ class PyramidScheduler(AsyncScheduler):
                 computed = min(request.num_computed_tokens, request.num_prompt_tokens)
                 num_prompt_tokens += computed - before
                 self._chunk_ends.note(request)
-                window = prompt_window(self.tier_lengths, request, before)
+                drops = self._keep_shared(request) and bool(before)
+                window = prompt_window(self.tier_lengths, request, before, drops)
                 if window is not None:
                     windows.append(self._with_pages(window))
             if request.num_computed_tokens >= request.num_prompt_tokens:
@@ -319,6 +325,43 @@ class PyramidScheduler(AsyncScheduler):
             found is not None,
             is_ordered,
         )
+
+    def _keep_shared(self, request: Request) -> bool:
+        """Leave whole what other requests have got of a prompt that ends now, or will
+        get as soon as they are admitted.
+
+        Returns:
+            Whether more of it stays whole than was thought before.
+        """
+        is_cut = request.num_computed_tokens < request.num_prompt_tokens
+        evicts_once = can_share(self.tier_lengths.rule_of(request))
+        if is_cut or not (evicts_once and self._pages.enable_caching):
+            return False
+        num_tokens = max(
+            self._num_awaited(request),
+            min(m.num_others_read(request.request_id) for m in self.tier_managers),
+        )
+        end = request.num_prompt_tokens + request.max_tokens
+        if not self._holds(request, end, num_tokens):
+            return False
+        if not self.tier_lengths.note_sharers(request, num_tokens):
+            return False
+        for manager in self.tier_managers:
+            gone = manager.keep_shared(request)
+            self._pages.block_pool.free_blocks(gone)
+        return True
+
+    def _num_awaited(self, request: Request) -> int:
+        """First tokens of a prompt, in whole pages, with which two of the next waiting
+        requests begin, too: a single one may be the next turn of a chat, which waits
+        until this one has ended."""
+        hashes = request.block_hashes
+        first, second = 0, 0
+        for other in itertools.islice(self.waiting, _NUM_NEXT):
+            count = _num_equal(hashes, other.block_hashes)
+            first, second = max(first, count), max(second, min(first, count))
+        num_tokens = second * self._pages.block_pool.hash_block_size
+        return num_tokens - num_tokens % self.tier_managers[0].block_size
 
     def _end_prompt(self, request: Request) -> None:
         req_id, lengths = request.request_id, self.tier_lengths
@@ -365,7 +408,8 @@ class PyramidScheduler(AsyncScheduler):
         lengths.note_hit(request, hit[1])
         most = lengths.max_shared(request)
         end = request.num_prompt_tokens + request.max_tokens
-        if lengths.shared(request) and not self._holds(request, end):
+        whole = lengths.shared(request)
+        if whole and not self._holds(request, end, whole):
             # The pool cannot hold the output beside a prefix that stays whole.
             lengths.note_hit(request, 0)
             most = lengths.max_shared(request)
@@ -392,12 +436,13 @@ class PyramidScheduler(AsyncScheduler):
         self._statistics.count_wait()
         return False
 
-    def _holds(self, request: Request, num_tokens: int) -> bool:
-        """Whether the whole pool can hold a request up to ``num_tokens``."""
+    def _holds(self, request: Request, num_tokens: int, num_shared: int) -> bool:
+        """Whether the whole pool can hold a request up to ``num_tokens``, if its first
+        ``num_shared`` stay whole."""
         peak = self.tier_lengths.rule_of(request).generation_peak(
             request.num_prompt_tokens,
             min(num_tokens, self.max_model_len),
-            self.tier_lengths.shared(request),
+            num_shared,
         )
         return self.kv_report.holds(peak)
 
@@ -454,3 +499,13 @@ class PyramidScheduler(AsyncScheduler):
                 len(self.running),
                 counters.max_num_running,
             )
+
+
+def _num_equal(hashes: Sequence[BlockHash], others: Sequence[BlockHash]) -> int:
+    """How many hashes two requests begin with."""
+    # A hash is of all tokens before it: those that differ come last.
+    return bisect.bisect_left(
+        range(min(len(hashes), len(others))),
+        True,
+        key=lambda place: hashes[place] != others[place],
+    )

@@ -14,7 +14,6 @@ from vllm.v1.core.kv_cache_utils import (
 )
 
 from pyramid_vllm.policy import NONE, LengthRule
-from pyramid_vllm.policy.segments import Segments
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator

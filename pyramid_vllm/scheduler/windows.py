@@ -8,7 +8,7 @@ from pyramid_vllm.scheduler.lengths import RequestLengths, TierLengths
 
 
 def prompt_window(
-    lengths: TierLengths, request: RequestLengths, num_before: int
+    lengths: TierLengths, request: RequestLengths, num_before: int, drops: bool
 ) -> PromptWindow | None:
     """Plan one prefill step's eviction and record it in ``lengths``.
 
@@ -16,6 +16,7 @@ def prompt_window(
         lengths: advanced to the step's end.
         request: its computed tokens include the step's.
         num_before: tokens computed before the step.
+        drops: whether the worker may hold queries that are of no use any more.
 
     Returns:
         None: the step neither scores, prunes nor evicts.
@@ -28,7 +29,7 @@ def prompt_window(
     num_kept = lengths.advance(request)
     num_shared = lengths.shared(request)
     retain, num_queries = _queries(rule, num_prompt, num_shared, num_before, computed)
-    if num_kept is None and num_rows is None and not retain:
+    if num_kept is None and num_rows is None and not retain and not drops:
         return None
     return PromptWindow(
         req_id=request.request_id,

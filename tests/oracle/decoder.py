@@ -185,8 +185,10 @@ class _Run:
 
     def _kept(self, after: int) -> list[int]:
         """Tokens that each layer keeps after a chunk."""
-        own = self.counts.prompt(max(0, after - self.shared))
-        counts = [self.shared + count for count in own]
+        num_own = max(0, after - self.shared)
+        counts = [self.shared + count for count in self.counts.prompt(num_own)]
+        if self.shared and num_own < 2 * self.config.min_context:
+            counts = [after] * len(counts)  # few tokens are not worth their scores
         if after == len(self.prompt) or self.config.evict == "chunk":
             return counts
         pruned = self.counts.pruned_layers()

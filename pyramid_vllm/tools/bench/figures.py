@@ -38,6 +38,7 @@ METRICS = (
     Metric("num_prompt_tokens_computed", "prompt tokens computed"),
     Metric(HIT_RATE, "prompt tokens from the prefix cache", ".1%"),
     Metric("num_compactions", "compactions"),
+    Metric("num_kept_whole", "prompts kept whole for a shared prefix"),
     Metric("num_pages_freed", "pages freed by eviction"),
 )
 
@@ -67,7 +68,8 @@ def check_activation(name: str, figures: Figures) -> None:
         RuntimeError: these figures would compare stock vLLM with itself.
     """
     pruned = figures["num_rows_scheduled"] - figures["num_rows_computed"]
-    if not figures["num_compactions"] and pruned <= 0:
+    is_idle = not (figures["num_compactions"] or figures["num_kept_whole"])
+    if is_idle and pruned <= 0:
         raise RuntimeError(
             f"policy '{name}' keeps less than all of these prompts, but neither "
             "compacted nor pruned any: its figures would be stock vLLM's"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from pyramid_vllm.stats import CACHED_PREFIX
 from pyramid_vllm.tools.quality.activity import ActivityWatch
 
 
@@ -21,6 +22,8 @@ class Measured:
     num_preemptions: int
     num_pages_freed: int
     num_compactions: int
+    num_kept_whole: int
+    """Prompts that were kept whole because they share most of what they hold."""
     num_rows_scheduled: int
     """Rows of the first layer: what stock vLLM would have computed in every layer."""
     num_rows_computed: float
@@ -50,6 +53,7 @@ class Watch(ActivityWatch):
         self._running: list[int] = []
         self._num_scheduled = self._num_prompt_tokens = 0
         self._pruned_before = self._pruned_rows()
+        self._whole_before = self._num_whole()
 
     @contextmanager
     def counting_rows(self) -> Iterator[None]:
@@ -87,6 +91,12 @@ class Watch(ActivityWatch):
         rows = self._core.model_executor.driver_worker.worker.tier_state.counters
         return float(rows.num_scheduled - rows.num_computed.mean())
 
+    def _num_whole(self) -> int:
+        """Prompts since start-up."""
+        if not hasattr(self._scheduler, "kv_counters"):
+            return 0
+        return int(self._scheduler.kv_counters.unpruned.get(CACHED_PREFIX, 0))
+
     def counts(self) -> dict[str, Any]:
         """The counts so far, as ``Measured`` has them."""
         activity = self.result()
@@ -97,6 +107,7 @@ class Watch(ActivityWatch):
             "num_preemptions": sum(self._preemptions.values()),
             "num_pages_freed": activity.num_pages_freed,
             "num_compactions": activity.num_compactions,
+            "num_kept_whole": self._num_whole() - self._whole_before,
             "num_rows_scheduled": self._num_scheduled,
             "num_rows_computed": self._num_scheduled
             - (self._pruned_rows() - self._pruned_before),

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from vllm.utils.math_utils import cdiv
 
 from pyramid_vllm.kernels.spans import BlockTables
 
 if TYPE_CHECKING:
-    from pyramid_vllm.plan import StepPlan
+    from pyramid_vllm.plan import GeneratedWindow, PromptWindow, StepPlan
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,9 @@ def row_changes(
         tier_of_group: tiers of KV cache groups.
         block_sizes: tokens of a page, by group.
     """
-    windows = {window.req_id: window for window in (*plan.windows, *plan.generated)}
+    of_plan: list[PromptWindow | GeneratedWindow]
+    of_plan = [*plan.windows, *plan.generated]
+    windows = {window.req_id: window for window in of_plan}
     for req_id, _, num_kept in plan.compactions:
         window = windows[req_id]
         for group, tier in tier_of_group.items():
