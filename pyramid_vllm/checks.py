@@ -155,6 +155,13 @@ def _check_speculation(vllm_config: VllmConfig, policy: PolicyConfig) -> None:
         )
     if method != "ngram":
         raise _refuse("speculative_config", method, "valid are 'ngram' and none")
+    if policy.segments:
+        raise _refuse(
+            "speculative_config with evict",
+            policy.evict,
+            "drafts are not confirmed when segments are compressed; valid are "
+            "'prompt_end' and 'chunk'",
+        )
     if policy.generation:
         group = policy.exceed_length_to_compress
         raise _refuse(

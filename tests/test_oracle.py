@@ -73,6 +73,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
             "selection": "head",
         },
     ),
+    "segments": ("segments", {"segment": 128, "recent": 32, "tiers": 3}),
     "pyramidinfer-steep": (
         "pyramidinfer",
         {"prefill_decay_ratio": 0.3, "min_context_length": 8, "recent": 4},

@@ -120,6 +120,8 @@ class RequestPolicies:
             if config is None:
                 continue
             config = fitted(config, self._weights)
+            if config.segments:
+                config = config.with_page(self.server.page)
             if self._is_served(config):
                 valid[name] = config
         return valid | {self.server.name: self.server}
@@ -127,6 +129,8 @@ class RequestPolicies:
     def _is_served(self, config: PolicyConfig) -> bool:
         """Whether the engine's tiers and buffers can serve a preset unchanged."""
         server, num_layers = self.server, self.layout.num_layers
+        if config.segments != server.segments:
+            return False
         if config.generation and config.needs_queries:
             held = server.gen_queries if server.generation else None
             if config.gen_queries != held:

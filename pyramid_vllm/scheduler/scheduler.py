@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -16,11 +13,10 @@ from vllm.v1.request import RequestStatus
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
 from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.metrics.config import reaches_plugins
-from pyramid_vllm.plan import GeneratedWindow, PromptWindow, StepPlan, attach_plan
+from pyramid_vllm.plan import StepPlan, attach_plan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import (
-    Gathered,
     TierBlockManager,
     register_spec,
 )
@@ -28,7 +24,8 @@ from pyramid_vllm.scheduler.chunks import ChunkEnds
 from pyramid_vllm.scheduler.in_flight import PromptsInFlight
 from pyramid_vllm.scheduler.integrity import check_pool
 from pyramid_vllm.scheduler.kv_manager import TierKVCacheManager
-from pyramid_vllm.scheduler.lengths import TierLengths, can_share, needs_all_rows
+from pyramid_vllm.scheduler.lengths import TierLengths, needs_all_rows
+from pyramid_vllm.scheduler.page_plans import PagePlans
 from pyramid_vllm.scheduler.refusals import Refusals
 from pyramid_vllm.scheduler.report import KVReport
 from pyramid_vllm.scheduler.segments import namespace, separate
@@ -36,7 +33,6 @@ from pyramid_vllm.scheduler.statistics import Statistics
 from pyramid_vllm.scheduler.windows import (
     generated_window,
     prompt_window,
-    segment_window,
 )
 from pyramid_vllm.spec import (
     max_chunk,
@@ -49,7 +45,6 @@ from pyramid_vllm.stats import TIMES_ATTRIBUTE, PolicyCounters
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -60,8 +55,6 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _LOG_INTERVAL_S = 30.0
-#: Waiting requests that are compared with a prompt that ends.
-_NUM_NEXT = 64
 
 
 class PyramidScheduler(AsyncScheduler):
@@ -95,6 +88,7 @@ class PyramidScheduler(AsyncScheduler):
         self._pages = TierKVCacheManager.adopt(
             self.kv_cache_manager, self.tier_lengths, in_flight
         )
+        self._page_plans = PagePlans(self._pages, self.tier_managers)
         self._reserve = self._make_reserve(policies)
         self.tier_managers[0].reserve = self._reserve.num_pages
         self._last_log = -_LOG_INTERVAL_S
@@ -259,20 +253,8 @@ class PyramidScheduler(AsyncScheduler):
     def _plan(self, output: SchedulerOutput, released: frozenset[str]) -> StepPlan:
         """Plan a step, and record what it evicts."""
         scheduled = output.num_scheduled_tokens
-        windows, generated, num_prompt_tokens = [], [], 0
-        for req_id in self._pages.begun:
-            segments = self.tier_lengths.segments_of(req_id)
-            assert segments is not None
-            before = self.requests[req_id].num_computed_tokens - scheduled[req_id]
-            self._statistics.count_segment_hits(segments.num_compressed(before))
-        for req_id, segment in self._pages.due.items():
-            generated.append(self._compress(self.requests[req_id], segment))
-        for req_id in self._scheduled(self._compressing, scheduled):
-            request = self.requests[req_id]
-            before = request.num_computed_tokens - scheduled[req_id]
-            later = generated_window(self.tier_lengths, request, before)
-            if later is not None:
-                generated.append(later)
+        windows, num_prompt_tokens = [], 0
+        generated = [*self._plan_segments(scheduled), *self._plan_groups(scheduled)]
         for req_id in self._scheduled(self._in_prompt, scheduled):
             request = self.requests[req_id]
             before = request.num_computed_tokens - scheduled[req_id]
@@ -281,10 +263,10 @@ class PyramidScheduler(AsyncScheduler):
                 computed = min(request.num_computed_tokens, request.num_prompt_tokens)
                 num_prompt_tokens += computed - before
                 self._chunk_ends.note(request)
-                drops = self._keep_shared(request) and bool(before)
+                drops = self._keeps_shared(request) and bool(before)
                 window = prompt_window(self.tier_lengths, request, before, drops)
                 if window is not None:
-                    windows.append(self._with_pages(window))
+                    windows.append(self._page_plans.gathered(request, window))
             if request.num_computed_tokens >= request.num_prompt_tokens:
                 self._end_prompt(request)
         return StepPlan(
@@ -296,72 +278,33 @@ class PyramidScheduler(AsyncScheduler):
             begun=self._pages.begun.copy(),
         )
 
-    def _compress(self, request: Request, segment: int) -> GeneratedWindow:
-        """Plan a segment's compression: its pages may be in the prefix cache."""
-        req_id = request.request_id
-        found = None
-        if self._pages.enable_caching:
-            found = self._pages.segments.find_segment(request, segment)
-        managers = self._pages.coordinator.single_type_managers
-        pages: list[tuple[int, ...] | None] = [None] * len(managers)
-        is_ordered = True
-        for place, manager in enumerate(self.tier_managers):
-            group = manager.kv_cache_group_id
-            if not manager.compacts(req_id):
-                continue
-            if found is not None:
-                pages[group] = manager.share(req_id, found[place])
-            else:
-                gathered = manager.gather_pages(request)
-                assert gathered is not None
-                pages[group] = gathered.pages
-                is_ordered &= gathered.is_ordered
-        self._statistics.count_segment(found is not None)
-        return segment_window(
-            self.tier_lengths,
-            request,
-            segment,
-            tuple(pages),
-            found is not None,
-            is_ordered,
-        )
+    def _plan_segments(self, scheduled: Mapping[str, int]) -> Iterator[GeneratedWindow]:
+        """Plan the compression of segments; count those that requests begin with."""
+        for req_id in self._pages.begun:
+            segments = self.tier_lengths.segments_of(req_id)
+            assert segments is not None
+            before = self.requests[req_id].num_computed_tokens - scheduled[req_id]
+            self._statistics.count_segment_hits(segments.num_compressed(before))
+        for req_id, segment in self._pages.due.items():
+            window = self._page_plans.segment(self.requests[req_id], segment)
+            self._statistics.count_segment(window.is_found)
+            yield window
 
-    def _keep_shared(self, request: Request) -> bool:
-        """Leave whole what other requests have got of a prompt that ends now, or will
-        get as soon as they are admitted.
+    def _plan_groups(self, scheduled: Mapping[str, int]) -> Iterator[GeneratedWindow]:
+        """Plan the compression of groups of generated tokens."""
+        for req_id in self._scheduled(self._compressing, scheduled):
+            request = self.requests[req_id]
+            before = request.num_computed_tokens - scheduled[req_id]
+            window = generated_window(self.tier_lengths, request, before)
+            if window is not None:
+                yield window
 
-        Returns:
-            Whether more of it stays whole than was thought before.
-        """
-        is_cut = request.num_computed_tokens < request.num_prompt_tokens
-        evicts_once = can_share(self.tier_lengths.rule_of(request))
-        if is_cut or not (evicts_once and self._pages.enable_caching):
-            return False
-        num_tokens = max(
-            self._num_awaited(request),
-            min(m.num_others_read(request.request_id) for m in self.tier_managers),
-        )
+    def _keeps_shared(self, request: Request) -> bool:
+        """Whether more of a prompt that ends now stays whole, for others read it."""
         end = request.num_prompt_tokens + request.max_tokens
-        if not self._holds(request, end, num_tokens):
-            return False
-        if not self.tier_lengths.note_sharers(request, num_tokens):
-            return False
-        for manager in self.tier_managers:
-            gone = manager.keep_shared(request)
-            self._pages.block_pool.free_blocks(gone)
-        return True
-
-    def _num_awaited(self, request: Request) -> int:
-        """First tokens of a prompt, in whole pages, with which two of the next waiting
-        requests begin, too: a single one may be the next turn of a chat, which waits
-        until this one has ended."""
-        hashes = request.block_hashes
-        first, second = 0, 0
-        for other in itertools.islice(self.waiting, _NUM_NEXT):
-            count = _num_equal(hashes, other.block_hashes)
-            first, second = max(first, count), max(second, min(first, count))
-        num_tokens = second * self._pages.block_pool.hash_block_size
-        return num_tokens - num_tokens % self.tier_managers[0].block_size
+        return self._page_plans.keep_shared(
+            request, self.waiting, lambda whole: self._holds(request, end, whole)
+        )
 
     def _end_prompt(self, request: Request) -> None:
         req_id, lengths = request.request_id, self.tier_lengths
@@ -379,25 +322,6 @@ class PyramidScheduler(AsyncScheduler):
     @staticmethod
     def _scheduled(req_ids: Iterable[str], scheduled: Mapping[str, int]) -> list[str]:
         return [req_id for req_id in req_ids if req_id in scheduled]
-
-    def _with_pages(self, window: PromptWindow) -> PromptWindow:
-        """The window, with target pages if its prompt's pages are shared."""
-        if window.num_kept is None or not self.kv_cache_manager.enable_caching:
-            return window
-        request = self.requests[window.req_id]
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        found: list[Gathered | None] = [None] * len(managers)
-        for manager in self.tier_managers:
-            found[manager.kv_cache_group_id] = manager.gather_pages(request)
-        if all(gathered is None for gathered in found):
-            return window
-        return replace(
-            window,
-            pages=tuple(gathered and gathered.pages for gathered in found),
-            is_ordered=all(
-                gathered is None or gathered.is_ordered for gathered in found
-            ),
-        )
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
@@ -499,13 +423,3 @@ class PyramidScheduler(AsyncScheduler):
                 len(self.running),
                 counters.max_num_running,
             )
-
-
-def _num_equal(hashes: Sequence[BlockHash], others: Sequence[BlockHash]) -> int:
-    """How many hashes two requests begin with."""
-    # A hash is of all tokens before it: those that differ come last.
-    return bisect.bisect_left(
-        range(min(len(hashes), len(others))),
-        True,
-        key=lambda place: hashes[place] != others[place],
-    )
