@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from pyramid_vllm.kernels import (
     compact_triton,
     lengths_triton,
+    norms_triton,
     prune_triton,
     queries_triton,
     score_triton,
@@ -155,9 +156,10 @@ def moving(shape: Shape, groups: int, requests: list[Request] = _REQUESTS) -> No
 def norms(shape: Shape) -> None:
     cache = Cache(shape, _REQUESTS)
     out = torch.zeros(shape.num_layers, shape.num_heads, cache.num_scores)
-    score_triton.score_key_norms(
+    norms_triton.score_key_norms(
         cache.paged(), cache.table, cache.spans(), out, max_tokens=96
     )
+    norms_triton.score_key_diffs(cache.paged(), cache.table, cache.spans(), out)
 
 
 def selecting(

@@ -21,6 +21,7 @@ from pyramid_vllm.kernels import pooled, select_tokens, window_scores
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {
     "score",
+    "score_key_diffs",
     "score_key_norms",
     "pool_scores",
     "select",

@@ -8,6 +8,7 @@ import torch
 from pyramid_vllm.kernels import (
     accumulated_scores,
     compact,
+    key_diff_scores,
     key_norm_scores,
     pooled,
     recency_scores,
@@ -169,6 +170,13 @@ def test_accumulated_and_vote_scores(
 def test_small_keys_score_high() -> None:
     key = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]], [[0.0, 2.0]]])
     assert key_norm_scores(key).tolist() == [[-5.0, -1.0, -2.0]]
+
+
+def test_keys_unlike_the_others_score_high() -> None:
+    """Lengths do not count: the mean is of keys of length 1."""
+    key = torch.tensor([[[3.0, 0.0]], [[1.0, 0.0]], [[0.0, 2.0]]])
+    expected = torch.tensor([[-2 / 3, -2 / 3, -1 / 3]])
+    torch.testing.assert_close(key_diff_scores(key), expected)
 
 
 def test_pooling_shares_scores_before_the_window() -> None:

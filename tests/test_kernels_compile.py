@@ -16,6 +16,7 @@ KERNELS = {
     "_combine_kernel",
     "_compact_kernel",
     "_index_kernel",
+    "_key_diff_kernel",
     "_key_norm_kernel",
     "_lengths_kernel",
     "_missing_kernel",

@@ -29,6 +29,7 @@ def test_presets_are_the_documented_ones() -> None:
         "pyramidinfer-llama3-70b",
         "pyramidinfer-llama3-8b",
         "pyramidkv",
+        "segments",
         "snapkv",
         "streaming",
         "tova",
@@ -98,7 +99,10 @@ def test_a_policy_survives_the_way_to_another_process() -> None:
         (
             "pyramid",
             {"scorer": "magic"},
-            ["'scorer' is 'magic'", "accumulated, attention, key_norm, recency, votes"],
+            [
+                "'scorer' is 'magic'",
+                "accumulated, attention, key_diff, key_norm, recency, votes",
+            ],
         ),
         ("pyramid", {"recent": 0}, ["'recent' is 0", "greater than or equal to 1"]),
         ("pyramid", {"retain": 0.5}, ["unknown setting 'retain'", "retention"]),

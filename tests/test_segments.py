@@ -224,7 +224,7 @@ def test_a_segment_that_is_there_when_it_is_due_is_shared(tiny_llama: str) -> No
     tables = [manager.req_to_blocks["b"] for manager in scheduler.tier_managers]
     for manager, table in zip(scheduler.tier_managers, tables, strict=True):
         kept = scheduler.kv_rule.segments.kept[manager.kv_cache_spec.tier] // 32
-        assert len(table) == 2 * kept + 1 + 1
+        assert len(table) == 2 * kept + 1
     driver.run()
 
 
@@ -304,7 +304,9 @@ def test_engines_equal_the_oracle(
                     continue
                 for token, row in zip(ours.tokens, expected.logprobs, strict=True):
                     assert float(row.max() - row[token]) < 1e-3
-        assert sum(decided) >= len(decided) * 2 // 3
+        # In the first layer equal tokens have equal norms, whatever their position.
+        least = 1 if scorer == "key_norm" else len(decided) * 2 // 3
+        assert sum(decided) >= least
         counters = scheduler.kv_counters
         assert counters.num_segments > counters.num_shared_segments
         assert counters.num_segment_hits > 10
@@ -314,7 +316,7 @@ def test_engines_equal_the_oracle(
 
 
 def test_tokens_do_not_depend_on_chunks_hits_batches_or_preemption(
-    model: tuple[str, DenseModel],
+    model: tuple[str, DenseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The law: what is kept depends on the tokens alone."""
     path, _ = model
@@ -330,12 +332,25 @@ def test_tokens_do_not_depend_on_chunks_hits_batches_or_preemption(
         finally:
             close(llm)
     # Memory for two: the others are preempted, and replayed.
-    llm = engine(path, {"growth_reserve": 0}, kv_cache_memory_bytes=900_000)
+    llm = engine(
+        path,
+        {"growth_reserve": 0},
+        kv_cache_memory_bytes=1_700_000,
+        max_model_len=640,
+    )
+    preempt, preempted = scheduler_of(llm)._preempt_request, []
+
+    def counting(request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler_of(llm), "_preempt_request", counting)
     try:
         batch = generate(llm, PROMPTS, NUM_TOKENS)
         found["short of memory"] = [ours.tokens for ours in batch]
     finally:
         close(llm)
+    assert preempted
     first = found["512, one after the other"]
     assert all(tokens == first for tokens in found.values()), found
 

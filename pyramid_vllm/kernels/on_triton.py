@@ -119,11 +119,6 @@ def score(
     if config.scorer == KEY_DIFF:
         score_key_diffs(keys, block_table, spans, out)
         return
-    sinks = attention.sink_logits
-    if sinks is None:
-        sink_logits = None
-    else:
-        sink_logits = sinks[0][None] if len(sinks) == 1 else torch.stack(tuple(sinks))
     score_queries(
         query,
         query_layers,
@@ -140,10 +135,18 @@ def score(
         distance_weight=config.distance_weight,
         kind=KINDS[config.scorer],
         logits_soft_cap=attention.logits_soft_cap,
-        sink_logits=sink_logits,
+        sink_logits=_sink_logits(attention),
         ring=ring,
         scratch=scratch,
     )
+
+
+def _sink_logits(attention: Attention) -> torch.Tensor | None:
+    """``[num_layers, num_heads]``"""
+    sinks = attention.sink_logits
+    if sinks is None:
+        return None
+    return sinks[0][None] if len(sinks) == 1 else torch.stack(tuple(sinks))
 
 
 def compact(

@@ -164,12 +164,12 @@ class PolicyConfig(BaseModel):
                 f"scorer='{self.scorer}' adds up over the whole prompt: valid with it "
                 "are prune_from none and evict 'prompt_end'"
             )
+        self._check_segments()
         if self.generation and not self.scoring.scores_groups:
             raise ValueError(
                 f"scorer='{self.scorer}' has no scores for generated tokens: valid "
                 "with it is exceed_length_to_compress none"
             )
-        self._check_segments()
         if self.budget == "arithmetic" and (
             self.prune_from is not None or self.evict == "chunk"
         ):

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from pyramid_vllm.scheduler.lengths import TierLengths
-    from pyramid_vllm.scheduler.segments import SegmentCache
 
 
 class _Target(NamedTuple):
@@ -79,14 +78,15 @@ class TierBlockManager(FullAttentionManager):
     no other request reads. They are secured before the chunk runs, so that a compaction
     cannot run out of pages: a request that hits one of them brings another for it.
 
-    ``lengths``, ``segments`` and ``reserve`` are set by the scheduler, before the first
+    ``lengths``, ``offer`` and ``reserve`` are set by the scheduler, before the first
     request.
     """
 
     lengths: TierLengths
     reserve: Callable[[Request, int, int], int] | None = None
     """Pages to leave free when a request is admitted; set on one manager only."""
-    segments: SegmentCache
+    offer: Callable[[Request, int, int, Sequence[KVCacheBlock]], None]
+    """Lets later requests find a segment's pages: ``SegmentCache.offer``."""
     kv_cache_spec: TierAttentionSpec
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -349,7 +349,7 @@ class TierBlockManager(FullAttentionManager):
         if target.num_replaced is not None:
             if self.enable_caching:
                 segment = target.first // target.num_pages
-                self.segments.offer(request, segment, self.kv_cache_group_id, pages)
+                self.offer(request, segment, self.kv_cache_group_id, pages)
             pages += blocks[target.end :]
         elif in_order and not compaction.new:
             del self._compactions[request.request_id]

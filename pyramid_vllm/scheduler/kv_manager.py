@@ -57,7 +57,7 @@ class TierKVCacheManager(KVCacheManager):
         ]
         manager.segments = SegmentCache(manager.coordinator, tiers, lengths)
         for of_tier in tiers:
-            of_tier.lengths, of_tier.segments = lengths, manager.segments
+            of_tier.lengths, of_tier.offer = lengths, manager.segments.offer
         return manager
 
     def begin_step(self) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 from pyramid_vllm.checks import check_engine, check_kv_cache_config
 from pyramid_vllm.limits import PromptLimits
 from pyramid_vllm.metrics.config import reaches_plugins
-from pyramid_vllm.plan import StepPlan, attach_plan
+from pyramid_vllm.plan import GeneratedWindow, StepPlan, attach_plan
 from pyramid_vllm.policy import KVPolicyError, LengthRule, RequestPolicies
 from pyramid_vllm.scheduler.admission import GrowthReserve
 from pyramid_vllm.scheduler.block_manager import (

@@ -12,7 +12,9 @@ import torch
 
 from pyramid_vllm.kernels import (
     accumulated_scores,
+    key_diff_scores,
     key_norm_scores,
+    norms_triton,
     pooled,
     score_triton,
     vote_scores,
@@ -183,13 +185,31 @@ def compare_key_norms(
     expected = out.clone()
     longest = max(request.num_held for request in requests)
     pages, spans = cache.paged(), cache.spans()
-    score_triton.score_key_norms(pages, cache.table, spans, out, max_tokens=longest)
+    norms_triton.score_key_norms(pages, cache.table, spans, out, max_tokens=longest)
     for layer, i in product(range(shape.num_layers), range(len(requests))):
         norms = key_norm_scores(cache.tokens(layer, i).float())
         norms = norms[:, requests[i].column :]
         begin = cache.offsets[i]
         expected[layer, :, begin : begin + norms.shape[1]] = norms
     return within(out, expected, 1e-5, 1e-6)
+
+
+def compare_key_diffs(
+    shape: Shape, requests: list[Request], device: str, seed: int
+) -> Compared:
+    """Likeness of every layer's and request's keys to their mean."""
+    cache = Cache(shape, requests, seed, device)
+    size = (shape.num_layers, shape.num_heads, cache.num_scores)
+    out = torch.full(size, UNTOUCHED, device=device)
+    expected = out.clone()
+    spans = cache.spans()
+    norms_triton.score_key_diffs(cache.paged(), cache.table, spans, out)
+    for layer, i in product(range(shape.num_layers), range(len(requests))):
+        own = cache.tokens(layer, i).float()[requests[i].column :]
+        begin = cache.offsets[i]
+        if len(own):
+            expected[layer, :, begin : begin + len(own)] = key_diff_scores(own)
+    return within(out, expected, 1e-4, 1e-5)
 
 
 def compare_pooling(
@@ -280,10 +300,12 @@ def cases(device: str, seed: int) -> Iterator[Case]:
     for dtype, size in product((*WIDE, *FP8), (32, 80)):
         shape = Shape(2, size, 16, "NHD", dtype)
         yield case("score_key_norms", shape.label, compare_key_norms, shape, several)
+        yield case("score_key_diffs", shape.label, compare_key_diffs, shape, several)
     many = [Request(held, num_recent=held // 4) for held in LENGTHS]
     for dtype, layout in product((*WIDE, *FP8), LAYOUTS[:2]) if native else ():
         shape = Shape(2, 64, 16, layout, dtype)
         yield case("score_key_norms", shape.label, compare_key_norms, shape, many)
+        yield case("score_key_diffs", shape.label, compare_key_diffs, shape, many)
     pairs = ((0, 0), (1, 0), (2, 1), (5, 5), (33, 4), (1030, 6), (8, 8))
     recent = [Request(held, num_recent=count) for held, count in pairs]
     for kind, kernel in product(("avg", "max"), (1, 3, 5, 7)):
