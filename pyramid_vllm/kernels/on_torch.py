@@ -141,8 +141,7 @@ def score(
                 newest = _newest(query[of_query], span, ring)
             key = _held(keys.caches[layer], block_table, span)
             columns = slice(span.column, span.column + span.num_columns)
-            if not config.needs_queries:
-                # What is compared with the others is what is chosen from.
+            if not config.needs_queries:  # keys are compared with what is scored
                 key, columns = key[columns], slice(None)
             found = scored(_inputs(of_layer, newest, key, span), config)
             to = slice(span.offset, span.offset + span.num_columns)
