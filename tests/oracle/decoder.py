@@ -293,6 +293,7 @@ class _Run:
                 self._compress_segment(number)
                 number += 1
         del self.result.logprobs[: len(self.prompt) - 1]
+        self.result.rows = [len(self.prompt)] * len(self.layers)
 
     def _compress_segment(self, number: int) -> None:
         config, size = self.config, self.config.segment
