@@ -174,6 +174,9 @@ REFUSALS: dict[str, Refuse] = {
     "speculative_config with exceed_length_to_compress": by_setting(
         speculative_config=NGRAM, kv_policy_config={"exceed_length_to_compress": 8}
     ),
+    "speculative_config with evict": by_setting(
+        speculative_config=NGRAM, kv_policy="segments", block_size=32
+    ),
     "kv_transfer_config": by_setting(
         kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     ),

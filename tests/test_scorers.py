@@ -100,7 +100,7 @@ def test_an_entry_point_s_scorer_goes_by_its_name(
         scorers, "entry_points", lambda **which: EntryPoints([point]).select(**which)
     )
     assert policy("evens").scoring is scorers.find_scorer(f"{module}:evens")
-    with pytest.raises(KVPolicyError, match="attention, evens, key_norm"):
+    with pytest.raises(KVPolicyError, match="attention, evens, key_diff, key_norm"):
         policy("odds")
 
 
