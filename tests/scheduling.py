@@ -190,6 +190,15 @@ class Driver:
             self.land()
 
 
+def serve(scheduler: Any, *requests: Any) -> Driver:
+    """Serve requests that arrive together."""
+    for request in requests:
+        scheduler.add_request(request)
+    driver = Driver(scheduler)
+    driver.run()
+    return driver
+
+
 def held_pages(scheduler: PyramidScheduler, req_id: str) -> dict[int, int]:
     """Pages of a request, by tier."""
     return {

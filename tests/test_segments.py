@@ -16,6 +16,7 @@ from tests.scheduling import (
     held_pages,
     make_request,
     make_scheduler,
+    serve,
 )
 
 SEGMENTS: dict[str, Any] = {
@@ -114,15 +115,6 @@ def scheduler_with(model: str, num_blocks: int = 200, **changes: Any) -> Any:
 SETTINGS = ("enable_prefix_caching", "max_model_len", "max_num_batched_tokens")
 
 
-def run(scheduler: Any, *requests: Any) -> Driver:
-    """Serve requests that arrive together."""
-    for request in requests:
-        scheduler.add_request(request)
-    driver = Driver(scheduler)
-    driver.run()
-    return driver
-
-
 def prompt_tokens(driver: Driver) -> int:
     """That were computed."""
     return sum(plan.num_prompt_tokens for plan in driver.plans)
@@ -151,22 +143,22 @@ def test_a_request_holds_what_the_rule_says(tiny_llama: str, caching: bool) -> N
 
 def test_chunks_end_where_a_segment_is_due(tiny_llama: str) -> None:
     scheduler = scheduler_with(tiny_llama)
-    driver = run(scheduler, make_request("a", 500, 2))
+    driver = serve(scheduler, make_request("a", 500, 2))
     chunks = [plan.num_prompt_tokens for plan in driver.plans]
     assert [chunk for chunk in chunks if chunk] == [160, 128, 128, 84]
 
 
 def test_a_short_prompt_is_stocks(tiny_llama: str) -> None:
     scheduler = scheduler_with(tiny_llama)
-    driver = run(scheduler, make_request("a", 150, 8))
+    driver = serve(scheduler, make_request("a", 150, 8))
     assert not any(plan.generated for plan in driver.plans)
     assert scheduler.kv_counters.num_compactions == 0
 
 
 def test_a_second_request_gets_segments_and_whole_pages(tiny_llama: str) -> None:
     scheduler = scheduler_with(tiny_llama)
-    run(scheduler, make_request("a", 500, 2))
-    driver = run(scheduler, make_request("b", 500, 2))
+    serve(scheduler, make_request("a", 500, 2))
+    driver = serve(scheduler, make_request("b", 500, 2))
     # All but the last page's tokens: a hit is whole pages.
     assert prompt_tokens(driver) == 500 - 480
     segments = scheduler.kv_rule.segments
@@ -178,13 +170,13 @@ def test_outputs_are_found_too(tiny_llama: str) -> None:
     """The next turn of a chat finds the last answer, compressed."""
     scheduler = scheduler_with(tiny_llama)
     first = make_request("a", 100, 300)
-    run(scheduler, first)
+    serve(scheduler, first)
     turn = make_request("b", 450, 2)
     turn.prompt_token_ids[:400] = list(first.all_token_ids)
     turn._all_token_ids[:400] = list(first.all_token_ids)
     turn.block_hashes.clear()
     turn.update_block_hashes()
-    driver = run(scheduler, turn)
+    driver = serve(scheduler, turn)
     assert prompt_tokens(driver) == 450 - 384
     assert scheduler.kv_counters.num_segment_hits == 2
 
@@ -193,7 +185,7 @@ def test_a_prefix_is_computed_once_by_requests_that_arrive_together(
     tiny_llama: str,
 ) -> None:
     scheduler = scheduler_with(tiny_llama, num_blocks=400)
-    driver = run(scheduler, *(make_request(str(i), 600, 2) for i in range(4)))
+    driver = serve(scheduler, *(make_request(str(i), 600, 2) for i in range(4)))
     assert prompt_tokens(driver) == 600 + 3 * (600 - 576)
     assert scheduler.kv_counters.num_waits > 0
     assert scheduler.kv_counters.max_num_running == 4
@@ -212,7 +204,7 @@ def test_others_do_not_wait(tiny_llama: str) -> None:
 def test_a_segment_that_is_there_when_it_is_due_is_shared(tiny_llama: str) -> None:
     """Two requests that differ within the recent window of a segment."""
     scheduler = scheduler_with(tiny_llama)
-    run(scheduler, make_request("a", 300, 2))
+    serve(scheduler, make_request("a", 300, 2))
     scheduler.add_request(make_request("b", 300, 8, shared=256))
     driver = Driver(scheduler)
     plan = driver.step()
@@ -232,7 +224,7 @@ def test_a_segment_that_is_lost_in_part_is_a_miss_from_there_on(
     tiny_llama: str,
 ) -> None:
     scheduler = scheduler_with(tiny_llama)
-    run(scheduler, make_request("a", 600, 2))
+    serve(scheduler, make_request("a", 600, 2))
     cache = scheduler.kv_cache_manager.segments
     request = make_request("b", 600, 2)
     scheduler.requests["b"] = request
@@ -246,11 +238,11 @@ def test_a_segment_that_is_lost_in_part_is_a_miss_from_there_on(
 
 def test_other_policies_share_nothing(tiny_llama: str) -> None:
     scheduler = scheduler_with(tiny_llama)
-    run(scheduler, make_request("a", 500, 2))
+    serve(scheduler, make_request("a", 500, 2))
     for name, wish in (("b", {"kv_retention": 0.3}), ("c", {"kv_policy": "none"})):
-        driver = run(scheduler, make_request(name, 500, 2, extra_args=wish))
+        driver = serve(scheduler, make_request(name, 500, 2, extra_args=wish))
         assert prompt_tokens(driver) == 500
-        driver = run(scheduler, make_request(f"{name}2", 500, 2, extra_args=wish))
+        driver = serve(scheduler, make_request(f"{name}2", 500, 2, extra_args=wish))
         assert prompt_tokens(driver) == 500 - 480
     rules = [
         LengthRule(config(retention=r), tier_layout(config(), 6)) for r in (0.4, 1)

@@ -14,6 +14,7 @@ from tests.scheduling import (
     held_pages,
     make_request,
     make_scheduler,
+    serve,
 )
 
 SMALL: dict[str, Any] = {
@@ -102,19 +103,10 @@ def config_of(llm: Any) -> Any:
     return rule.config.model_copy(update={"tiers": rule.layout.num_tiers})
 
 
-def run(scheduler: Any, *requests: Any) -> Driver:
-    """Serve requests that arrive together."""
-    for request in requests:
-        scheduler.add_request(request)
-    driver = Driver(scheduler)
-    driver.run()
-    return driver
-
-
 def test_a_hit_computes_what_stock_would(tiny_llama: str) -> None:
     scheduler = make_scheduler(tiny_llama, 300, SMALL, enable_prefix_caching=True)
     for name, computed in (("a", 200), ("b", 200 - 192)):
-        driver = run(scheduler, make_request(name, 200, 2))
+        driver = serve(scheduler, make_request(name, 200, 2))
         assert sum(plan.num_prompt_tokens for plan in driver.plans) == computed
 
 
@@ -123,7 +115,7 @@ def test_a_short_own_part_holds_no_more_than_stock(tiny_llama: str) -> None:
     scheduler = make_scheduler(
         tiny_llama, 300, SMALL, enable_prefix_caching=True, max_model_len=512
     )
-    run(scheduler, make_request("first", 400, 1))
+    serve(scheduler, make_request("first", 400, 1))
     total, compactions = free_pages(scheduler), scheduler.kv_counters.num_compactions
     for i in range(8):
         scheduler.add_request(make_request(str(i), 416, 4, shared=384))
@@ -142,7 +134,7 @@ def test_a_short_own_part_holds_no_more_than_stock(tiny_llama: str) -> None:
 
 def test_only_own_tokens_are_evicted(tiny_llama: str) -> None:
     scheduler = make_scheduler(tiny_llama, 300, SMALL, enable_prefix_caching=True)
-    run(scheduler, make_request("first", 200, 1))
+    serve(scheduler, make_request("first", 200, 1))
     scheduler.add_request(make_request("a", 400, 3, shared=200))
     driver = Driver(scheduler)
     plan = driver.step()
@@ -160,15 +152,16 @@ def test_only_own_tokens_are_evicted(tiny_llama: str) -> None:
     driver.run()
 
 
+def scheduler_of_large_steps(model: str) -> Any:
+    """A scheduler whose steps compute several whole prompts."""
+    return make_scheduler(
+        model, 400, SMALL, enable_prefix_caching=True, max_num_batched_tokens=4096
+    )
+
+
 def test_equal_prompts_in_one_step_are_computed_once(tiny_llama: str) -> None:
     """As in stock vLLM, a prompt that is computed in a step can be hit in it."""
-    scheduler = make_scheduler(
-        tiny_llama,
-        400,
-        SMALL,
-        enable_prefix_caching=True,
-        max_num_batched_tokens=4096,
-    )
+    scheduler = scheduler_of_large_steps(tiny_llama)
     for i in range(4):
         scheduler.add_request(make_request(str(i), 400, 8))
     driver = Driver(scheduler)
@@ -183,13 +176,7 @@ def test_equal_prompts_in_one_step_are_computed_once(tiny_llama: str) -> None:
 
 def test_what_others_got_of_a_prompt_stays_whole(tiny_llama: str) -> None:
     """The first of two prompts evicts only what the second does not read."""
-    scheduler = make_scheduler(
-        tiny_llama,
-        400,
-        SMALL,
-        enable_prefix_caching=True,
-        max_num_batched_tokens=4096,
-    )
+    scheduler = scheduler_of_large_steps(tiny_llama)
     total = free_pages(scheduler)
     scheduler.add_request(make_request("a", 400, 8))
     scheduler.add_request(make_request("b", 200, 8, shared=160))
@@ -250,7 +237,7 @@ def test_a_replay_repeats_the_split(tiny_llama: str) -> None:
         enable_prefix_caching=True,
         max_num_batched_tokens=1024,
     )
-    run(scheduler, make_request("first", 200, 1))
+    serve(scheduler, make_request("first", 200, 1))
     for reset in (False, True):
         request = make_request(f"a{reset}", 400, 30, shared=200)
         scheduler.add_request(request)
@@ -272,8 +259,8 @@ def test_a_replay_repeats_the_split(tiny_llama: str) -> None:
 def test_hit_split_ignore_evicts_the_whole_prompt(tiny_llama: str) -> None:
     policy = SMALL | {"hit_split": "ignore"}
     scheduler = make_scheduler(tiny_llama, 300, policy, enable_prefix_caching=True)
-    run(scheduler, make_request("first", 400, 1))
-    driver = run(scheduler, make_request("a", 400, 3))
+    serve(scheduler, make_request("first", 400, 1))
+    driver = serve(scheduler, make_request("a", 400, 3))
     windows = [window for plan in driver.plans for window in plan.windows]
     kept = scheduler.kv_rule.cache_lengths(400)
     assert [window.num_kept for window in windows if window.num_kept] == [kept]
@@ -294,7 +281,7 @@ def test_cached_prefixes_shrink_from_their_end(tiny_llama: str, share: float) ->
     scheduler = make_scheduler(
         tiny_llama, 16 * 3 + 1, policy, enable_prefix_caching=True, max_model_len=512
     )
-    run(scheduler, make_request("a", 512 - 1, 1))
+    serve(scheduler, make_request("a", 512 - 1, 1))
     pages = 511 // BLOCK_SIZE
     assert num_found(scheduler, 511) == pages * BLOCK_SIZE
     pool = scheduler.kv_cache_manager.block_pool
@@ -316,9 +303,9 @@ def test_the_reserve_counts_a_shared_page_once(tiny_llama: str) -> None:
         enable_prefix_caching=True,
         max_model_len=512,
     )
-    run(scheduler, make_request("first", 400, 1))
+    serve(scheduler, make_request("first", 400, 1))
     requests = [make_request(str(i), 392, 90, shared=384) for i in range(8)]
-    run(scheduler, *requests)
+    serve(scheduler, *requests)
     assert all(request.num_output_tokens == 90 for request in requests)
     assert scheduler.kv_counters.max_num_running > 1
     assert all(request.num_preemptions == 0 for request in requests)
@@ -337,11 +324,11 @@ def test_a_page_that_was_hit_does_not_go_to_save_another(
         enable_prefix_caching=True,
         max_num_batched_tokens=1024,
     )
-    run(scheduler, make_request("system", 290, 1))
+    serve(scheduler, make_request("system", 290, 1))
     if is_hit:
-        run(scheduler, make_request("user", 291, 1, shared=290))
+        serve(scheduler, make_request("user", 291, 1, shared=290))
     assert num_found(scheduler, 290) == 288
-    driver = run(scheduler, make_request("long", 12 * BLOCK_SIZE, 1, shared=0))
+    driver = serve(scheduler, make_request("long", 12 * BLOCK_SIZE, 1, shared=0))
     windows = [window for plan in driver.plans for window in plan.windows]
     assert [window.is_ordered for window in windows] == [not is_hit]
     assert (num_found(scheduler, 290) == 288) == is_hit

@@ -40,7 +40,11 @@ class TierKVCacheManager(KVCacheManager):
 
     @classmethod
     def adopt(
-        cls, manager: KVCacheManager, lengths: TierLengths, in_flight: PromptsInFlight
+        cls,
+        manager: KVCacheManager,
+        tiers: Sequence[TierBlockManager],
+        lengths: TierLengths,
+        in_flight: PromptsInFlight,
     ) -> TierKVCacheManager:
         """Make a scheduler's manager one of this class.
 
@@ -50,11 +54,6 @@ class TierKVCacheManager(KVCacheManager):
         assert isinstance(manager, cls)
         manager.lengths, manager._rests_until = lengths, {}
         manager.in_flight, manager.due, manager.begun = in_flight, {}, {}
-        tiers = [
-            of_group
-            for of_group in manager.coordinator.single_type_managers
-            if isinstance(of_group, TierBlockManager)
-        ]
         manager.segments = SegmentCache(manager.coordinator, tiers, lengths)
         for of_tier in tiers:
             of_tier.lengths, of_tier.offer = lengths, manager.segments.offer

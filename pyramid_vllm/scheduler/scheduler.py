@@ -86,7 +86,7 @@ class PyramidScheduler(AsyncScheduler):
         ]
         in_flight = PromptsInFlight(PromptLimits.of(vllm_config), self.tier_lengths)
         self._pages = TierKVCacheManager.adopt(
-            self.kv_cache_manager, self.tier_lengths, in_flight
+            self.kv_cache_manager, self.tier_managers, self.tier_lengths, in_flight
         )
         self._page_plans = PagePlans(self._pages, self.tier_managers)
         self._reserve = self._make_reserve(policies)

@@ -83,8 +83,6 @@ class SegmentCache:
         self._pool = coordinator.block_pool
         self._lengths = lengths
         self._page = managers[0].block_size
-        self._computed_once: dict[bytes, None] = {}
-        """Hashes of pages that were given up when their segment was compressed."""
 
     def hashes(self, request: Request) -> Sequence[BlockHash]:
         """Of a request's pages, as stock vLLM hashes them."""

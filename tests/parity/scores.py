@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -175,23 +175,39 @@ def _votes(found: torch.Tensor, expected: torch.Tensor, group: int) -> Compared:
     return Compared(same, largest, share, found.numel(), limit)
 
 
+def _compare_keys(
+    cache: Cache,
+    requests: list[Request],
+    score: Callable[[torch.Tensor], None],
+    reference: Callable[[torch.Tensor], torch.Tensor],
+    tolerances: tuple[float, float],
+) -> Compared:
+    """Scores of every layer and request that follow from the scored keys alone."""
+    shape = cache.shape
+    size = (shape.num_layers, shape.num_heads, cache.num_scores)
+    out = torch.full(size, UNTOUCHED, device=cache.device)
+    expected = out.clone()
+    score(out)
+    for layer, i in product(range(shape.num_layers), range(len(requests))):
+        own = cache.tokens(layer, i).float()[requests[i].column :]
+        begin = cache.offsets[i]
+        if len(own):
+            expected[layer, :, begin : begin + len(own)] = reference(own)
+    return within(out, expected, *tolerances)
+
+
 def compare_key_norms(
     shape: Shape, requests: list[Request], device: str, seed: int
 ) -> Compared:
     """Norms of every layer and request."""
     cache = Cache(shape, requests, seed, device)
-    size = (shape.num_layers, shape.num_heads, cache.num_scores)
-    out = torch.full(size, UNTOUCHED, device=device)
-    expected = out.clone()
     longest = max(request.num_held for request in requests)
-    pages, spans = cache.paged(), cache.spans()
-    norms_triton.score_key_norms(pages, cache.table, spans, out, max_tokens=longest)
-    for layer, i in product(range(shape.num_layers), range(len(requests))):
-        norms = key_norm_scores(cache.tokens(layer, i).float())
-        norms = norms[:, requests[i].column :]
-        begin = cache.offsets[i]
-        expected[layer, :, begin : begin + norms.shape[1]] = norms
-    return within(out, expected, 1e-5, 1e-6)
+    score = functools.partial(
+        norms_triton.score_key_norms,
+        *(cache.paged(), cache.table, cache.spans()),
+        max_tokens=longest,
+    )
+    return _compare_keys(cache, requests, score, key_norm_scores, (1e-5, 1e-6))
 
 
 def compare_key_diffs(
@@ -199,17 +215,10 @@ def compare_key_diffs(
 ) -> Compared:
     """Likeness of every layer's and request's keys to their mean."""
     cache = Cache(shape, requests, seed, device)
-    size = (shape.num_layers, shape.num_heads, cache.num_scores)
-    out = torch.full(size, UNTOUCHED, device=device)
-    expected = out.clone()
-    spans = cache.spans()
-    norms_triton.score_key_diffs(cache.paged(), cache.table, spans, out)
-    for layer, i in product(range(shape.num_layers), range(len(requests))):
-        own = cache.tokens(layer, i).float()[requests[i].column :]
-        begin = cache.offsets[i]
-        if len(own):
-            expected[layer, :, begin : begin + len(own)] = key_diff_scores(own)
-    return within(out, expected, 1e-4, 1e-5)
+    score = functools.partial(
+        norms_triton.score_key_diffs, cache.paged(), cache.table, cache.spans()
+    )
+    return _compare_keys(cache, requests, score, key_diff_scores, (1e-4, 1e-5))
 
 
 def compare_pooling(
